@@ -1,0 +1,178 @@
+"""Live mesh axes over real processes: groups of ranks and the raw collectives on them, which carry no gradient.
+
+Every collective takes the sizes that each rank gives or gets. They are always known beforehand (from the spec or from the batch's plan), so
+no shape travels, and what a backend cannot do unevenly is padded here and nowhere else. `later=True` starts the collective and returns a
+function that waits for it and gives the result. `lf/axes_sim.py` has the same two classes for ranks that are threads; model code cannot tell.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lf.mesh import Mesh, MeshError
+
+Later = Callable[[], Tensor]
+OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+
+class Axis:
+    """A group of ranks, in the order of the mesh: `.size`, `.index` (this rank's place), `.ranks`, `.name`."""
+
+    def __init__(self, group: dist.ProcessGroup | None, ranks: tuple[int, ...], rank: int, name: str):
+        self.group, self.ranks, self.name = group, ranks, name
+        self.size, self.index = len(ranks), ranks.index(rank)
+
+    def sum(self, x: Tensor) -> Tensor:
+        return self.all_reduce(x)
+
+    def max(self, x: Tensor) -> Tensor:
+        return self.all_reduce(x, "max")
+
+    def all_reduce(self, x: Tensor, op: str = "sum", later: bool = False) -> Any:
+        """x of every rank added (or the largest), element by element."""
+        if self.size == 1:
+            return _done(x.detach(), later)
+        out = x.detach().clone(memory_format=torch.contiguous_format)
+        work = dist.all_reduce(out, OPS[op], self.group, async_op=True)
+        return _finish(work, lambda: out, later)
+
+    def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0, later: bool = False) -> Any:
+        """The ranks' x joined along `dim`, where rank j has sizes[j]."""
+        if self.size == 1:
+            return _done(x.detach(), later)
+        _check(self, "all_gather", x.shape[dim], sizes[self.index])
+        rows, n = x.detach().movedim(dim, 0).contiguous(), max(sizes)
+        if n * self.size != sum(sizes):  # pad to the longest: backends gather equal pieces only
+            rows = torch.cat([rows, rows.new_zeros(n - len(rows), *rows.shape[1:])])
+        out = rows.new_empty(n * self.size, *rows.shape[1:])
+        work = dist.all_gather_into_tensor(out, rows, self.group, async_op=True)
+
+        def result() -> Tensor:
+            even = n * self.size == sum(sizes)
+            joined = out if even else torch.cat([piece[:k] for piece, k in zip(out.split(n), sizes)]) if n else out
+            return joined.movedim(0, dim).contiguous()
+
+        return _finish(work, result, later)
+
+    def reduce_scatter(self, x: Tensor, sizes: Sequence[int], dim: int = 0, later: bool = False) -> Any:
+        """The sum over ranks of x, of which rank j keeps its sizes[j] along `dim`."""
+        if self.size == 1:
+            return _done(x.detach(), later)
+        _check(self, "reduce_scatter", x.shape[dim], sum(sizes))
+        rows, n = x.detach().movedim(dim, 0).contiguous(), max(sizes)
+        if n * self.size != sum(sizes):
+            padded = rows.new_zeros(self.size, n, *rows.shape[1:])
+            for slot, piece in zip(padded, rows.split(list(sizes))):
+                slot[: len(piece)] = piece
+            rows = padded.flatten(0, 1)
+        out = rows.new_empty(n, *rows.shape[1:])
+        work = dist.reduce_scatter_tensor(out, rows, group=self.group, async_op=True)
+        return _finish(work, lambda: out[: sizes[self.index]].movedim(0, dim).contiguous(), later)
+
+    def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int], dim: int = 0, join: int | None = None) -> Tensor:
+        """send[j] of `dim` goes to rank j; recv[j] of `join` (default: `dim`) comes from it; joined in the order of the ranks."""
+        join = dim if join is None else join
+        if self.size == 1:
+            return x.detach()
+        _check(self, "all_to_all", x.shape[dim], sum(send))
+        shape = list(x.shape)
+        if join != dim:
+            _check(self, "all_to_all", x.shape[join], recv[self.index])
+            shape[dim] = send[self.index]
+        shapes = [[k if d == join else n for d, n in enumerate(shape)] for k in recv]
+        pieces = x.detach().split(list(send), dim)
+        flat = torch.cat([p.reshape(-1) for p in pieces])
+        counts = [int(torch.Size(s).numel()) for s in shapes]
+        out = flat.new_empty(sum(counts))
+        dist.all_to_all_single(out, flat, counts, [p.numel() for p in pieces], group=self.group)
+        return torch.cat([piece.view(s) for piece, s in zip(out.split(counts), shapes)], join)
+
+    def shift(self, x: Tensor, k: int) -> Tensor:
+        """x of the rank k places before this one on the ring; all of one shape."""
+        if k % self.size == 0:
+            return x.detach()
+        x, out = x.detach().contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        to, source = self.ranks[(self.index + k) % self.size], self.ranks[(self.index - k) % self.size]
+        for work in dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, x, to, self.group), dist.P2POp(dist.irecv, out, source, self.group)]
+        ):
+            work.wait()
+        return out
+
+    def barrier(self) -> None:
+        """Every rank of the group has come this far."""
+        self.all_reduce(torch.zeros(1))
+
+
+class Axes:
+    """Live axes of one rank: axes["tp"], or a joint group axes["dp", "tp"]. Groups are made when first used and shared by their ranks."""
+
+    def __init__(self, mesh: Mesh, rank: int):
+        self.mesh, self.rank, self.coords = mesh, rank, mesh.coords(rank)
+        self._axes: dict[tuple[str, ...], Any] = {}
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+    def __getitem__(self, names: str | tuple[str, ...]) -> Any:
+        names = (names,) if isinstance(names, str) else tuple(names)
+        if names not in self._axes:
+            ranks = self.mesh.group(self.rank, *names) if names else (self.rank,)
+            self._axes[names] = self._axis(ranks, "·".join(names) or "self")
+        return self._axes[names]
+
+    @property
+    def world(self) -> Any:
+        """All ranks."""
+        return self["pp", "dp", "cp", "tp"]
+
+    def _axis(self, ranks: tuple[int, ...], name: str) -> Any:
+        if len(ranks) > 1 and ranks not in self._groups:
+            world = dist.group.WORLD
+            assert world is not None
+            # Only the members call, in the order in which the program reaches their first collective.
+            self._groups[ranks] = world if len(ranks) == self.mesh.size else dist.new_group(list(ranks), use_local_synchronization=True)
+        return Axis(self._groups.get(ranks), ranks, self.rank, name)
+
+
+def connect(mesh: Mesh, device: ModuleType, timeout_s: float = 600.0) -> Axes:
+    """Live axes for this process, in the world that torchrun, srun or a plain `python` (one rank) has set up.
+
+    Raises MeshError when the mesh does not have exactly the ranks of the world.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    mesh = mesh.fill(world)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group(device.BACKEND, timeout=datetime.timedelta(seconds=timeout_s))
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if dist.is_initialized() and dist.get_world_size() != mesh.size:
+        raise MeshError(f"mesh {mesh} has {mesh.size} ranks; the process group has {dist.get_world_size()}")
+    return Axes(mesh, rank)
+
+
+def solo() -> Axes:
+    """Axes of a mesh of one rank, whatever else this process belongs to: for work that one rank does alone."""
+    return Axes(Mesh(dp=1), 0)
+
+
+def _check(axis: Any, what: str, got: int, want: int) -> None:
+    if got != want:
+        raise ValueError(f"{what} over {axis.name} of {axis.size} ranks: rank {axis.ranks[axis.index]} has {got} rows, the sizes say {want}")
+
+
+def _done(x: Tensor, later: bool) -> Tensor | Later:
+    return (lambda: x) if later else x
+
+
+def _finish(work: Any, result: Later, later: bool) -> Tensor | Later:
+    def wait() -> Tensor:
+        work.wait()
+        return result()
+
+    return wait if later else wait()

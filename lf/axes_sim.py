@@ -1,0 +1,216 @@
+"""Many ranks in one process, with real data: each rank is a thread, and only the holder of a baton computes.
+
+The baton is one lock. A rank puts it down while it waits for others, so eight ranks cost little more than one after another, and it is always
+known who waits for what: when nobody holds the baton and nobody can go on, that is a deadlock, found at once and drawn, not a time-out.
+Collectives are one primitive, `meet`: leave your tensor, wait for the others, look at what all have left. Each leaves a tag (what, shape, dtype,
+sizes) and where it was called; ranks that differ raise at once with both places.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from lf.axes import _check, _done
+from lf.mesh import Mesh
+
+
+class CollectiveMismatch(RuntimeError):
+    """Ranks of one group met in different collectives."""
+
+
+class Deadlock(RuntimeError):
+    """Every rank waits, or has returned, and none can go on."""
+
+
+class _Ended(BaseException):
+    """Unwinds a rank because another one failed."""
+
+
+@attrs.define
+class _Room:
+    """One meeting: what each rank has left, and whom to wake."""
+
+    left: dict[int, Any]
+    where: dict[int, str]
+    full: threading.Condition
+
+
+class World:
+    """What the threads share."""
+
+    def __init__(self, mesh: Mesh):
+        self.mesh, self.baton = mesh, threading.Lock()
+        self.rooms: dict[tuple[Any, ...], _Room] = {}
+        self.waiting: dict[int, str] = {}
+        self.returned: set[int] = set()
+        self.error: tuple[int, BaseException] | None = None
+
+    def meet(self, key: tuple[Any, ...], ranks: tuple[int, ...], rank: int, tag: tuple[Any, ...], x: Any) -> list[Any]:
+        """Leave (tag, x) in the room and return what every rank of `ranks` has left, once all are there."""
+        here = f"{tag[0]}{tag[1:]} at {_call_site()}"
+        room = self.rooms.setdefault(key, _Room({}, {}, threading.Condition(self.baton)))
+        room.left[rank], room.where[rank] = (tag, x), here
+        for other, (theirs, _) in room.left.items():
+            if theirs != tag:
+                raise CollectiveMismatch(f"ranks {other} and {rank} differ:\n  rank {other}: {room.where[other]}\n  rank {rank}: {here}")
+        if len(room.left) == len(ranks):
+            del self.rooms[key]
+            for r in ranks:
+                self.waiting.pop(r, None)
+            room.full.notify_all()
+        else:
+            self.waiting[rank] = f"{here}, for ranks {sorted(set(ranks) - set(room.left))}"
+            self.look_for_deadlock()
+            while len(room.left) < len(ranks) and self.error is None:
+                room.full.wait()
+            if self.error is not None:
+                raise _Ended
+        return [room.left[r][1] for r in ranks]
+
+    def look_for_deadlock(self) -> None:
+        if self.waiting and len(self.waiting) + len(self.returned) == self.mesh.size:
+            lines = [f"  rank {r}: " + (self.waiting.get(r) or "has returned") for r in range(self.mesh.size)]
+            raise Deadlock("no rank can go on:\n" + "\n".join(lines))
+
+    def fail(self, rank: int, error: BaseException) -> None:
+        self.error = self.error or (rank, error)
+        for room in self.rooms.values():
+            room.full.notify_all()
+
+
+class SimAxis:
+    """The same as `lf.axes.Axis`, over threads."""
+
+    def __init__(self, world: World, ranks: tuple[int, ...], rank: int, name: str):
+        self.world, self.ranks, self.rank, self.name = world, ranks, rank, name
+        self.size, self.index, self.calls = len(ranks), ranks.index(rank), 0
+
+    def _meet(self, x: Any, *tag: Any) -> list[Any]:
+        self.calls += 1
+        return self.world.meet((self.name, self.ranks, self.calls), self.ranks, self.rank, (*tag, self.name), x)
+
+    def sum(self, x: Tensor) -> Tensor:
+        return self.all_reduce(x)
+
+    def max(self, x: Tensor) -> Tensor:
+        return self.all_reduce(x, "max")
+
+    def all_reduce(self, x: Tensor, op: str = "sum", later: bool = False) -> Any:
+        if self.size == 1:
+            return _done(x.detach(), later)
+        stacked = torch.stack(self._meet(x.detach(), f"all_reduce {op}", tuple(x.shape), x.dtype))
+        return _done(stacked.sum(0) if op == "sum" else stacked.amax(0), later)
+
+    def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0, later: bool = False) -> Any:
+        if self.size == 1:
+            return _done(x.detach(), later)
+        _check(self, "all_gather", x.shape[dim], sizes[self.index])
+        return _done(torch.cat(self._meet(x.detach(), "all_gather", dim, _but(x.shape, dim), x.dtype, tuple(sizes)), dim), later)
+
+    def reduce_scatter(self, x: Tensor, sizes: Sequence[int], dim: int = 0, later: bool = False) -> Any:
+        if self.size == 1:
+            return _done(x.detach(), later)
+        _check(self, "reduce_scatter", x.shape[dim], sum(sizes))
+        full = self._meet(x.detach(), "reduce_scatter", dim, tuple(x.shape), x.dtype, tuple(sizes))
+        return _done(torch.stack([t.split(list(sizes), dim)[self.index] for t in full]).sum(0), later)
+
+    def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int], dim: int = 0, join: int | None = None) -> Tensor:
+        join = dim if join is None else join
+        if self.size == 1:
+            return x.detach()
+        _check(self, "all_to_all", x.shape[dim], sum(send))
+        rows = self._meet(x.detach().split(list(send), dim), "all_to_all", dim, join, x.dtype)
+        got = [pieces[self.index] for pieces in rows]
+        if [p.shape[join] for p in got] != list(recv):
+            raise ValueError(f"all_to_all over {self.name}: rank {self.rank} expects {list(recv)} rows, is sent {[p.shape[join] for p in got]}")
+        return torch.cat(got, join)
+
+    def shift(self, x: Tensor, k: int) -> Tensor:
+        if k % self.size == 0:
+            return x.detach()
+        ring = self._meet(x.detach(), "shift", k, tuple(x.shape), x.dtype)
+        return ring[(self.index - k) % self.size].clone()
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            self._meet(None, "barrier")
+
+
+class SimAxes:
+    """The same as `lf.axes.Axes`, over threads."""
+
+    def __init__(self, world: World, rank: int):
+        self.mesh, self.rank, self.coords = world.mesh, rank, world.mesh.coords(rank)
+        self._world, self._axes = world, dict[tuple[str, ...], SimAxis]()
+
+    def __getitem__(self, names: str | tuple[str, ...]) -> SimAxis:
+        names = (names,) if isinstance(names, str) else tuple(names)
+        if names not in self._axes:
+            ranks = self.mesh.group(self.rank, *names) if names else (self.rank,)
+            self._axes[names] = SimAxis(self._world, ranks, self.rank, "·".join(names) or "self")
+        return self._axes[names]
+
+    @property
+    def world(self) -> SimAxis:
+        return self["pp", "dp", "cp", "tp"]
+
+
+def spmd(mesh: Mesh, fn: Callable[..., Any], *args: Any) -> list[Any]:
+    """fn(axes, *args) once per rank of `mesh`; the results in the order of the ranks.
+
+    Raises what the first failing rank raised, after ending the others; CollectiveMismatch or Deadlock where the ranks do not fit together.
+    """
+    mesh = mesh.fill()
+    world, out = World(mesh), [None] * mesh.size
+    grad = torch.is_grad_enabled()  # a thread starts with torch's own default
+
+    def body(rank: int) -> None:
+        # Backward must run in its rank's thread: on a GPU torch would hand it to one thread per device, where the baton is not held.
+        with world.baton, torch.set_grad_enabled(grad), torch.autograd.set_multithreading_enabled(False):
+            if world.error is not None:
+                return
+            try:
+                out[rank] = fn(SimAxes(world, rank), *args)
+                world.returned.add(rank)
+                world.look_for_deadlock()
+            except _Ended:
+                pass
+            except BaseException as error:
+                world.fail(rank, error)
+
+    if mesh.size == 1:
+        return [fn(SimAxes(world, 0), *args)]
+    threads = [threading.Thread(target=body, args=(r,), name=f"rank {r}", daemon=True) for r in range(mesh.size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if world.error is not None:
+        rank, error = world.error
+        if hasattr(error, "add_note"):
+            error.add_note(f"raised by rank {rank} {mesh.coords(rank)} of mesh {mesh}")
+        raise error
+    return out
+
+
+def _but(shape: Sequence[int], dim: int) -> tuple[int, ...]:
+    return tuple(n for d, n in enumerate(shape) if d != dim)
+
+
+def _call_site() -> str:
+    """The line outside of the communication code that asked for this collective."""
+    frame = sys._getframe(1)
+    while frame.f_back and (
+        frame.f_code.co_filename == __file__
+        or frame.f_code.co_filename.endswith("parallel/redistribute.py")
+        or "/torch/" in frame.f_code.co_filename
+    ):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}"

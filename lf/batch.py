@@ -1,0 +1,24 @@
+"""A batch is a plan (small, whole, the same on every rank that reads it) and a payload (large, read only where it is consumed).
+
+For a language model the plan is, with T the length of one packed row:
+
+    tokens      (T,)    int64   token ids; 0 where padded
+    labels      (T,)    int64   the next token of the same document; IGNORE at the end of a document and in padding
+    positions   (T,)    int64   place in the document, from 0 again at each document
+    cu_seqlens  (T+1,)  int32   starts of the documents, then T until the end: a fixed length, so nothing recompiles
+"""
+
+from __future__ import annotations
+
+import attrs
+from torch import Tensor
+
+IGNORE = -100
+
+
+@attrs.frozen
+class Batch:
+    """One microbatch: one packed row."""
+
+    plan: dict[str, Tensor]
+    payload: dict[str, Tensor] = attrs.field(factory=dict)

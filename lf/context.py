@@ -1,0 +1,50 @@
+"""What a model function needs besides its arguments, and nothing hidden: live axes, device, op table, precision."""
+
+from __future__ import annotations
+
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import attrs
+import torch
+
+from lf import devices
+from lf.config import one_of
+
+
+@attrs.frozen
+class Precision:
+    """`compute`: parameters and activations. `master`: the truth that is updated and saved, and what gradients are summed in."""
+
+    compute: torch.dtype
+    master: torch.dtype
+
+
+PRECISIONS = {
+    "bf16": Precision(torch.bfloat16, torch.float32),
+    "fp32": Precision(torch.float32, torch.float32),
+    "fp64": Precision(torch.float64, torch.float64),
+}
+
+
+def _precision(value: str | Precision) -> Precision:
+    return value if isinstance(value, Precision) else PRECISIONS[one_of("precision", value, PRECISIONS)]
+
+
+@attrs.frozen
+class Context:
+    """`axes`: from `lf.connect`, `lf.sim.spmd` or `lf.solo`. `device`: from `lf.devices.get`. `ops`: the device's fast functions, by name."""
+
+    axes: Any
+    device: ModuleType
+    precision: Precision = attrs.field(default="fp32", converter=_precision)
+    ops: SimpleNamespace = attrs.field(kw_only=True)
+
+    @ops.default
+    def _table(self) -> SimpleNamespace:
+        return devices.op_table(self.device)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """At least float32: what norms, softmax, RoPE tables and losses are computed in. float64 stays float64."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,178 @@
+"""Most language models: a pre-norm decoder whose config lists each layer's mixer and each layer's feed-forward.
+
+T all tokens of the tp group · t this rank's tokens · D width · h query heads of this rank · k kv heads of this rank · d head dim
+F feed-forward columns of this rank · V vocabulary rows of this rank. Matrices are (out, in), as on disk.
+
+Between segments the residual stream is x_tD, S(0) over tp. Every layer is two segments with parameters of their own; there is no stacked axis.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from lf.batch import IGNORE, Batch
+from lf.config import ConfigError
+from lf.mesh import shares
+from lf.ops.rope import rope_table
+from lf.parallel.linear import column_linear, row_linear
+from lf.parallel.redistribute import I, S, Type, redistribute
+from lf.parallel.vocab import vocab_cross_entropy, vocab_embedding
+from lf.segment import Model, Objective, Segment, Terms
+from lf.spec import Param, Part, Tied, constant, normal
+
+
+@attrs.frozen
+class Attention:
+    """Grouped-query attention with rotary positions and, as Qwen3 has it, an RMS norm over each head of q and k."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope_theta: float = 10000.0
+
+
+@attrs.frozen
+class GatedMLP:
+    """down(silu(gate(x)) · up(x)) of inner width `dim`."""
+
+    dim: int
+
+
+@attrs.frozen
+class Layer:
+    mixer: Attention
+    ffn: GatedMLP
+
+
+@attrs.frozen
+class DecoderConfig:
+    """`init_std` is the standard deviation of every matrix at the start; `tied`: the head is the embedding table."""
+
+    vocab: int
+    dim: int
+    layers: tuple[Layer, ...]
+    norm_eps: float = 1e-6
+    tied: bool = True
+    init_std: float = 0.02
+
+    def __attrs_post_init__(self) -> None:
+        for i, layer in enumerate(self.layers):
+            a = layer.mixer
+            if a.head_dim % 2:
+                raise ConfigError(f"layer {i}: head_dim={a.head_dim} must be even: rotary positions turn pairs")
+            if a.heads % a.kv_heads:
+                raise ConfigError(f"layer {i}: heads={a.heads} must be a multiple of kv_heads={a.kv_heads}")
+
+
+def decoder(config: DecoderConfig) -> Model:
+    """The model as segments: embed, layers.i.attn and layers.i.mlp, head. Its one objective is cross_entropy."""
+    matrix, gain = normal(config.init_std), constant(1.0)
+    table = Param((config.vocab, config.dim), ("vocab", "embed"), matrix, (vocab_part(config.vocab),))
+    norm = Param((config.dim,), ("embed",), gain)
+    # One function object for all layers that are alike: that is what "each distinct segment compiles once" hangs on.
+    attn = {a: partial(attention_block, a, config.norm_eps) for a in {layer.mixer for layer in config.layers}}
+    mlp = partial(mlp_block, config.norm_eps)
+    segments = [Segment("embed", "embed", {"weight": table}, partial(embed, config))]
+    for i, layer in enumerate(config.layers):
+        name = f"layers.{i}"
+        a, inner = layer.mixer, layer.ffn.dim
+        q, k, v = qkv_parts(a)
+        segments.append(
+            Segment(
+                f"{name}.attn",
+                name,
+                {
+                    "norm": norm,
+                    "qkv": Param((q.rows + k.rows + v.rows, config.dim), ("heads", "embed"), matrix, (q, k, v)),
+                    "q_norm": Param((a.head_dim,), (None,), gain),
+                    "k_norm": Param((a.head_dim,), (None,), gain),
+                    "out": Param((config.dim, q.rows), ("embed", "heads"), matrix, (attrs.evolve(q, name=""),), part_dim=1),
+                },
+                attn[a],
+            )
+        )
+        segments.append(
+            Segment(
+                f"{name}.mlp",
+                name,
+                {
+                    "norm": norm,
+                    "gate_up": Param((2 * inner, config.dim), ("mlp", "embed"), matrix, (Part("gate", inner), Part("up", inner))),
+                    "down": Param((config.dim, inner), ("embed", "mlp"), matrix, part_dim=1),
+                },
+                mlp,
+            )
+        )
+    weight = Tied("embed/weight") if config.tied else table
+    segments.append(Segment("head", "head", {"norm": norm, "weight": weight}, partial(head, config)))
+    return Model(config, tuple(segments), {"cross_entropy": Objective(1.0, valid_labels)})
+
+
+def vocab_part(vocab: int) -> Part:
+    """Shares of a large vocabulary are whole blocks of 64 rows, which matrix units like; the rows of a tiny one are dealt out singly."""
+    unit = 64 if vocab >= 4096 else 1
+    return Part("", -(-vocab // unit), unit, rows=vocab)
+
+
+def qkv_parts(a: Attention) -> tuple[Part, Part, Part]:
+    """Whole heads; kv heads go where their query heads go, so that any number of ranks works."""
+    return Part("q", a.heads, a.head_dim), Part("k", a.kv_heads, a.head_dim, of=a.heads), Part("v", a.kv_heads, a.head_dim, of=a.heads)
+
+
+def valid_labels(batch: Batch) -> Tensor:
+    """How many tokens have a label."""
+    return (batch.plan["labels"] != IGNORE).sum()
+
+
+def token_shares(batch: Batch, axis: Any) -> Type:
+    """How the tokens of a packed row lie over tp."""
+    return S(0, shares(batch.plan["tokens"].shape[0], axis.size))
+
+
+def embed(config: DecoderConfig, p: dict[str, Tensor], x: Any, batch: Batch, ctx: Any) -> tuple[Tensor, Terms]:
+    tp = ctx.axes["tp"]
+    first, _ = vocab_part(config.vocab).bounds(tp.index, tp.size)
+    return vocab_embedding(batch.plan["tokens"], p["weight"], first, tp, token_shares(batch, tp)), {}
+
+
+def attention_block(a: Attention, eps: float, p: dict[str, Tensor], x_tD: Tensor, batch: Batch, ctx: Any) -> tuple[Tensor, Terms]:
+    tp, ops = ctx.axes["tp"], ctx.ops
+    seq = token_shares(batch, tp)
+    q_part, k_part, _ = qkv_parts(a)
+    (q0, q1), (k0, k1) = q_part.units(tp.index, tp.size), k_part.units(tp.index, tp.size)
+
+    qkv = column_linear(ops.rms_norm(x_tD, p["norm"], eps), p["qkv"], tp, seq)
+    q_Thd, k_Tkd, v_Tkd = qkv.unflatten(-1, (-1, a.head_dim)).split([q1 - q0, k1 - k0, k1 - k0], 1)
+    cos, sin = rope_table(batch.plan["positions"], a.head_dim, a.rope_theta, x_tD.dtype)
+    q_Thd = ops.rope(ops.rms_norm(q_Thd, p["q_norm"], eps), cos, sin)
+    k_Tkd = ops.rope(ops.rms_norm(k_Tkd, p["k_norm"], eps), cos, sin)
+
+    group = a.heads // a.kv_heads
+    if q0 % group or q1 % group:  # a share that starts or ends inside a group: give each query head its own copy
+        index = torch.arange(q0, q1, device=x_tD.device) // group - k0
+        k_Tkd, v_Tkd = k_Tkd[:, index], v_Tkd[:, index]
+    o_Thd = ops.attention(q_Thd, k_Tkd, v_Tkd, batch.plan["cu_seqlens"])
+    return x_tD + row_linear(o_Thd.flatten(1), p["out"], tp, seq), {}
+
+
+def mlp_block(eps: float, p: dict[str, Tensor], x_tD: Tensor, batch: Batch, ctx: Any) -> tuple[Tensor, Terms]:
+    tp, ops = ctx.axes["tp"], ctx.ops
+    seq = token_shares(batch, tp)
+    gate_TF, up_TF = column_linear(ops.rms_norm(x_tD, p["norm"], eps), p["gate_up"], tp, seq).chunk(2, -1)
+    return x_tD + row_linear(ops.swiglu(gate_TF, up_TF), p["down"], tp, seq), {}
+
+
+def head(config: DecoderConfig, p: dict[str, Tensor], x_tD: Tensor, batch: Batch, ctx: Any) -> tuple[Any, Terms]:
+    """The sum of the cross-entropy where the batch has labels; the logits (T, vocabulary), the same on every rank of tp, where it has none."""
+    tp = ctx.axes["tp"]
+    part, seq = vocab_part(config.vocab), token_shares(batch, tp)
+    z_TV = column_linear(ctx.ops.rms_norm(x_tD, p["norm"], config.norm_eps), p["weight"], tp, seq)
+    if "labels" not in batch.plan:
+        return redistribute(z_TV, tp, S(1, part.sizes(tp.size)), I), {}
+    first, _ = part.bounds(tp.index, tp.size)
+    return {}, {"losses": {"cross_entropy": vocab_cross_entropy(z_TV, batch.plan["labels"], first, tp, seq)}}

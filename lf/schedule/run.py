@@ -1,0 +1,142 @@
+"""The interpreter: it runs any program over any layout, one rank's actions in their order. There is no other training step.
+
+Its state is `live` (values: written once, taken once, nothing left at the end) and the gradient sums. Autograd is cut at layer boundaries: a
+forward keeps, for each layer, its input, its output and its losses; a backward walks the layers from the last to the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from lf.batch import Batch
+from lf.layouts import Layout
+from lf.parallel.reduce import reduce_gradients
+from lf.schedule.ir import Action
+from lf.segment import Segment, Terms, path_of
+
+
+@attrs.frozen
+class _Kept:
+    """What the forward of one layer leaves for its backward."""
+
+    x: dict[str, Tensor]
+    y: dict[str, Tensor]
+    losses: dict[str, Tensor]
+    paths: tuple[str, ...]
+
+
+def run(
+    actions: Sequence[Action], layout: Layout, params: dict[str, Any], batches: Sequence[Batch], seeds: Mapping[str, Tensor], ctx: Any
+) -> tuple[dict[str, Tensor], Terms]:
+    """Gradients of Σ_k seeds[k] · Σ losses_k by path, reduced over the ranks that hold them, and the terms summed over microbatches.
+
+    params: {segment: {name: Tensor}}, the compute copy. seeds: objective → λ_k / N_k, a scalar. Gradients come in the master dtype, terms as
+    this rank's own sums (P over all ranks).
+    """
+    dtype = ctx.precision.master
+    paths = dict.fromkeys(path_of(s, name) for stage in layout.stages for s in stage for name in s.params)
+    leaves = {path: _lookup(params, path).detach().requires_grad_() for path in paths}
+    live: dict[tuple[int, int | None], list[_Kept]] = {}
+    grads: dict[str, Tensor] = {}
+    terms: Terms = {}
+    waits: list[Callable[[], None]] = []
+
+    for a in actions:
+        if a.op == "F":
+            assert a.microbatch is not None
+            x: Any = {}
+            kept = []
+            for segments in layout.layers(a.stage).values():
+                layer = _forward(segments, leaves, x, batches[a.microbatch], ctx)
+                _add_terms(terms, {"losses": layer.losses})
+                x = layer.y
+                kept.append(layer)
+            live[a.stage, a.microbatch] = kept
+        elif a.op == "B":
+            dy: dict[str, Tensor] = {}
+            for layer in reversed(live.pop((a.stage, a.microbatch))):
+                dy = _backward(layer, leaves, dy, seeds, grads, dtype)
+        else:
+            assert a.segment is not None
+            owned = [layout.specs[p] for p in layout.layer_paths(a.stage)[a.segment]]
+            for spec in owned:  # a parameter that no loss reached: its sum over the holders is still a collective that all must join
+                grads.setdefault(spec.path, torch.zeros_like(leaves[spec.path], dtype=dtype, requires_grad=False))
+            waits.append(reduce_gradients(owned, grads, ctx.axes))
+    for wait in waits:
+        wait()
+    if live:
+        raise AssertionError(f"the program left activations alive: {sorted(live, key=str)}")  # `check` proves that this cannot be
+    return grads, terms
+
+
+def run_forward(layout: Layout, params: dict[str, Any], batch: Batch, ctx: Any) -> tuple[Any, Terms]:
+    """All segments of a stage one after another, without gradients: (the last x, terms)."""
+    leaves = {path_of(s, n): _lookup(params, path_of(s, n)) for s in layout.stages[0] for n in s.params}
+    x: Any = {}
+    terms: Terms = {}
+    with torch.no_grad():
+        for segment in layout.stages[0]:
+            x, new = segment.apply({n: leaves[path_of(segment, n)] for n in segment.params}, x, batch, ctx)
+            _add_terms(terms, new)
+    return x, terms
+
+
+def _forward(segments: Sequence[Segment], leaves: dict[str, Tensor], carry: dict[str, Tensor], batch: Batch, ctx: Any) -> _Kept:
+    """One layer, from a cut: its input is a leaf of a graph of its own."""
+    x = {k: v.detach().requires_grad_(v.is_floating_point()) for k, v in carry.items()}
+    losses: dict[str, Tensor] = {}
+    with torch.enable_grad():
+        y: Any = _unwrap(x)
+        for segment in segments:
+            y, terms = segment.apply({n: leaves[path_of(segment, n)] for n in segment.params}, y, batch, ctx)
+            losses.update(terms.get("losses", {}))
+    paths = tuple(dict.fromkeys(path_of(s, n) for s in segments for n in s.params))
+    return _Kept(x, _wrap(y), losses, paths)
+
+
+def _backward(
+    layer: _Kept, leaves: dict[str, Tensor], dy: dict[str, Tensor], seeds: Mapping[str, Tensor], grads: dict[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Adds the layer's weight gradients to `grads`; returns the gradient of its input."""
+    outputs = [(layer.y[k], g) for k, g in dy.items() if layer.y[k].requires_grad]
+    outputs += [(loss, seeds[k].to(loss.dtype)) for k, loss in layer.losses.items()]
+    inputs = {k: v for k, v in layer.x.items() if v.requires_grad}
+    wanted = [*inputs.values(), *(leaves[p] for p in layer.paths)]
+    got = torch.autograd.grad([y for y, _ in outputs], wanted, [g for _, g in outputs], allow_unused=True)
+    for path, g in zip(layer.paths, got[len(inputs) :]):
+        if g is None:
+            continue
+        if path in grads:
+            grads[path] += g
+        else:  # a copy: autograd may hand one tensor to several leaves, and later microbatches are added in place
+            grads[path] = g.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    return {k: torch.zeros_like(v) if g is None else g for (k, v), g in zip(inputs.items(), got)}
+
+
+# A carry is a tensor or a dict of tensors; inside the interpreter it is always a dict.
+_ONLY = "x"
+
+
+def _wrap(x: Any) -> dict[str, Tensor]:
+    return x if isinstance(x, dict) else {_ONLY: x}
+
+
+def _unwrap(x: dict[str, Tensor]) -> Any:
+    return x[_ONLY] if x.keys() == {_ONLY} else x
+
+
+def _lookup(params: dict[str, Any], path: str) -> Tensor:
+    segment, _, name = path.partition("/")
+    return params[segment][name]
+
+
+def _add_terms(total: Terms, new: Terms) -> None:
+    for kind, values in new.items():
+        for name, value in values.items():
+            sums = total.setdefault(kind, {})
+            sums[name] = sums[name] + value.detach() if name in sums else value.detach()

@@ -1,0 +1,72 @@
+"""A model is a tuple of segments: pure functions over trees of tensors.
+
+    apply(params, x, batch, ctx) -> (x, terms)
+
+    params  {name: Tensor}   this rank's piece of each parameter, in the compute dtype; tied ones under their name here
+    x       Tensor           (tokens of this rank, dim), from the segment before; an empty dict enters the first
+    batch   Batch            as `shard_batch` leaves it
+    terms   {"losses": {objective: sum}}   sums over own tokens, never means; from any segment; {} when there are none
+
+`apply` is a module-level function (a partial of one over a frozen config), shared by equal layers, so that each distinct one compiles once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+from torch import Tensor
+
+from lf.batch import Batch
+from lf.spec import LayoutError, Param, Tied
+
+Terms = dict[str, dict[str, Tensor]]
+Apply = Callable[[dict[str, Tensor], Any, Batch, Any], tuple[Any, Terms]]
+
+
+@attrs.frozen
+class Segment:
+    """`layer` groups segments: the unit of reduction, recompute and compilation. `name` is global, and the checkpoint key."""
+
+    name: str
+    layer: str
+    params: dict[str, Param | Tied]
+    apply: Apply
+
+
+@attrs.frozen
+class Objective:
+    """What is minimised: weight · (sum of the loss over all tokens) / (sum of `count`). `count(batch)` is a scalar that needs the plan only."""
+
+    weight: float
+    count: Callable[[Batch], Tensor]
+
+
+@attrs.frozen
+class Model:
+    """`config` is what it was built from."""
+
+    config: Any
+    segments: tuple[Segment, ...]
+    objectives: dict[str, Objective]
+
+    def params(self) -> dict[str, Param]:
+        """Every parameter once, by path 'segment/name'."""
+        return {f"{s.name}/{k}": p for s in self.segments for k, p in s.params.items() if isinstance(p, Param)}
+
+    def __attrs_post_init__(self) -> None:
+        names = [s.name for s in self.segments]
+        if twice := {n for n in names if names.count(n) > 1}:
+            raise LayoutError(f"segment names must be unique; {sorted(twice)} stand twice")
+        known = self.params()
+        for segment in self.segments:
+            for name, param in segment.params.items():
+                if isinstance(param, Tied) and param.path not in known:
+                    raise LayoutError(f"{segment.name}/{name} is tied to {param.path!r}, which is no parameter of the model")
+
+
+def path_of(segment: Segment, name: str) -> str:
+    """The path of the logical parameter that the segment calls `name`."""
+    param = segment.params[name]
+    return param.path if isinstance(param, Tied) else f"{segment.name}/{name}"

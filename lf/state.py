@@ -1,0 +1,68 @@
+"""Parameters and training state as trees of what this rank holds, and the way in: `init`, `shard_batch`, `forward`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from lf import rng, tree
+from lf.batch import Batch
+from lf.layouts import Layout, layout
+from lf.schedule.run import run_forward
+from lf.segment import Model, Terms
+from lf.spec import LayoutError
+from lf.tree import Tree
+
+
+@attrs.frozen
+class State:
+    """`params`: the compute copy, {segment: {name: Tensor}}. `optimizer`: a dict of such trees, with "master" the truth that is saved.
+
+    `step`: steps made, a device scalar.
+    """
+
+    params: Tree
+    optimizer: Tree
+    step: Tensor
+
+
+def device_of(ctx: Any) -> torch.device:
+    return ctx.device.torch_device(int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def init(layout: Layout, ctx: Any, seed: int) -> Tree:
+    """Fresh parameters of this rank in the master dtype: the same logical model for the same seed under any layout."""
+    pairs = []
+    for path, spec in layout.specs.items():
+        local = torch.empty(spec.local_shape(ctx.axes.coords), dtype=ctx.precision.master)
+        for piece in spec.pieces(ctx.axes.coords):
+            piece.view(local).copy_(rng.draw(seed, piece.key, piece.shape, spec.param.init, piece.box, local.dtype))
+        pairs.append((path, local.to(device_of(ctx))))
+    return tree.build(pairs)
+
+
+def shard_batch(batch: Batch, ctx: Any) -> Batch:
+    """This rank's view of a batch, on its device."""
+    device = device_of(ctx)
+    return Batch({k: v.to(device, non_blocking=True) for k, v in batch.plan.items()}, batch.payload)
+
+
+def compute_copy(master: Tree, ctx: Any) -> Tree:
+    """The parameters in the compute dtype; the very same tensors where the dtypes agree."""
+    return tree.map(lambda w: w.to(ctx.precision.compute), master)
+
+
+def forward(model: Model, params: Tree, batch: Batch, ctx: Any) -> Tensor | Terms:
+    """The model without gradients: logits (tokens, vocabulary) for a batch without labels, terms (this rank's sums) for one with.
+
+    Raises LayoutError on a mesh with pp > 1: there a program runs it, lf.schedule.run.
+    """
+    if ctx.axes.mesh.pp > 1:
+        raise LayoutError(f"lf.forward runs one stage; mesh {ctx.axes.mesh} has pp={ctx.axes.mesh.pp}: run a program with lf.schedule.run")
+    x, terms = run_forward(layout(model, ctx.axes.mesh), compute_copy(params, ctx), shard_batch(batch, ctx), ctx)
+    return terms or x
+

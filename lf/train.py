@@ -1,0 +1,109 @@
+"""One training step, and the loop around it.
+
+    N_k  = Σ over ranks and microbatches of objective k's count       one sum, before the first action
+    grad = ∂ Σ_k λ_k s_k / N_k                                        the program; gradients are *summed* over ranks, divided nowhere else
+    norm, clip, update                                                 device scalars; an update that is not finite changes nothing
+
+There is no mean of means: every rank back-propagates its own sums with the one global normaliser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lf import tree
+from lf.batch import Batch
+from lf.layouts import Layout
+from lf.mesh import MeshError
+from lf.optim import Optimizer
+from lf.parallel.reduce import owned_square_sum
+from lf.schedule import Program, check
+from lf.schedule.lower import add_reduce
+from lf.schedule.run import run
+from lf.segment import Terms
+from lf.state import State, compute_copy, shard_batch
+from lf.tree import Tree
+
+Metrics = dict[str, Tensor]
+Gradients = tuple[Tree, Metrics]
+
+
+def gradients(layout: Layout, program: Program, ctx: Any) -> Callable[[Tree, Sequence[Batch]], Gradients]:
+    """fn(params, microbatches) -> (gradients as a tree like params, metrics): the half of a step before the optimizer.
+
+    params: the compute copy. Gradients come in the master dtype, summed over all ranks. metrics are device scalars, equal on all ranks:
+    loss (Σ_k λ_k · mean of objective k), one entry per objective, grad_norm, tokens (the count of the first objective).
+    Raises ProgramError, MeshError where program, layout and ranks do not fit together.
+    """
+    if layout.mesh != ctx.axes.mesh:
+        raise MeshError(f"the layout is for mesh {layout.mesh}, the context has mesh {ctx.axes.mesh}")
+    microbatches = sum(a.op == "F" for a in program[0])
+    if not any(a.op == "REDUCE" for a in program[0]):
+        program = add_reduce(program, layout)
+    check(program, layout, microbatches)
+    actions = program[ctx.axes.coords["pp"]]
+    objectives = layout.model.objectives
+
+    def fn(params: Tree, batches: Sequence[Batch]) -> Gradients:
+        if len(batches) != microbatches:
+            raise ValueError(f"the program is for {microbatches} microbatches; {len(batches)} were given")
+        batches = [shard_batch(b, ctx) for b in batches]
+        counts = torch.stack([torch.stack([o.count(b) for b in batches]).sum() for o in objectives.values()])
+        # A plan is the same on every rank of its dp coordinate, so each count is summed over dp alone.
+        counts = ctx.axes["dp"].sum(counts).to(ctx.precision.master)
+        norms = dict(zip(objectives, counts.clamp_min(1)))  # no label at all: the sum is 0 and so is the loss
+        seeds = {k: o.weight / norms[k] for k, o in objectives.items()}
+        grads, terms = run(actions, layout, params, batches, seeds, ctx)
+        means, norm = _world_sums(terms, norms, grads, layout, ctx)
+        loss = torch.stack([o.weight * means[k] for k, o in objectives.items()]).sum()
+        metrics = {"loss": loss, **means, "grad_norm": norm, "tokens": counts[0]}
+        return tree.build(list(grads.items())), metrics
+
+    return fn
+
+
+def _world_sums(
+    terms: Terms, norms: dict[str, Tensor], grads: dict[str, Tensor], layout: Layout, ctx: Any
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Mean of each objective and the global gradient norm, in one sum over all ranks: terms and owned squares are P everywhere."""
+    squares = owned_square_sum(list(layout.specs.values()), grads, ctx.axes.coords)
+    losses = [terms["losses"][k].to(squares.dtype) for k in norms]
+    *sums, total = ctx.axes.world.sum(torch.stack([*losses, squares])).unbind()
+    return {k: s / n for (k, n), s in zip(norms.items(), sums)}, total.sqrt()
+
+
+def make(
+    layout: Layout, optimizer: Optimizer, program: Program, ctx: Any, clip: float | None = 1.0
+) -> tuple[Callable[[Tree], State], Callable[[State, Sequence[Batch]], tuple[State, Metrics]]]:
+    """(init, step): init(master params) -> State; step(state, microbatches) -> (state, metrics). Everything refusable is refused here.
+
+    metrics: those of `gradients`, and lr, skipped (1 where loss or norm was not finite and nothing was changed). They are device scalars:
+    read them a step later and the host never waits. `clip`: the largest gradient norm (None: unlimited). A state is used up by its step.
+    """
+    if clip is not None and clip <= 0:
+        raise ValueError(f"clip={clip} must be above 0, or None for no clipping")
+    backward = gradients(layout, program, ctx)
+    params = {path: spec.param for path, spec in layout.specs.items()}
+
+    def init(master: Tree) -> State:
+        missing = [p for p in layout.specs if p not in dict(tree.items(master))]
+        if missing:
+            raise ValueError(f"parameters are missing: {', '.join(missing)}")
+        return State(compute_copy(master, ctx), optimizer.init(master), torch.zeros((), dtype=torch.int64, device=tree.leaves(master)[0].device))
+
+    def step(state: State, batches: Sequence[Batch]) -> tuple[State, Metrics]:
+        with torch.no_grad():
+            grads, metrics = backward(state.params, batches)
+            norm, lr = metrics["grad_norm"], optimizer.lr(state.step)
+            ok = torch.isfinite(norm) & torch.isfinite(metrics["loss"])
+            # 1e-6 keeps the factor finite where the norm is 0; without clipping it is exactly 1
+            scale = torch.ones_like(norm) if clip is None else (clip / (norm + 1e-6)).clamp_max(1.0)
+            state_of = optimizer.update(state.optimizer, grads, params, lr, scale, state.step, ok)
+            new = State(compute_copy(state_of["master"], ctx), state_of, state.step + 1)
+        return new, {**metrics, "lr": lr, "skipped": ~ok}
+
+    return init, step
