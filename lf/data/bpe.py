@@ -1,0 +1,67 @@
+"""A byte-level BPE tokenizer (Sennrich et al. 2016, arXiv 1508.07909; on bytes: Radford et al. 2019) from the text at hand."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lf.data.files import DataError, new_folder
+from lf.data.text import texts
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+EOS = "<|endoftext|>"
+SMALLEST = 256 + 1  # every byte and EOS
+
+
+def train_bpe(
+    documents: Dataset | Sequence[str],
+    vocab_size: int,
+    folder: str | os.PathLike[str],
+    progress: Callable[[int, int], object] | None = None,
+) -> Path:
+    """Train on the documents and write a Hugging Face tokenizer folder; returns it. Any text encodes, and decodes to itself.
+
+    The same documents in the same order give the same files. `progress(documents read, documents)` is called along the way.
+    Raises DataError when the text has too little in it for `vocab_size` tokens, FileExistsError when the folder is there: open that
+    with `load_tokenizer`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < SMALLEST:
+        raise DataError(f"vocab_size={vocab_size} is below {SMALLEST}: byte-level BPE has the 256 bytes and {EOS}")
+    with new_folder(folder) as part:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        )
+        tokenizer.train_from_iterator(_counted(documents, progress), trainer, length=len(documents))
+        size = tokenizer.get_vocab_size()
+        if size != vocab_size:
+            raise DataError(
+                f"the text gives {size} tokens ({size - SMALLEST} merges), fewer than vocab_size={vocab_size}; "
+                f"give more text or vocab_size={size}"
+            )
+        tokenizer.save(str(part / "tokenizer.json"))
+        special = {"bos_token": EOS, "eos_token": EOS, "pad_token": EOS}
+        about = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "add_prefix_space": False,
+            "clean_up_tokenization_spaces": False,  # decoding gives back the text, spaces before punctuation included
+            **special,
+        }
+        for name, content in {"tokenizer_config.json": about, "special_tokens_map.json": special}.items():
+            (part / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return Path(folder)
+
+
+def _counted(documents: Dataset | Sequence[str], progress: Callable[[int, int], object] | None) -> Iterator[str]:
+    for i, text in enumerate(texts(documents)):
+        yield text
+        if progress:
+            progress(i + 1, len(documents))
