@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import time
+from typing import TextIO
 from urllib.parse import unquote
 
 UNIT = {"bytes": 1e-6, "kB": 1e-3, "MB": 1.0, "GB": 1e3}
@@ -15,7 +16,7 @@ EVERY = 10.0  # seconds between lines where there is no terminal
 class Progress:
     """Follows one run of pip."""
 
-    def __init__(self, expected: int, stream=None) -> None:
+    def __init__(self, expected: int, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
         self.live = self.stream.isatty()
         self.expected, self.began, self.shown = expected, time.monotonic(), 0.0

@@ -1,0 +1,71 @@
+"""A small Qwen3-shaped model learns Python from the source of the standard library: tp=2 × dp=2 on CPU, a few minutes, nothing to download.
+
+It runs scripts/pretrain.py with the settings below, opens the Hugging Face folder that comes out, and lets the model go on with some Python.
+"""
+
+import sysconfig
+from pathlib import Path
+
+import attrs
+import pretrain
+import torch
+
+import lf
+
+MESH = "tp=2,dp=2"
+OUT = "runs/demo"
+PROMPT = "class Queue:\n    def __init__(self, maxsize=0):\n"
+
+
+@attrs.frozen
+class Config(pretrain.Config):
+    data: tuple[str, ...] = (f"{sysconfig.get_path('stdlib')}/*.py",)
+    model: str = "qwen3-demo"
+    match: str = "*.py"
+    mesh: str = MESH
+    device: str = "cpu"
+    precision: str = "fp32"
+    seq_len: int = 256
+    micro_batch: int = 4
+    global_batch: int = 16
+    steps: int = 240
+    lr: float = 3e-3
+    warmup: int = 20
+    save_every: int = 40
+    out: str = OUT
+    temperature: float = 0.7  # of the sampled continuation
+    sample: int = 120  # tokens
+
+
+def main(config: Config) -> None:
+    _, ctx = pretrain.main(config)
+    if ctx.axes.rank:
+        return
+    screen, out = lf.console.console(), Path(config.out)
+    records = lf.runs.read_metrics(out / "metrics.jsonl")
+    lf.show(lf.layout(lf.hf.model(config.model), ctx.axes.mesh), png=out / "layout.png")
+    first, last = records[0]["loss"], records[-1]["loss"]
+    screen.print(f"\nloss {first:.2f} → {last:.2f} nats per token over {records[-1]['tokens']:,} tokens. The model goes on with what is bold:\n")
+    screen.print(f"[bold]{PROMPT}[/bold]" + continuation(out / "hf", config), markup=True)
+    screen.print(f"\n{out}/loss.png · layout.png · metrics.jsonl · checkpoints/ · hf/ (transformers opens it)")
+    screen.print("Next: scripts/launch pretrain --device cpu --model qwen3-demo --data YOUR/TEXTS · scripts/launch parity --mesh tp=4")
+
+
+def continuation(folder: Path, config: Config) -> str:
+    """What the exported model writes after PROMPT, sampled on one rank from the files alone."""
+    ctx = lf.Context(lf.solo(), lf.devices.get(config.device), config.precision)
+    model = lf.hf.model(str(folder))
+    params = lf.hf.load(folder, lf.layout(model, ctx.axes.mesh), ctx)
+    tokenizer = lf.data.load_tokenizer(folder)
+    ids = tokenizer.encode([PROMPT])[0]
+    start, dice = len(ids), torch.Generator().manual_seed(config.seed)
+    while len(ids) < start + config.sample and ids[-1] != tokenizer.eos:
+        n = len(ids)
+        plan = {"tokens": torch.tensor(ids), "positions": torch.arange(n), "cu_seqlens": torch.tensor([0] + [n] * n, dtype=torch.int32)}
+        logits = lf.forward(model, params, lf.Batch(plan), ctx)[-1]
+        ids.append(int(torch.multinomial((logits / config.temperature).softmax(-1), 1, generator=dice)))
+    return tokenizer.decode(ids[start:])
+
+
+if __name__ == "__main__":
+    lf.cli.run(main, Config)
