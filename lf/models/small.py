@@ -1,0 +1,36 @@
+"""Small decoders, to find out about large ones: one that is awkward to split, and any model shrunk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+
+from lf.models.decoder import Attention, DecoderConfig, GatedMLP, Layer, decoder
+from lf.segment import Model
+
+
+def tiny(tied: bool = True, **changes: Any) -> Model:
+    """A decoder in the shape of Qwen3, small enough for a sweep and awkward to split: 3 kv heads, 37 words, odd widths."""
+    layer = Layer(Attention(heads=6, kv_heads=3, head_dim=4), GatedMLP(10))
+    return decoder(attrs.evolve(DecoderConfig(vocab=37, dim=15, layers=(layer, layer), tied=tied), **changes))
+
+
+def shrunk(config: DecoderConfig) -> DecoderConfig:
+    """The same shape in small: at most 2 layers of each kind, few heads and words, with the ratios of heads to kv heads and of widths kept."""
+    first = config.layers[0].mixer
+    kv = max(1, min(first.kv_heads, 8 // (first.heads // first.kv_heads)))
+    head_dim, factor = min(first.head_dim, 8), kv / first.kv_heads
+
+    def narrow(n: int) -> int:
+        return min(n, max(1, round(n * factor * head_dim / first.head_dim)))
+
+    def small(layer: Layer) -> Layer:
+        a = layer.mixer
+        k = max(1, round(a.kv_heads * factor))
+        mixer = attrs.evolve(a, heads=k * (a.heads // a.kv_heads), kv_heads=k, head_dim=min(a.head_dim, 8))
+        return attrs.evolve(layer, mixer=mixer, ffn=attrs.evolve(layer.ffn, dim=narrow(layer.ffn.dim)))
+
+    keep = [i for i, layer in enumerate(config.layers) if config.layers[:i].count(layer) < 2]
+    layers = tuple(small(config.layers[i]) for i in keep)
+    return attrs.evolve(config, vocab=min(config.vocab, 199), dim=narrow(config.dim), layers=layers)

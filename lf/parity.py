@@ -1,0 +1,256 @@
+"""Law 1, measured: a layout never changes the numbers.
+
+One rank runs exactly the microbatches of the mesh one after another (dp coordinate d, index i ↔ i·dp + d), in float64, through the very step
+that trains. Every loss, every gradient, the gradient norm and the parameters after three SGD steps must agree on every rank that has them:
+
+    ‖a - b‖∞ ≤ 1e-10 · max(‖b‖∞, 1e-6 · ‖all gradients‖∞)        a: the mesh, b: one rank
+
+SGD, because Adam divides the scale of a gradient out again. Every parameter is re-randomised first: a norm gain of 1 or a bias of 0 would let
+a missing sum pass. Each piece that any rank holds is compared with the same box of the one rank's tensor, so every copy must be right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+from torch import Tensor
+
+from lf import box, console, devices, rng, tree
+from lf.axes_sim import spmd as simulated
+from lf.batch import IGNORE, Batch
+from lf.config import ConfigError
+from lf.context import Context
+from lf.data.batches import pack
+from lf.data.stream import Row
+from lf.layouts import Layout, layout
+from lf.mesh import Mesh
+from lf.optim import Optimizer, sgd
+from lf.schedule import one_f_one_b
+from lf.segment import Model
+from lf.spec import Init, Spec
+from lf.state import init
+from lf.train import make
+from lf.tree import Tree
+
+RELATIVE, FLOOR = 1e-10, 1e-6
+
+
+@attrs.frozen
+class Quantity:
+    """One compared quantity, as it was where it disagreed most. `size` is ‖b‖∞: with 0 there the comparison says nothing."""
+
+    name: str
+    size: float
+    error: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.tolerance and math.isfinite(self.tolerance)  # false for NaN, and for ∞ against ∞
+
+
+@attrs.frozen
+class Report:
+    """What `compare` found."""
+
+    mesh: Mesh
+    microbatches: int
+    seed: int
+    rows: tuple[Quantity, ...]
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.rows) and all(q.ok for q in self.rows)
+
+    @property
+    def bad(self) -> tuple[Quantity, ...]:
+        return tuple(q for q in self.rows if not q.ok)
+
+    def __str__(self) -> str:
+        """One line a quantity that disagrees, or that all agree."""
+        words = f"mesh {self.mesh}, {self.microbatches} microbatches a rank, seed {self.seed}: "
+        if self.ok:
+            return words + f"all {len(self.rows)} quantities agree with one rank"
+        lines = [f"  {q.name}: error {q.error:.3g}, at most {q.tolerance:.3g}" for q in self.bad]
+        return words + f"{len(self.bad)} of {len(self.rows)} quantities disagree with one rank\n" + "\n".join(lines)
+
+    def table(self) -> Any:
+        """As a rich table."""
+        rows = [(q.name, f"{q.size:.2e}", f"{q.error:.1e}", f"{q.tolerance:.1e}", "ok" if q.ok else "DISAGREES") for q in self.rows]
+        return console.table(f"mesh {self.mesh} against one rank", ("quantity", "largest", "error", "at most", ""), rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, which has no NaN: what is not finite is None, and never ok."""
+
+        def number(x: float) -> float | None:
+            return x if math.isfinite(x) else None
+
+        rows = [
+            {"name": q.name, "size": number(q.size), "error": number(q.error), "tolerance": number(q.tolerance), "ok": q.ok} for q in self.rows
+        ]
+        return {"mesh": str(self.mesh), "ranks": self.mesh.size, "microbatches": self.microbatches, "seed": self.seed, "ok": self.ok, "rows": rows}
+
+
+@attrs.frozen
+class Trace:
+    """What one rank saw: metrics and gradients (by path) of each step, and its parameters in the end."""
+
+    coords: dict[str, int]
+    metrics: list[dict[str, Tensor]]
+    gradients: list[dict[str, Tensor]]
+    params: dict[str, Tensor]
+
+
+def compare(
+    model: Model,
+    mesh: Mesh,
+    *,
+    rules: dict[str, str] | None = None,
+    microbatches: int = 2,
+    seed: int = 0,
+    tokens: int = 21,
+    padding: int = 0,
+    steps: int = 3,
+    lr: float = 0.1,
+    clip: float | None = 1.0,
+    device: str = "cpu",
+    spmd: Callable[..., list[Any]] = simulated,
+) -> Report:
+    """`model` on `mesh`, with `microbatches` a rank and step, against one rank. `spmd(mesh, fn, *args)` is how ranks are run: fn(axes, *args)
+    on each, the results in their order. Raises what the ranks raise; ConfigError where the device has no float64.
+    """
+    if not devices.get(device).FLOAT64:
+        raise ConfigError(f"device {device!r} has no float64, which parity is measured in; use --device cpu")
+    mesh = mesh.fill()
+    count = microbatches * mesh["dp"]
+    batches = [random_batches(model, seed, step, count, tokens, padding) for step in range(steps)]
+    args = (model, rules, batches, seed, lr, clip, device)
+    (one,) = simulated(Mesh(dp=1), trace, *args)
+    many = spmd(mesh, trace, *args)
+    rows = _compared(layout(model, Mesh(dp=1), rules), one, layout(model, mesh, rules), many)
+    return Report(mesh, microbatches, seed, tuple(rows))
+
+
+def trace(
+    axes: Any,
+    model: Model,
+    rules: dict[str, str] | None,
+    batches: Sequence[Sequence[Batch]],
+    seed: int,
+    lr: float,
+    clip: float | None,
+    device: str,
+) -> Trace:
+    """This rank's part of a few steps of `lf.train.make`. batches[step] are the microbatches of all dp coordinates."""
+    ctx = Context(axes, devices.get(device), "fp64")
+    where, (d, dp) = layout(model, axes.mesh, rules), (axes["dp"].index, axes["dp"].size)
+    seen: list[dict[str, Tensor]] = []
+    start, step = make(where, _recording(sgd(lr), seen), one_f_one_b(len(batches[0]) // dp), ctx, clip)
+    state, metrics = start(randomised(where, ctx, seed)), []
+    for row in batches:
+        state, new = step(state, [b for i, b in enumerate(row) if i % dp == d])
+        metrics.append({k: v.cpu() for k, v in new.items()})
+    return Trace(axes.coords, metrics, seen, {p: w.cpu() for p, w in tree.items(state.optimizer["master"])})
+
+
+def randomised(where: Layout, ctx: Any, seed: int) -> Tree:
+    """`lf.init`, and noise on every parameter: the same logical model under any layout, with nothing that is still 0 or 1."""
+    params = init(where, ctx, seed)
+    for path, spec in where.specs.items():
+        shape = spec.param.shape
+        noise = Init(std=shape[-1] ** -0.5 if len(shape) > 1 else 0.2)  # keeps the variance of what a matrix makes near 1, whatever the width
+        for piece in spec.pieces(ctx.axes.coords):
+            view = piece.view(tree.get(params, path))
+            view += rng.draw(seed, f"parity/{piece.key}", piece.shape, noise, piece.box, view.dtype).to(view.device)
+    return params
+
+
+def random_batches(model: Model, seed: int, step: int, count: int, tokens: int, padding: int = 0) -> list[Batch]:
+    """Packed rows of about `tokens` tokens, each of another length: documents of uneven lengths, some of one token; labels that are ignored here
+    and there; every third row with hardly a label, so that a mean of means would show; then `padding` invalid tokens."""
+    out = []
+    for i in range(count):
+        g = rng.generator(seed, "parity", step, i)
+        n = tokens + int(g.integers(0, 4))
+        starts = np.unique(np.concatenate([[0, n // 2, n // 2 + 1], g.integers(0, n, 2)]))
+        words = g.integers(0, model.config.vocab, n)
+        labels = np.append(words[1:], IGNORE)
+        labels[starts[1:] - 1] = IGNORE
+        ignored = g.random(n) < (0.9 if i % 3 == 1 else 0.2)
+        ignored[labels.argmax()] = False  # one label at least
+        labels[ignored] = IGNORE
+        out.append(pack([Row(words, labels, starts)], n + padding))
+    return out
+
+
+def _recording(optimizer: Optimizer, seen: list[dict[str, Tensor]]) -> Optimizer:
+    """The same optimizer, keeping what it is given: the gradients of the step itself, not of a second one written for the test."""
+
+    def update(state: Tree, grads: Tree, *rest: Any) -> Tree:
+        seen.append({path: g.detach().cpu().clone() for path, g in tree.items(grads)})
+        return optimizer.update(state, grads, *rest)
+
+    return attrs.evolve(optimizer, update=update)
+
+
+def _compared(one_layout: Layout, one: Trace, many_layout: Layout, many: Sequence[Trace]) -> Iterator[Quantity]:
+    largest = torch.stack([g.abs().max() for grads in one.gradients for g in grads.values()]).max().item()
+    yield _covered(many_layout, [t.coords for t in many])
+    for name in one.metrics[0]:
+        yield _worst(_quantity(name, want[name], [(t.metrics[i][name], want[name]) for t in many], largest) for i, want in enumerate(one.metrics))
+    for path, spec in many_layout.specs.items():
+        whole = one_layout.specs[path]
+        yield _worst(
+            _quantity(f"gradient {path}", g[path], _pairs(spec, [(t.coords, t.gradients[i][path]) for t in many], whole, g[path]), largest)
+            for i, g in enumerate(one.gradients)
+        )
+    for path, spec in many_layout.specs.items():
+        w = one.params[path]
+        pairs = _pairs(spec, [(t.coords, t.params[path]) for t in many], one_layout.specs[path], w)
+        yield _quantity(f"parameter {path}", w, pairs, largest)
+
+
+def _covered(where: Layout, ranks: Sequence[dict[str, int]]) -> Quantity:
+    """How far the logical tensors are from being held by some rank and owned by one, in elements."""
+    missed = 0
+    for spec in where.specs.values():
+        for i, piece in enumerate(spec.pieces(ranks[0])):
+            held, owned = torch.zeros(2, *piece.shape, dtype=torch.int64)
+            everything = box.whole(piece.shape)
+            for coords in ranks:
+                held[box.slices(spec.pieces(coords)[i].box, everything)] = 1
+                for mine in spec.owned(coords):
+                    if mine.key == piece.key:
+                        owned[box.slices(mine.box, everything)] += 1
+            missed += int((held != 1).sum() + (owned != 1).sum())
+    return Quantity("elements not held, or not owned once", 1.0, float(missed), 0.0)
+
+
+def _pairs(spec: Spec, local: list[tuple[dict[str, int], Tensor]], whole: Spec, want: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(a rank's piece, the same box of the one rank's tensor), for every piece of every rank."""
+    return [
+        (piece.view(tensor), full.view(want)[box.slices(piece.box, full.box)])
+        for coords, tensor in local
+        for piece, full in zip(spec.pieces(coords), whole.pieces(Mesh(dp=1).coords(0)))
+    ]
+
+
+def _quantity(name: str, want: Tensor, pairs: list[tuple[Tensor, Tensor]], largest: float) -> Quantity:
+    size = want.to(torch.float64).abs().max().item()
+    errors = [torch.zeros((), dtype=torch.float64)]  # max() of tensors keeps a NaN, Python's loses it
+    for a, b in pairs:
+        if a.shape != b.shape:
+            errors.append(errors[0] + math.inf)
+        elif a.numel():
+            errors.append((a.to(torch.float64) - b.to(torch.float64)).abs().max())
+    return Quantity(name, size, torch.stack(errors).max().item(), RELATIVE * max(size, FLOOR * largest))
+
+
+def _worst(steps: Iterable[Quantity]) -> Quantity:
+    """The step that disagrees most, for its tolerance."""
+    return max(steps, key=lambda q: (not q.ok, q.error / q.tolerance if q.tolerance else 0.0))
