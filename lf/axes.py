@@ -82,6 +82,7 @@ class Axis:
         join = dim if join is None else join
         if self.size == 1:
             return x.detach()
+        dim, join = dim % x.dim(), join % x.dim()
         _check(self, "all_to_all", x.shape[dim], sum(send))
         shape = list(x.shape)
         if join != dim:

@@ -201,7 +201,7 @@ def spmd(mesh: Mesh, fn: Callable[..., Any], *args: Any) -> list[Any]:
 
 
 def _but(shape: Sequence[int], dim: int) -> tuple[int, ...]:
-    return tuple(n for d, n in enumerate(shape) if d != dim)
+    return tuple(n for d, n in enumerate(shape) if d != dim % len(shape))
 
 
 def _call_site() -> str:
