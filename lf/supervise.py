@@ -90,8 +90,12 @@ def attend(command: Sequence[str], env: dict[str, str], logs: Path, ranks: range
             signal.signal(number, handler)
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(logs / f"torchrun{ranks.start}", ignore_errors=True)
-    if stop:
+    if (stop or code) and os.isatty(1):
+        sys.stdout.write("\x1b[?25h")  # a progress bar that was cut short has hidden the cursor
+        sys.stdout.flush()
+    if stop and stop[0] != signal.SIGPIPE:
         print(f"\nlf: ended by {signal.Signals(stop[0]).name}; logs in {logs}", file=sys.stderr)
+    if stop:
         return 128 + stop[0]
     return report(code, logs, ranks) if code else 0
 

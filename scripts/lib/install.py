@@ -85,15 +85,16 @@ def torch_source(python: str, pin: str) -> tuple[list[str], bool]:
     return [], False
 
 
-def make_venv(venv: Path, log: Path) -> str:
+def make_venv(venv: Path, log: Path, lock: int) -> str:
     """An empty environment with pip in it; '' or what went wrong. Debian ships Python without ensurepip: then pip copies itself in."""
     base = getattr(sys, "_base_executable", None) or sys.executable
-    shutil.rmtree(venv, ignore_errors=True)
+    if venv.exists():
+        shutil.rmtree(venv)
     venv.mkdir()
     (venv / environment.STAMP).write_text(json.dumps({"state": "started"}))  # first, so that what an interruption leaves is known as ours
 
     def call(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(args, env={**os.environ, **env}, capture_output=True, text=True, check=False)
+        return subprocess.run(args, env={**os.environ, **env}, capture_output=True, text=True, check=False, pass_fds=(lock,))
 
     made = call(base, "-m", "venv", str(venv))
     if made.returncode == 0:
@@ -124,7 +125,7 @@ def pip_command(venv: Path, root: Path, source: list[str]) -> list[str]:
 
 
 def run_pip(command: list[str], log: Path, pins: int, lock: int) -> tuple[int, Progress]:
-    """Runs pip with its output in `log`, and tells how far it is. The lock is pip's too: it holds even if we are killed."""
+    """Runs pip with its output in `log`, and tells how far it is. The lock is pip's too: it holds when we are killed."""
     scratch = log.with_name("tmp")  # /tmp may be small, or in memory; it is .venv's disk that was looked at
     scratch.mkdir(exist_ok=True)
     progress = Progress(pins)
@@ -200,7 +201,7 @@ def build(root: Path, venv: Path, want: list[str], there: str, lock: int) -> int
         return 1
     if there != "stale":
         say(f"setting up {venv} with Python {sys.version.split()[0]}, once")
-        if problem := make_venv(venv, log):
+        if problem := make_venv(venv, log, lock):
             say(problem)
             return 1
     else:

@@ -1,0 +1,328 @@
+"""The launcher: what it would run, where ranks come from, and what happens when one of them fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lf import launch, supervise
+from lf.cluster import Cluster, ClusterError, count_devices, find, first_host
+from lf.mesh import MeshError
+
+ROOT = Path(__file__).resolve().parents[1]
+CLUSTER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_NTASKS", "SLURM_PROCID", "NNODES", "PET_NNODES", "MASTER_ADDR",
+           "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTHONPATH", "LF_RANK_LOGS", "LF_LAUNCHER")
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """Makes a script in an empty folder, which is where we stand; nothing in the environment speaks of a cluster."""
+    monkeypatch.chdir(tmp_path)
+    for name in CLUSTER:
+        monkeypatch.delenv(name, raising=False)
+
+    def make(text: str = "", name: str = "job.py") -> Path:
+        Path(name).write_text(text)
+        return Path(name)
+
+    return make
+
+
+def start(*args: str, **env: str) -> subprocess.Popen[str]:
+    add = {"PYTHONPATH": str(ROOT), **env}
+    return subprocess.Popen(
+        [sys.executable, "-m", "lf.launch", *args], env={**os.environ, **add}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+# what would run
+
+
+def test_dry_run_prints_a_command_that_a_shell_takes_and_starts_nothing(script, capsys):
+    script('OUT = "here"\nMESH = "dp=2,tp=2"')
+    assert launch.main(["--dry-run", "job.py", "--name", "two words"]) == 0
+    out = capsys.readouterr().out
+    assert "--standalone" in out
+    assert "--nproc-per-node 4" in out
+    assert "-m lf.worker job.py --name 'two words'" in out
+    assert "OMP_NUM_THREADS=" in out
+    assert "LF_RANK_LOGS=" + str(Path("here/logs").absolute()) in out
+    assert not Path("here").exists()
+
+
+def test_the_printed_command_runs_by_hand(script, capsys):
+    script('import os, sys; print("rank", os.environ["RANK"], os.environ["OMP_NUM_THREADS"], sys.argv)')
+    assert launch.main(["--dry-run", "job.py", "a b"]) == 0
+    # torchrun costs seconds; its place is taken by a rank of its own
+    command = capsys.readouterr().out.replace("-m torch.distributed.run", "-m lf.worker job.py x #")
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, env={**os.environ, "RANK": "0", "PYTHONPATH": str(ROOT)}, check=True)
+    assert done.stdout.startswith("rank 0 ")
+
+
+@pytest.mark.parametrize(
+    ("text", "args", "ranks"),
+    [
+        ("", [], 1),
+        ('MESH = "tp=2,dp=3"', [], 6),
+        ('MESH = "tp=2,dp=3"', ["--mesh", "pp=2"], 2),
+        ('MESH = "tp=2,dp=3"', ["--mesh=cp=4"], 4),
+        ('MESH: str = "tp=2"', ["--device", "cpu"], 2),
+        ("", ["--config", "string.json"], 2),
+        ("", ["--config", "table.json"], 6),
+        ("RANKS = 1", ["--mesh", "tp=8"], 1),
+        ("", ["--mesh", "dp=2,ep=2"], 2),
+    ],
+)
+def test_the_mesh_says_how_many_ranks(script, text, args, ranks):
+    script(text)
+    Path("string.json").write_text('{"mesh": "tp=2"}')
+    Path("table.json").write_text(json.dumps({"mesh": {"pp": 3, "dp": None, "tp": 2}}))
+    made = launch.plan(Path("job.py"), args, env={})
+    assert len(made.ranks) == ranks
+    assert made.command[made.command.index("--nproc-per-node") + 1] == str(ranks)
+
+
+def test_the_run_folder(script):
+    script('OUT = "runs/mine"')
+    assert launch.plan(Path("job.py"), [], env={}).logs.parent == Path("runs/mine/logs")
+    assert launch.plan(Path("job.py"), ["--out", "x"], env={}).logs.parent == Path("x/logs")
+    script()
+    assert launch.plan(Path("job.py"), [], env={}).logs.parent == Path("runs/job/logs")
+
+
+def test_threads_are_shared_out_unless_set(script):
+    script('MESH = "dp=2"')
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert launch.plan(Path("job.py"), [], env={}).env["OMP_NUM_THREADS"] == str(max(1, cores // 2))
+    assert "OMP_NUM_THREADS" not in launch.plan(Path("job.py"), [], env={"OMP_NUM_THREADS": "7"}).env
+
+
+def test_dp_fills_the_devices_that_are_visible(script):
+    script()
+    env = {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+    assert len(launch.plan(Path("job.py"), ["--device", "cuda", "--mesh", "tp=2"], env=env).ranks) == 4
+    assert len(launch.plan(Path("job.py"), ["--device", "cuda"], env=env).ranks) == 4
+    assert len(launch.plan(Path("job.py"), ["--device", "cuda", "--mesh", "dp=1"], env=env).ranks) == 1
+    with pytest.raises(MeshError, match=r"= 8 ranks; this machine shows 4 cuda devices"):
+        launch.plan(Path("job.py"), ["--device", "cuda", "--mesh", "tp=2,dp=4"], env=env)
+    with pytest.raises(MeshError, match=r"= 8 ranks; the world has 4"):
+        launch.plan(Path("job.py"), ["--device", "cuda", "--mesh", "tp=8"], env=env)
+    assert count_devices("cuda", {"CUDA_VISIBLE_DEVICES": ""}) == 0
+    assert count_devices("cuda", {"CUDA_VISIBLE_DEVICES": "3,-1,2"}) == 1
+
+
+# mistakes
+
+
+def test_a_mesh_that_does_not_match_the_world_shows_both_products(script, capsys):
+    script('MESH = "dp=2,tp=2"')
+    assert launch.main(["--nproc", "8", "job.py"]) == 2
+    said = capsys.readouterr().err
+    assert "pp*dp*cp*tp = 1*2*1*2 = 4 ranks; the world has 8" in said
+    assert "Traceback" not in said
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["nothing.py"], "no script nothing.py"),
+        (["job.py", "--mesh", "xp=2"], "unknown axis 'xp'"),
+        (["--nproc", "two", "job.py"], "--nproc two"),
+        (["--frob", "job.py"], "--frob is no option"),
+        (["job.py", "--config", "gone.json"], "gone.json"),
+        (["broken.py"], "broken.py, line 2"),
+    ],
+)
+def test_mistakes_are_one_clear_line(script, capsys, args, said):
+    script()
+    script("x = 1\ny = = 2\n", "broken.py")
+    assert launch.main(args) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_an_unknown_name_suggests_the_near_one(monkeypatch, tmp_path, capsys):
+    for name in ("pretrain", "parity"):
+        (tmp_path / f"{name}.py").write_text(f'"""Does {name}."""')
+    monkeypatch.setattr(launch, "SCRIPTS", tmp_path)
+    assert launch.main(["pretrian"]) == 2
+    assert "did you mean pretrain? There are: parity, pretrain" in capsys.readouterr().err
+    assert launch.main(["--help"]) == 0
+    assert "parity       Does parity." in capsys.readouterr().out
+
+
+def test_one_process_scripts_refuse_a_larger_world(script):
+    script("RANKS = 1")
+    with pytest.raises(MeshError, match=r"runs in 1 process.*the world has 8"):
+        launch.plan(Path("job.py"), [], nproc=8, env={})
+
+
+def test_the_launcher_loads_no_torch():
+    code = "import sys, lf.launch, lf.supervise, lf.worker; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+# clusters
+
+
+def test_a_rank_of_somebody_elses_launcher_runs_as_that_rank(script):
+    script('MESH = "tp=2"')
+    env = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    made = launch.plan(Path("job.py"), [], env=env)
+    assert made.ranks == range(3, 4)
+    assert "torch.distributed.run" not in made.command
+    with pytest.raises(MeshError, match="the world has 3"):
+        launch.plan(Path("job.py"), [], env={**env, "WORLD_SIZE": "3"})
+
+
+def test_srun():
+    env = {"SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_JOB_ID": "1234",
+           "SLURM_STEP_NODELIST": "gpu[07-08]"}
+    found = find(env)
+    assert (found.world, found.rank, found.env["LOCAL_RANK"], found.env["LOCAL_WORLD_SIZE"]) == (8, 5, "1", "4")
+    assert found.env["MASTER_ADDR"] == "gpu07"
+    assert found.env["MASTER_PORT"] == find({**env, "SLURM_PROCID": "0"}).env["MASTER_PORT"]
+    with pytest.raises(ClusterError, match="srun"):
+        find({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"})
+    assert find({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) == Cluster()
+    assert first_host("a[1,3]-ib,b") == "a1-ib"
+    assert first_host("host") == "host"
+
+
+def test_one_process_per_machine(script):
+    script('MESH = "tp=4"')
+    env = {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_NPROC_PER_NODE": "8", "PET_MASTER_ADDR": "m0", "RANK": "1", "WORLD_SIZE": "2"}
+    made = launch.plan(Path("job.py"), [], env=env)
+    assert made.ranks == range(8, 16)
+    assert " ".join(("--nnodes 2 --node-rank 1 --master-addr m0", "--master-port 29500 --nproc-per-node 8")) in " ".join(made.command)
+    with pytest.raises(MeshError, match="the world has 16"):
+        launch.plan(Path("job.py"), ["--mesh", "tp=3"], env=env)
+    with pytest.raises(ClusterError, match="NPROC_PER_NODE"):
+        find({"NNODES": "2"})
+    with pytest.raises(ClusterError, match="MASTER_ADDR"):
+        find({"NNODES": "2", "NPROC_PER_NODE": "8", "NODE_RANK": "0"})
+    with pytest.raises(ClusterError, match="1:4"):
+        find({"NNODES": "1:4", "NPROC_PER_NODE": "8"})
+
+
+# failures
+
+
+def test_the_rank_that_failed_first_is_not_one_that_lost_its_peer():
+    peer = {"rank": 0, "time": 1.0, "code": 1, "text": "RuntimeError: gloo/transport/tcp/pair.cc Connection closed by peer"}
+    real = {"rank": 2, "time": 2.0, "code": 3, "text": "ValueError: boom"}
+    late = {"rank": 1, "time": 3.0, "code": 1, "text": "KeyError: 1"}
+    assert supervise.root_cause([peer, late, real], "", range(4)) == real
+    killed = "E failed (exitcode: -9) local_rank: 3 (pid: 12) of binary: python"
+    assert supervise.root_cause([peer], killed, range(4, 8)) == {"rank": 7, "code": -9, "text": ""}
+    ended = "E failed (exitcode: -15) local_rank: 3 (pid: 12) of binary: python"
+    assert supervise.root_cause([peer], ended, range(4)) == peer
+    assert supervise.root_cause([], "", range(4)) is None
+    same = [{**real, "rank": 3, "time": 0.0}, real]
+    assert supervise.root_cause(same, "", range(4)) == real  # all say the same: the lowest rank
+
+
+def test_the_log_of_a_terminal_has_the_last_state_of_a_progress_bar():
+    lines, rest = supervise.plain(b"one\r\n\x1b[31mtwo\x1b[0m\n 10%\r\x1b[2K 2", b"")
+    assert lines == b"one\ntwo\n"
+    lines, rest = supervise.plain(b"0%\r\x1b[2K 100%\nend", rest)
+    assert lines == b" 100%\n"
+    assert rest == b"end"
+
+
+def test_a_rank_by_itself_reports_and_exits_with_its_code(script):
+    script("import sys\nprint('working')\nsys.exit(7)")
+    job = start("job.py", RANK="1", WORLD_SIZE="2", MASTER_PORT="1", TORCHELASTIC_RUN_ID="j1")
+    out, err = job.communicate(timeout=60)
+    assert job.returncode == 7
+    assert out == ""
+    assert "rank 1 failed (exit code 7)" in err
+    assert Path("runs/job/logs/j1/rank1.log").read_text() == "working\n"
+
+
+def test_a_word_to_the_user_comes_without_a_traceback(script):
+    script("raise SystemExit('add --device cpu')")
+    job = start("job.py", RANK="0", WORLD_SIZE="1", TORCHELASTIC_RUN_ID="j1")
+    assert job.communicate(timeout=60)[1].startswith("add --device cpu\n")
+    assert job.returncode == 1
+    assert "add --device cpu" in Path("runs/job/logs/j1/rank0.log").read_text()
+
+
+def test_ctrl_c_ends_quietly(script):
+    script("import time\nprint('up', flush=True)\ntime.sleep(60)")
+    job = start("job.py", RANK="0", WORLD_SIZE="1")
+    assert job.stdout is not None
+    assert job.stdout.readline() == "up\n"
+    job.send_signal(signal.SIGINT)
+    assert "Traceback" not in job.communicate(timeout=30)[1]
+    assert job.returncode == 130
+
+
+WAIT = """
+import os, sys, time
+MESH = "dp=3"
+rank, out = os.environ["RANK"], sys.argv[1]
+print("hello from", rank, flush=True)
+open(f"{out}/{rank}.pid", "w").write(str(os.getpid()))
+while len([f for f in os.listdir(out) if f.endswith(".pid")]) < 3:
+    time.sleep(0.02)
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def gone(pids: list[int], seconds: float = 20) -> bool:
+    end = time.monotonic() + seconds
+    while any(map(alive, pids)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(map(alive, pids))
+
+
+def pids(folder: Path, seconds: float = 60) -> list[int]:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = [path.read_text() for path in folder.glob("*.pid")]
+        if len(found) == 3 and all(found):
+            return [int(text) for text in found]
+        time.sleep(0.05)
+    raise AssertionError("three ranks did not start")
+
+
+def test_under_torchrun_the_failing_rank_speaks_first_and_the_others_end(script, tmp_path):
+    script(WAIT + "if rank == '1':\n    raise ValueError('boom')\ntime.sleep(120)")
+    job = start("job.py", str(tmp_path))
+    out, err = job.communicate(timeout=100)
+    assert job.returncode == 1
+    assert out == "hello from 0\n"
+    assert err.startswith("rank 1 failed (exit code 1):\nTraceback (most recent call last):\n")
+    assert "ValueError: boom" in err
+    assert "lf/worker.py" not in err
+    assert gone(pids(tmp_path))
+    logs = next(Path("runs/job/logs").iterdir())
+    assert [(logs / f"rank{rank}.log").read_text().splitlines()[0] for rank in range(3)] == [f"hello from {rank}" for rank in range(3)]
+    assert "ValueError: boom" in (logs / "rank1.log").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
+def test_no_rank_outlives_a_killed_launcher(script, tmp_path):
+    script(WAIT + "time.sleep(120)")
+    job = start("job.py", str(tmp_path))
+    ranks = pids(tmp_path)
+    job.kill()
+    job.communicate()
+    assert gone(ranks)
