@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers; the table below is what runs
-    from lf import checkpoint, config, console, data, devices, models, optim, parity, schedule, sim, train, tree
+    from lf import checkpoint, cli, config, console, context, data, devices, models, optim, parity, pictures, runs, schedule, sim, train, tree
     from lf.axes import connect, solo
     from lf.batch import IGNORE, Batch
     from lf.checkpoint import hf
@@ -20,7 +20,10 @@ if TYPE_CHECKING:  # for editors and type checkers; the table below is what runs
     from lf.pictures import show
     from lf.state import State, forward, init, shard_batch
 
-_MODULES = ("checkpoint", "config", "console", "data", "devices", "models", "optim", "parity", "schedule", "sim", "train", "tree")
+_MODULES = (
+    *("checkpoint", "cli", "config", "console", "context", "data", "devices", "models", "optim", "parity", "pictures", "runs", "schedule", "sim"),
+    *("train", "tree"),
+)
 _NAMES = {
     "lf.axes": ("connect", "solo"),
     "lf.batch": ("IGNORE", "Batch"),

@@ -9,18 +9,23 @@ There is no mean of means: every rank back-propagates its own sums with the one 
 
 from __future__ import annotations
 
+import json
+import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lf import tree
+from lf import checkpoint, tree
 from lf.batch import Batch
+from lf.console import Bar, console
 from lf.layouts import Layout
 from lf.mesh import MeshError
 from lf.optim import Optimizer
 from lf.parallel.reduce import owned_square_sum
+from lf.runs import Run, RunError, cut_metrics
 from lf.schedule import Program, check
 from lf.schedule.lower import add_reduce
 from lf.schedule.run import run
@@ -107,3 +112,54 @@ def make(
         return new, {**metrics, "lr": lr, "skipped": ~ok}
 
     return init, step
+
+
+def loop(
+    run: Run,
+    layout: Layout,
+    step: Callable[[State, Sequence[Batch]], tuple[State, Metrics]],
+    state: State,
+    batches: Callable[[int], Sequence[Batch]],
+    steps: int,
+    ctx: Any,
+    save_every: int,
+    extra: dict[str, Any],
+) -> State:
+    """Steps from where `state` is to `steps`, with a live bar, a line of metrics.jsonl a step, and checkpoints every `save_every` steps.
+
+    batches(i): this rank's microbatches of step i, counted from 0. `extra` goes into every checkpoint. Metrics are read one step late, so the
+    host never waits for a step that it has just started. Raises RunError when loss or gradient norm is not finite, naming the step.
+    """
+    first = int(state.step)
+    records = cut_metrics(run.metrics, first) if ctx.axes.rank == 0 else []
+    tokens = records[-1]["tokens"] if records else 0
+    screen = console(ctx.axes.rank)
+    pending: tuple[int, Metrics, float] | None = None
+    with Bar(screen, "step", steps, first) as bar, open(run.metrics if ctx.axes.rank == 0 else os.devnull, "a") as out:
+
+        def settle() -> None:
+            """Reads the metrics that are still on the device, and writes and shows them."""
+            nonlocal tokens, pending
+            if pending is None:
+                return
+            (number, metrics, began), pending = pending, None
+            values = {k: v.item() for k, v in metrics.items()}
+            if values.pop("skipped"):
+                raise RunError(f"step {number}: loss {values['loss']}, gradient norm {values['grad_norm']}: not finite, nothing was updated")
+            speed = values["tokens"] / (time.perf_counter() - began)
+            tokens += int(values["tokens"])
+            record = {"step": number, **values, "tokens": tokens, "tokens_per_s": round(speed, 1)}
+            out.write(json.dumps(record) + "\n")
+            out.flush()
+            bar.at(number, loss=f"{values['loss']:.3f}", **{"tokens/s": f"{speed:,.0f}"})
+
+        for i in range(first, steps):
+            began = time.perf_counter()
+            state, metrics = step(state, batches(i))
+            settle()
+            pending = (i + 1, metrics, began)
+            if (i + 1) % save_every == 0 or i + 1 == steps:
+                settle()  # a checkpoint stands for metrics that are written
+                checkpoint.save(run.checkpoints / f"step-{i + 1:08d}", layout, state, ctx, extra)
+                checkpoint.prune(run.checkpoints, keep=2, ctx=ctx)
+    return state

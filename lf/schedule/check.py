@@ -21,8 +21,8 @@ def check(program: Program, layout: Layout, microbatches: int) -> tuple[int, ...
         peak = 0
         for i, a in enumerate(actions):
 
-            def fail(why: str, rank: int = rank, i: int = i) -> ProgramError:
-                return ProgramError(f"{actions[i]} on rank {rank}: {why}\n{draw(program, mark=(rank, i))}")
+            def fail(why: str, rank: int = rank, i: int = i, a: Action = a) -> ProgramError:
+                return ProgramError(f"{a} on rank {rank}: {why}\n{draw(program, mark=(rank, i))}")
 
             if a.op not in ("F", "B", "REDUCE"):
                 raise fail(f"unknown op {a.op!r}; there are F, B, REDUCE")
@@ -48,7 +48,8 @@ def check(program: Program, layout: Layout, microbatches: int) -> tuple[int, ...
             peak = max(peak, len(alive))
         peaks.append(peak)
         if alive:
-            raise ProgramError(f"rank {rank}: activations stay alive, no backward for {[f'{s}F{m}' for s, m in sorted(alive, key=str)]}\n{draw(program)}")
+            kept = ", ".join(f"{s}F{m}" for s, m in sorted(alive, key=str))
+            raise ProgramError(f"rank {rank}: activations stay alive, there is no backward for {kept}\n{draw(program)}")
     wanted = [Action("B", s, m) for s in stages for m in range(microbatches)]
     wanted += [Action("REDUCE", s, segment=layer) for s in stages for layer in layout.layers(s)]
     if missing_actions := [str(a) for a in wanted if a not in done]:

@@ -1,0 +1,65 @@
+"""What a person sees: one line for what happens, a live bar on long work, tables. Rank 0 speaks, the others are silent.
+
+The launcher runs rank 0 behind a pipe; LF_TTY=1 in its environment says that a terminal stands at the other end.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+
+def console(rank: int = 0) -> Console:
+    """The console of a rank: silent unless it is rank 0."""
+    terminal = os.environ.get("LF_TTY")
+    return Console(quiet=rank != 0, force_terminal=None if terminal is None else terminal == "1", highlight=False)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """A table whose numbers stand to the right."""
+    rows = [[str(cell) for cell in row] for row in rows]
+    out = Table(title=title, title_justify="left", header_style="bold")
+    for i, name in enumerate(columns):
+        numeric = bool(rows) and all(row[i].replace(".", "").replace("-", "").replace("e", "").replace(",", "").isdigit() for row in rows)
+        out.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        out.add_row(*row)
+    return out
+
+
+class _Fields(ProgressColumn):
+    """name value pairs of a task, three spaces apart."""
+
+    def render(self, task: Task) -> Text:
+        return Text("   ".join(f"{k} {v}" for k, v in task.fields.get("show", {}).items()))
+
+
+class Bar:
+    """A live bar with what it is, how far it is, values that change, and the time left. Where there is no terminal: a line now and then."""
+
+    def __init__(self, screen: Console, what: str, total: int, start: int = 0):
+        self.screen, self.what, self.total, self.live = screen, what, total, screen.is_terminal
+        columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), _Fields(), TextColumn("left"), TimeRemainingColumn())
+        self.progress = Progress(*columns, console=screen, disable=not self.live or screen.quiet)
+        self.task = self.progress.add_task(what, total=total, completed=start)
+        self.every = max(1, total // 10)
+
+    def __enter__(self) -> Bar:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.progress.stop()
+
+    def at(self, done: int, total: int | None = None, **values: str) -> None:
+        """`done` of the total (which may turn out to be another), with values to show beside the bar."""
+        self.total = self.total if total is None else total
+        self.progress.update(self.task, completed=done, total=self.total, show=values)
+        if not self.live and (done % self.every == 0 or done in (1, self.total)):
+            self.screen.print(f"{self.what} {done}/{self.total}   " + "   ".join(f"{k} {v}" for k, v in values.items()))

@@ -1,0 +1,100 @@
+"""Pictures and tables of a layout and of a run. matplotlib is loaded when the first picture is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lf import box
+from lf.console import console, table
+from lf.layouts import Layout
+from lf.spec import Spec
+
+
+def show(layout: Layout, png: str | Path | None = None, rank: int = 0) -> None:
+    """Prints who holds what, a line a parameter, and draws it to `png` if one is named. `rank`: whose local shapes are shown."""
+    columns = ("parameter", "logical shape", "axes", f"on rank {rank}", "summed over", "counted by")
+    title = f"{len(layout.specs)} parameters on mesh {layout.mesh}"
+    console().print(table(title, columns, layout_rows(layout, rank)))
+    if png is not None:
+        import matplotlib.pyplot as plt
+
+        figure, ax = plt.subplots(figsize=(9, 1.2 + 0.28 * len(layout.specs)), layout="constrained")
+        draw_layout(ax, layout, list(layout.specs))
+        figure.savefig(png, dpi=110)
+        plt.close(figure)
+
+
+def layout_rows(layout: Layout, rank: int = 0) -> list[tuple[str, ...]]:
+    """(path, logical shape, axes → mesh axis, local shape, axes its gradient is summed over, who counts it) of each parameter."""
+    return [_row(spec, rank) for spec in layout.specs.values()]
+
+
+def _row(spec: Spec, rank: int) -> tuple[str, ...]:
+    mesh, coords = spec.mesh, spec.mesh.coords(rank)
+    axes = ", ".join((name or "·") + (f"→{axis}" if axis and mesh[axis] > 1 else "") for name, axis in zip(spec.param.axes, spec.names))
+    summed = [a for a in spec.sum_axes if mesh[a] > 1]
+    split = [a for a in spec.names if a and mesh[a] > 1]
+    shared = [spec.parts()[i].name for i in spec.shared()]
+    counted = ", ".join([f"{a}=0" for a in summed] + [f"each {a} its own" for a in split]) or "the one rank"
+    if shared:
+        counted += f" ({', '.join(shared)}: first holder)"
+    return (
+        spec.path,
+        "×".join(map(str, spec.param.shape)),
+        axes,
+        "×".join(map(str, spec.local_shape(coords))),
+        ", ".join(summed + [f"{spec.names[spec.param.part_dim]} for {', '.join(shared)}"] * bool(shared)) or "—",
+        counted,
+    )
+
+
+def draw_layout(ax: Any, layout: Layout, paths: Sequence[str]) -> None:
+    """Each parameter as a bar, laid out along the dim that is split; each rank of tp has a colour, several where several hold a row."""
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch, Rectangle
+
+    ranks = layout.mesh["tp"]
+    colours = plt.get_cmap("tab10" if ranks <= 10 else "turbo", max(ranks, 1) if ranks > 10 else None)
+    for y, path in enumerate(paths):
+        spec = layout.specs[path]
+        at, total = 0.0, spec.param.shape[spec.param.part_dim]
+        for i, part in enumerate(spec.parts()):
+            for r in range(ranks):
+                piece = spec.pieces(layout.mesh.coords(layout.mesh.rank(tp=r)))[i]
+                if not box.volume(piece.box):
+                    continue
+                split = piece.box[piece.dim] != (0, piece.shape[piece.dim]) or ranks == 1
+                # a row that several ranks hold is divided in height among them
+                lo, hi = piece.box[piece.dim] if split else (0, piece.shape[piece.dim])
+                holders = ranks if not split else 2 if i in spec.shared() else 1
+                height = 0.8 / holders
+                up = y - 0.4 + height * (r if not split else r % holders)
+                ax.add_patch(Rectangle(((at + lo) / total, up), (hi - lo) / total, height, facecolor=colours(r), edgecolor="white", linewidth=0.6))
+            if part.name:
+                ax.text((at + part.rows / 2) / total, y, part.name, ha="center", va="center", fontsize=7, color="white")
+            at += part.rows
+    ax.set(xlim=(0, 1), ylim=(len(paths) - 0.4, -0.6), xticks=[], yticks=range(len(paths)))
+    ax.set_yticklabels([f"{p}  {'×'.join(map(str, layout.specs[p].param.shape))}" for p in paths], fontsize=7)
+    ax.spines[:].set_visible(False)
+    copies = f", each on {layout.mesh['dp']} data ranks" if layout.mesh["dp"] > 1 else ""
+    ax.set_title(f"who holds which slice: {layout.mesh}{copies}", fontsize=9, loc="left")
+    ax.legend(handles=[Patch(color=colours(r), label=f"tp={r}") for r in range(ranks)], fontsize=7, ncols=min(ranks, 8), loc="upper right",
+              bbox_to_anchor=(1, 1.0 + 1.6 / max(len(paths), 4)), frameon=False)  # fmt: skip
+
+
+def loss_curve(records: Sequence[dict[str, Any]], png: str | Path, title: str = "") -> None:
+    """Loss over tokens from the lines of a metrics.jsonl, and the gradient norm below."""
+    import matplotlib.pyplot as plt
+
+    figure, (top, low) = plt.subplots(2, 1, figsize=(7, 5), sharex=True, height_ratios=(3, 1), layout="constrained")
+    tokens = [r["tokens"] for r in records]
+    top.plot(tokens, [r["loss"] for r in records], linewidth=1.2)
+    top.set(ylabel="loss (nats per token)", title=title)
+    low.plot(tokens, [r["grad_norm"] for r in records], linewidth=0.8, color="tab:grey")
+    low.set(xlabel="tokens", ylabel="gradient norm", yscale="log")
+    for ax in (top, low):
+        ax.grid(alpha=0.3)
+    figure.savefig(png, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,161 @@
+"""A run folder: what was asked for, what happened, and where to go on.
+
+    config.json      the settings; the same command goes on with an unfinished run, other settings are refused
+    metrics.jsonl    one line a step; a run that was killed and goes on writes the same losses as one that was not
+    checkpoints/     step-00000050, …   (lf.checkpoint)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, TextIO
+
+import attrs
+import torch
+
+from lf.config import ConfigError, differing, to_dict
+
+
+class RunError(ValueError):
+    """A run folder that is in use or holds something else, or work that failed on another rank."""
+
+
+_KINDS: dict[str, type[Exception]] = {"ConfigError": ConfigError}
+
+
+@attrs.frozen
+class Run:
+    """`lock` is held by rank 0 for as long as the process lives, so two commands never write one folder."""
+
+    folder: Path
+    lock: TextIO | None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+
+def open_run(folder: str | Path, config: Any, axes: Any) -> Run:
+    """The run in `folder` for these settings (an attrs config): a new one, or the same one again.
+
+    Raises ConfigError with the differing fields when the folder holds a run with other settings, RunError when another command is using it.
+    Every rank raises alike.
+    """
+    folder = Path(folder)
+    wanted = json.loads(json.dumps(to_dict(config)))
+    held: list[TextIO] = []
+
+    def claim() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        held.append(_lock(folder))
+        _agree(folder, wanted)
+
+    on_first_rank(claim, axes)
+    return Run(folder, held[0] if held else None)
+
+
+def on_first_rank(work: Callable[[], Any], axes: Any) -> Any:
+    """Rank 0 runs `work`; every rank returns its answer (JSON), or raises what it raised.
+
+    However long it takes: the others do not sit in one collective until it times out, they meet rank 0 a few times a second.
+    """
+    world = axes.world
+    if world.size == 1:
+        return work()
+    problem: Exception | None = None
+    words = b""
+    if axes.rank == 0:
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(work)
+            while not future.done():
+                wait([future], timeout=0.2)
+                world.sum(torch.tensor([int(future.done())]))
+        try:
+            words = json.dumps({"answer": future.result()}).encode()
+        except Exception as error:
+            problem = error
+            words = json.dumps({"error": str(error), "kind": type(error).__name__}).encode()
+    else:
+        while not world.sum(torch.tensor([0])):
+            pass
+    said = json.loads(_from_first(words, world))
+    if problem is not None:
+        raise problem
+    if "error" in said:
+        raise _KINDS.get(said["kind"], RunError)(said["error"])
+    return said["answer"]
+
+
+def _from_first(words: bytes, world: Any) -> bytes:
+    length = int(world.sum(torch.tensor([len(words)])))
+    padded = torch.zeros(length, dtype=torch.int64)
+    padded[: len(words)] = torch.tensor(list(words), dtype=torch.int64)
+    return bytes(world.sum(padded).tolist())
+
+
+def _lock(folder: Path) -> TextIO:
+    lock = open(folder / ".lock", "a+")  # noqa: SIM115 — held until the process ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        owner = lock.read().strip() or "unknown"
+        raise RunError(f"{folder} is in use by process {owner}; wait for it, or give another --out") from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
+def _agree(folder: Path, wanted: dict[str, Any]) -> None:
+    path = folder / "config.json"
+    if path.exists():
+        try:
+            have = json.loads(path.read_text())
+        except ValueError as error:
+            raise RunError(f"{path} is not JSON ({error}); remove {folder} or give another --out") from None
+        if changed := differing(have, wanted):
+            lines = "\n".join(f"  {k}: the run has {old!r}, this command {new!r}" for k, (old, new) in changed.items())
+            raise ConfigError(f"{folder} holds a run with other settings:\n{lines}\nGive these back, or another --out, or remove the folder")
+        return
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(wanted, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def same_data(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises ConfigError when a checkpoint's data is not what would be read now: its place in the stream would mean nothing."""
+    if changed := differing(saved, now):
+        lines = "; ".join(f"{k} was {old!r}, is {new!r}" for k, (old, new) in changed.items())
+        raise ConfigError(f"the data is not what this run began with: {lines}. Give the old data back, or another --out")
+
+
+def cut_metrics(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drops the lines after `step` (they were not saved and will be made again) and a torn last one; returns those that stay."""
+    kept = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break  # killed while writing
+            if record["step"] > step:
+                break
+            kept.append(record)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
+    temporary.replace(path)
+    return kept
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
