@@ -119,10 +119,11 @@ def redistribute(x: Tensor, axis: Any, src: Type, dst: Type) -> Tensor:
         raise LayoutError(f"no edge {src}→{dst} on {axis.name}; there are {', '.join(EDGES)} and S(i)→S(j)")
     if axis.size == 1:
         return x
-    if pair == "S→S":
+    if pair == "S→S":  # fix the sizes now, here and below: backward sees another length
+        src, dst = attrs.evolve(src, sizes=tuple(_gathered(x, axis, src))), attrs.evolve(dst, sizes=tuple(_cut(x, axis, dst)))
         return _Move.apply(x, lambda x: _swap(x, axis, src, dst), lambda dy: _swap(dy, axis, dst, src))
     shard, edge = (dst if dst.kind == "S" else src), EDGES[pair]
-    if shard.kind == "S":  # fix the sizes now: backward sees another length
+    if shard.kind == "S":
         sizes = _cut(x, axis, shard) if dst.kind == "S" else _gathered(x, axis, shard)
         shard = attrs.evolve(shard, sizes=tuple(sizes))
     return _Move.apply(x, lambda x: edge.forward(x, axis, shard), lambda dy: edge.backward(dy, axis, shard))
