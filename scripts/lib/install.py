@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -58,10 +59,13 @@ def too_little_disk(free: float, need: float, where: str) -> str:
     )
 
 
-def reachable(url: str, seconds: float = 3) -> bool:
+def answers(url: str, seconds: float = 3) -> bool:
+    """Is there anything at this address? A refusal is an answer."""
     try:
-        with urllib.request.urlopen(urllib.request.Request(url + "/torch/", method="HEAD"), timeout=seconds):
+        with urllib.request.urlopen(re.sub("//[^/@]*@", "//", url), timeout=seconds):
             return True
+    except urllib.error.HTTPError:
+        return True
     except (OSError, ValueError):
         return False
 
@@ -80,7 +84,7 @@ def torch_source(python: str, pin: str) -> tuple[list[str], bool]:
         known = ""
     if re.search(rf"\b{re.escape(pin)}\+cpu\b", known):
         return [], True
-    if reachable(TORCH_CPU):
+    if answers(f"{TORCH_CPU}/torch/"):
         return ["--extra-index-url", TORCH_CPU], True
     return [], False
 
@@ -107,21 +111,26 @@ def make_venv(venv: Path, log: Path, lock: int) -> str:
     pip = [str(venv / "bin/python"), "-m", "pip", "install", "--disable-pip-version-check", "--ignore-installed", "pip"]
     copied = call(*pip, PYTHONPATH=where.stdout.strip())
     log.write_text(copied.stdout + copied.stderr)
-    return diagnose(log.read_text(), index(base)) if copied.returncode else ""
+    return why_failed(log, base) if copied.returncode else ""
 
 
 def index(python: str) -> str:
-    """The package index that pip would ask, for messages."""
+    """The package index that pip would ask, for messages: without a password."""
     shown = subprocess.run([python, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False).stdout
     urls = dict(re.findall(r"^(\S*)index-url=['\"]?([^'\"\n]+)", shown, re.M))
-    return os.environ.get("PIP_INDEX_URL") or next((u for k, u in urls.items() if not k.endswith("extra-")), "https://pypi.org/simple")
+    url = os.environ.get("PIP_INDEX_URL") or next((u for k, u in urls.items() if not k.endswith("extra-")), "https://pypi.org/simple")
+    return re.sub("//[^/@]*@", "//", url)
+
+
+def why_failed(log: Path, python: str) -> str:
+    where = index(python)
+    return diagnose(log.read_text(), where, lambda: answers(where, 10))
 
 
 def pip_command(venv: Path, root: Path, source: list[str]) -> list[str]:
     # --no-compile: most of what comes is never imported; what is, Python compiles on first use.
-    options = ["--disable-pip-version-check", "--no-input"]
-    install = ["install", "--no-compile", "--progress-bar", "off", "-c", str(root / "constraints.txt"), *source]
-    return [str(venv / "bin/python"), "-m", "pip", *options, *install, "-e", f"{root}[dev]"]
+    options = ["--no-compile", "--no-input", "--disable-pip-version-check", "--progress-bar", "off", "-c", str(root / "constraints.txt")]
+    return [str(venv / "bin/python"), "-m", "pip", "install", *options, *source, "-e", f"{root}[dev]"]
 
 
 def run_pip(command: list[str], log: Path, pins: int, lock: int) -> tuple[int, Progress]:
@@ -217,7 +226,7 @@ def build(root: Path, venv: Path, want: list[str], there: str, lock: int) -> int
             f"torch {torch} from PyPI, the CUDA build ({TORCH_CPU} cannot be reached): about 3 GB to download, 8 GB on disk")
     code, progress = run_pip(pip_command(venv, root, source), log, len(pins), lock)
     if code:
-        say(diagnose(log.read_text(), index(python)))
+        say(why_failed(log, python))
         say(f"pip's whole output: {log}")
         return 1
     say("checking that torch can be loaded")

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from typing import TextIO
 from urllib.parse import unquote
 
@@ -43,6 +44,8 @@ class Progress:
         elif (got := re.match(r"Processing (/\S+\.(?:whl|tar\.gz))", line)) and os.path.exists(got.group(1)):
             self.kept += os.path.getsize(got.group(1)) / 1e6
             self.met(os.path.basename(got.group(1)), "local file")
+        elif line.startswith("WARNING: Retrying"):
+            self.now = "the package registry does not answer; trying again"
         elif line.startswith("Installing collected packages:"):
             self.installing = line.count(",") + 1
 
@@ -83,18 +86,20 @@ NO_LINK = (
 )
 
 
-def diagnose(log: str, index: str) -> str:
+def diagnose(log: str, index: str, answers: Callable[[], bool] = lambda: True) -> str:
     """What a failed pip means, in words, and the end of what it said."""
     tail = "\n".join("    " + line for line in log.strip().splitlines()[-12:])
     version = ".".join(map(str, sys.version_info[:2]))
     if "No space left on device" in log or "[Errno 28]" in log:
         return f"the disk became full during the set-up. Free some and run the same again.\n{tail}"
-    if lost := re.search(NO_LINK, log):
+    none = re.search(r"No matching distribution found for (\S+)", log)
+    lost = re.search(NO_LINK, log)
+    if lost or (none and not answers()):  # told not to try again, pip does not mention that nobody answered
         return (
-            f"the package registry {index} cannot be reached ({lost.group()}). Check the network; behind a proxy set HTTPS_PROXY, "
+            f"the package registry {index} cannot be reached ({lost.group() if lost else 'no answer'}). Check the network; behind a proxy set HTTPS_PROXY, "
             f"and for a mirror set PIP_INDEX_URL or `pip config set global.index-url URL`. Then run the same again.\n{tail}"
         )
-    if none := re.search(r"No matching distribution found for (\S+)", log):
+    if none:
         return (
             f"{index} has no {none.group(1)} that fits Python {version} on this machine. Name another Python "
             f"(LF_PYTHON=, or put python3.11 first on PATH), or another index (PIP_INDEX_URL).\n{tail}"
