@@ -95,9 +95,10 @@ def diagnose(log: str, index: str, answers: Callable[[], bool] = lambda: True) -
     none = re.search(r"No matching distribution found for (\S+)", log)
     lost = re.search(NO_LINK, log)
     if lost or (none and not answers()):  # told not to try again, pip does not mention that nobody answered
+        why = lost.group() if lost else "no answer"
         return (
-            f"the package registry {index} cannot be reached ({lost.group() if lost else 'no answer'}). Check the network; behind a proxy set HTTPS_PROXY, "
-            f"and for a mirror set PIP_INDEX_URL or `pip config set global.index-url URL`. Then run the same again.\n{tail}"
+            f"the package registry {index} cannot be reached ({why}). Check the network; behind a proxy set HTTPS_PROXY, and for a mirror "
+            f"set PIP_INDEX_URL or `pip config set global.index-url URL`. Then run the same again.\n{tail}"
         )
     if none:
         return (
