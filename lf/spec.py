@@ -123,6 +123,8 @@ class Piece:
 
     def view(self, local: Tensor) -> Tensor:
         """This piece inside the rank's local tensor (not a copy)."""
+        if not self.box:  # a scalar
+            return local
         lo, hi = self.box[self.dim]
         return local.narrow(self.dim, self.at, hi - lo)
 
