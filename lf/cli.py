@@ -26,7 +26,7 @@ def run(main: Callable[[C], Any], kind: type[C], default: C | None = None) -> No
         file, args = _config_file(args)
         if file is not None:
             default = read(kind, file)
-        config = tyro.cli(kind, args=args, default=default, description=sys.modules["__main__"].__doc__, console_outputs=rank == 0)
+        config: C = tyro.cli(kind, args=args, default=tyro.MISSING_NONPROP if default is None else default, description=sys.modules["__main__"].__doc__, console_outputs=rank == 0)
         main(config)
     except ValueError as error:
         if not type(error).__module__.startswith("lf."):

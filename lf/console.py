@@ -6,7 +6,7 @@ The launcher runs rank 0 behind a pipe; LF_TTY=1 in its environment says that a 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -23,12 +23,12 @@ def console(rank: int = 0) -> Console:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     """A table whose numbers stand to the right."""
-    rows = [[str(cell) for cell in row] for row in rows]
+    cells = [[str(cell) for cell in row] for row in rows]
     out = Table(title=title, title_justify="left", header_style="bold")
     for i, name in enumerate(columns):
-        numeric = bool(rows) and all(row[i].replace(".", "").replace("-", "").replace("e", "").replace(",", "").isdigit() for row in rows)
+        numeric = bool(cells) and all(row[i].replace(".", "").replace("-", "").replace("e", "").replace(",", "").isdigit() for row in cells)
         out.add_column(name, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
+    for row in cells:
         out.add_row(*row)
     return out
 
@@ -57,9 +57,9 @@ class Bar:
     def __exit__(self, *error: Any) -> None:
         self.progress.stop()
 
-    def at(self, done: int, total: int | None = None, **values: str) -> None:
+    def at(self, done: int, total: int | None = None, values: Mapping[str, str] | None = None) -> None:
         """`done` of the total (which may turn out to be another), with values to show beside the bar."""
         self.total = self.total if total is None else total
-        self.progress.update(self.task, completed=done, total=self.total, show=values)
+        self.progress.update(self.task, completed=done, total=self.total, show=values or {})
         if not self.live and (done % self.every == 0 or done in (1, self.total)):
-            self.screen.print(f"{self.what} {done}/{self.total}   " + "   ".join(f"{k} {v}" for k, v in values.items()))
+            self.screen.print(f"{self.what} {done}/{self.total}   " + "   ".join(f"{k} {v}" for k, v in (values or {}).items()))

@@ -37,7 +37,7 @@ class Context:
 
     axes: Any
     device: ModuleType
-    precision: Precision = attrs.field(default="fp32", converter=_precision)
+    precision: Precision = attrs.field(default=PRECISIONS["fp32"], converter=_precision)
     ops: SimpleNamespace = attrs.field(kw_only=True)
 
     @ops.default

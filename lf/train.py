@@ -151,7 +151,7 @@ def loop(
             record = {"step": number, **values, "tokens": tokens, "tokens_per_s": round(speed, 1)}
             out.write(json.dumps(record) + "\n")
             out.flush()
-            bar.at(number, loss=f"{values['loss']:.3f}", **{"tokens/s": f"{speed:,.0f}"})
+            bar.at(number, values={"loss": f"{values['loss']:.3f}", "tokens/s": f"{speed:,.0f}"})
 
         for i in range(first, steps):
             began = time.perf_counter()

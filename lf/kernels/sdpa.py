@@ -1,16 +1,48 @@
-"""Packed causal attention through torch's fused scaled_dot_product_attention."""
+"""Packed causal attention through torch's fused scaled_dot_product_attention, for devices whose host can read cu_seqlens freely (the CPU)."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lf.ops.attention import causal_mask
 
+BLOCK = 256  # tokens: shorter documents share a call, so that hundreds of tiny ones do not mean hundreds of calls
+
 
 def attention(q_thd: Tensor, k_tkd: Tensor, v_tkd: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The same as `lf.ops.attention.attention`. Holds a (t, t) boolean mask, but no scores."""
-    group = q_thd.shape[1] // max(k_tkd.shape[1], 1)  # a rank may have no heads at all
-    # A copy per query head instead of enable_gqa: with a mask torch's CPU and CUDA flash paths take equal heads only.
+    """The same as `lf.ops.attention.attention`, in time and memory that grow with the squares of the documents, not of the row.
+
+    The row is cut between documents into blocks. A block of one document needs no mask; one of several short ones has a mask of at most
+    BLOCK² booleans.
+    """
+    tokens, heads, _ = q_thd.shape
+    if not heads or not tokens:  # a rank may have no heads at all; the output still depends on q, so that its backward runs
+        return q_thd * 1
+    group = heads // k_tkd.shape[1]
+    # A copy per query head instead of enable_gqa: with it torch's CPU path is not the fused one.
     k_thd, v_thd = (x if group == 1 else x.repeat_interleave(group, 1) for x in (k_tkd, v_tkd))
-    q, k, v = (x.transpose(0, 1)[None] for x in (q_thd, k_thd, v_thd))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(cu_seqlens, q_thd.shape[0]))
-    return out[0].transpose(0, 1)
+    blocks = _blocks(cu_seqlens.tolist(), tokens)
+    sizes = [starts[-1] - starts[0] for starts in blocks]
+    pieces = zip(*(x.transpose(0, 1)[None].split(sizes, 2) for x in (q_thd, k_thd, v_thd)))
+    out = [_block(q, k, v, starts) for (q, k, v), starts in zip(pieces, blocks)]
+    return torch.cat(out, 2)[0].transpose(0, 1)
+
+
+def _block(q: Tensor, k: Tensor, v: Tensor, starts: list[int]) -> Tensor:
+    if len(starts) == 2:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    edges = torch.tensor(starts, device=q.device) - starts[0]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(edges, q.shape[2]))
+
+
+def _blocks(edges: list[int], tokens: int) -> list[list[int]]:
+    """Runs of whole documents: the edges of each, first to last. A run is closed before it would pass BLOCK, unless it is one document."""
+    edges = sorted({0, tokens, *edges})
+    runs = [[edges[0]]]
+    for edge in edges[1:]:
+        run = runs[-1]
+        if len(run) > 1 and edge - run[0] > BLOCK:
+            run = [run[-1]]
+            runs.append(run)
+        run.append(edge)
+    return runs

@@ -8,6 +8,7 @@ Between segments the residual stream is x_tD, S(0) over tp. Every layer is two s
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,9 @@ from lf.parallel.redistribute import I, S, Type, redistribute
 from lf.parallel.vocab import vocab_cross_entropy, vocab_embedding
 from lf.segment import Model, Objective, Segment, Terms
 from lf.spec import Param, Part, Tied, constant, normal
+
+RULES = {"vocab": "tp", "heads": "tp", "mlp": "tp"}
+"""What the segments below do over tp; under other rules the same code would give other numbers."""
 
 
 @attrs.frozen
@@ -51,7 +55,7 @@ class Layer:
 
 @attrs.frozen
 class DecoderConfig:
-    """`init_std` is the standard deviation of every matrix at the start; `tied`: the head is the embedding table."""
+    """`tied`: the head is the embedding table. Matrices start as N(0, init_std²), the embedding as N(0, embed_std²)."""
 
     vocab: int
     dim: int
@@ -59,6 +63,7 @@ class DecoderConfig:
     norm_eps: float = 1e-6
     tied: bool = True
     init_std: float = 0.02
+    embed_std: float = 0.02
 
     def __attrs_post_init__(self) -> None:
         for i, layer in enumerate(self.layers):
@@ -72,7 +77,9 @@ class DecoderConfig:
 def decoder(config: DecoderConfig) -> Model:
     """The model as segments: embed, layers.i.attn and layers.i.mlp, head. Its one objective is cross_entropy."""
     matrix, gain = normal(config.init_std), constant(1.0)
-    table = Param((config.vocab, config.dim), ("vocab", "embed"), matrix, (vocab_part(config.vocab),))
+    # Two products a layer are added to the residual stream, 2L in all; each 1/√(2L) as large keeps the sum's variance (GPT-2 §2.3, Megatron-LM).
+    added = normal(config.init_std / math.sqrt(2 * max(len(config.layers), 1)))
+    table = Param((config.vocab, config.dim), ("vocab", "embed"), normal(config.embed_std), (vocab_part(config.vocab),))
     norm = Param((config.dim,), ("embed",), gain)
     # One function object for all layers that are alike: that is what "each distinct segment compiles once" hangs on.
     attn = {a: partial(attention_block, a, config.norm_eps) for a in {layer.mixer for layer in config.layers}}
@@ -91,7 +98,7 @@ def decoder(config: DecoderConfig) -> Model:
                     "qkv": Param((q.rows + k.rows + v.rows, config.dim), ("heads", "embed"), matrix, (q, k, v)),
                     "q_norm": Param((a.head_dim,), (None,), gain),
                     "k_norm": Param((a.head_dim,), (None,), gain),
-                    "out": Param((config.dim, q.rows), ("embed", "heads"), matrix, (attrs.evolve(q, name=""),), part_dim=1),
+                    "out": Param((config.dim, q.rows), ("embed", "heads"), added, (attrs.evolve(q, name=""),), part_dim=1),
                 },
                 attn[a],
             )
@@ -103,14 +110,14 @@ def decoder(config: DecoderConfig) -> Model:
                 {
                     "norm": norm,
                     "gate_up": Param((2 * inner, config.dim), ("mlp", "embed"), matrix, (Part("gate", inner), Part("up", inner))),
-                    "down": Param((config.dim, inner), ("embed", "mlp"), matrix, part_dim=1),
+                    "down": Param((config.dim, inner), ("embed", "mlp"), added, part_dim=1),
                 },
                 mlp,
             )
         )
-    weight = Tied("embed/weight") if config.tied else table
+    weight = Tied("embed/weight") if config.tied else attrs.evolve(table, init=matrix)
     segments.append(Segment("head", "head", {"norm": norm, "weight": weight}, partial(head, config)))
-    return Model(config, tuple(segments), {"cross_entropy": Objective(1.0, valid_labels)})
+    return Model(config, tuple(segments), {"cross_entropy": Objective(1.0, valid_labels)}, RULES)
 
 
 def vocab_part(vocab: int) -> Part:
