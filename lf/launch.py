@@ -154,8 +154,9 @@ def plan(script: Path, args: Sequence[str], nproc: int | None = None, env: Mappi
     add = {"LF_RANK_LOGS": str(logs.absolute()), **{k: v for k, v in cluster.env.items() if env.get(k) != v}}
     if "OMP_NUM_THREADS" not in env:
         add["OMP_NUM_THREADS"] = str(max(1, cores // beside))
-    if (SCRIPTS / "launch").exists() and str(HOME) not in env.get("PYTHONPATH", "").split(os.pathsep):
-        add["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HOME), env.get("PYTHONPATH")]))
+    if (SCRIPTS / "launch").exists():  # a checkout need not be installed; scripts/launch may have put it there already, a shell has not
+        paths = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", str(HOME))]
+        add["PYTHONPATH"] = os.pathsep.join([str(HOME), *paths])
     run = ("-m", "lf.worker", str(script), *args)
     if cluster.rank is not None:
         return Plan((sys.executable, *run), add, logs, here, False, f"{title}: rank {cluster.rank} of {size}")
