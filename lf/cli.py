@@ -26,7 +26,8 @@ def run(main: Callable[[C], Any], kind: type[C], default: C | None = None) -> No
         file, args = _config_file(args)
         if file is not None:
             default = read(kind, file)
-        config: C = tyro.cli(kind, args=args, default=tyro.MISSING_NONPROP if default is None else default, description=sys.modules["__main__"].__doc__, console_outputs=rank == 0)
+        start = tyro.MISSING_NONPROP if default is None else default
+        config: C = tyro.cli(kind, args=args, default=start, description=sys.modules["__main__"].__doc__, console_outputs=rank == 0)
         main(config)
     except ValueError as error:
         if not type(error).__module__.startswith("lf."):

@@ -48,8 +48,12 @@ def layout(model: Model, mesh: Mesh, rules: dict[str, str] | None = None, stages
     mesh, rules = mesh.fill(), dict(RULES if rules is None else rules)
     for axis, name in (("pp", "pipeline"), ("cp", "context"), ("ep", "expert"), ("etp", "expert tensor")):
         if mesh[axis] > 1:
-            raise LayoutError(f"mesh {mesh}: {name} parallelism ({axis}={mesh[axis]}) is not built yet; use {axis}=1, with tp and dp instead")
+            raise LayoutError(f"mesh {mesh}: {name} parallelism ({axis}={mesh[axis]}) is not built yet; use {axis}=1, with tp and dp")
     if stages != 1:
         raise LayoutError(f"stages={stages}: pipeline stages are not built yet; use stages=1")
+    if model.rules is not None:
+        for name in dict.fromkeys(a for param in model.params().values() for a in param.axes if a):
+            if rules.get(name) != model.rules.get(name):
+                raise LayoutError(f"the rules put {name!r} on {rules.get(name)}; this model's segments are written for {model.rules}: use these rules")
     specs = {path: spec_of(path, param, rules, mesh) for path, param in model.params().items()}
     return Layout(model, mesh, rules, (model.segments,), specs)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TextIO
@@ -76,16 +76,15 @@ def on_first_rank(work: Callable[[], Any], axes: Any) -> Any:
     if axes.rank == 0:
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(work)
-            while not future.done():
-                wait([future], timeout=0.2)
-                world.sum(torch.tensor([int(future.done())]))
+            while not _met(wait([future], timeout=0.2).done, world):
+                pass
         try:
             words = json.dumps({"answer": future.result()}).encode()
         except Exception as error:
             problem = error
             words = json.dumps({"error": str(error), "kind": type(error).__name__}).encode()
     else:
-        while not world.sum(torch.tensor([0])):
+        while not _met((), world):
             pass
     said = json.loads(_from_first(words, world))
     if problem is not None:
@@ -93,6 +92,11 @@ def on_first_rank(work: Callable[[], Any], axes: Any) -> Any:
     if "error" in said:
         raise _KINDS.get(said["kind"], RunError)(said["error"])
     return said["answer"]
+
+
+def _met(done: Collection[Any], world: Any) -> bool:
+    """Whether rank 0 is done: the same answer on every rank."""
+    return bool(world.sum(torch.tensor([len(done)])))
 
 
 def _from_first(words: bytes, world: Any) -> bytes:
