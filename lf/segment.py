@@ -45,11 +45,12 @@ class Objective:
 
 @attrs.frozen
 class Model:
-    """`config` is what it was built from."""
+    """`config` is what it was built from. `rules`: the layout rules that its segments are written for, where they cannot follow any."""
 
     config: Any
     segments: tuple[Segment, ...]
     objectives: dict[str, Objective]
+    rules: dict[str, str] | None = None
 
     def params(self) -> dict[str, Param]:
         """Every parameter once, by path 'segment/name'."""

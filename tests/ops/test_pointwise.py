@@ -1,0 +1,62 @@
+"""RMS norm, rotary positions and the gate against what they say they are, in float64, and in at least float32 below it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import draw
+
+from lf.context import wide
+from lf.ops.norm import rms_norm
+from lf.ops.rope import rope, rope_table
+from lf.ops.swiglu import swiglu
+
+
+def test_rms_norm() -> None:
+    x, w = draw("x", shape=(3, 2, 6)).requires_grad_(), draw("w", shape=(6,)).requires_grad_()
+    got, want = rms_norm(x, w, 1e-3), F.rms_norm(x, (6,), w, 1e-3)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(got.pow(3).sum(), (x, w)), torch.autograd.grad(want.pow(3).sum(), (x, w))):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_rms_norm_widens() -> None:
+    x = torch.full((1, 4), 200.0, dtype=torch.float16)  # its square is beyond float16
+    assert torch.equal(rms_norm(x, torch.ones(4, dtype=torch.float16), 1e-6), torch.ones(1, 4, dtype=torch.float16))
+    assert rms_norm(x.double(), torch.ones(4).double(), 0.0).dtype == torch.float64
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)])
+def test_wide(dtype: torch.dtype, expected: torch.dtype) -> None:
+    assert wide(dtype) == expected
+    assert all(t.dtype == expected for t in rope_table(torch.arange(3), 4, 100.0, dtype))
+
+
+def test_rope_turns_each_pair_by_its_angle() -> None:
+    positions, theta = torch.tensor([0, 5, 2]), 100.0
+    x = draw("x", shape=(3, 2, 6))
+    got = rope(x, *rope_table(positions, 6, theta, x.dtype))
+    for t, position in enumerate(positions.tolist()):
+        for i in range(3):
+            turned = torch.view_as_complex(torch.stack([x[t, :, i], x[t, :, i + 3]], -1).contiguous())
+            turned = turned * complex(math.cos(position * theta ** (-2 * i / 6)), math.sin(position * theta ** (-2 * i / 6)))
+            torch.testing.assert_close(got[t, :, [i, i + 3]], torch.view_as_real(turned), rtol=1e-12, atol=1e-12)
+    assert torch.equal(got[0], x[0])
+
+
+def test_a_score_depends_on_the_distance_alone() -> None:
+    q, k = draw("q", shape=(1, 1, 8)), draw("k", shape=(1, 1, 8))
+
+    def score(a: int, b: int) -> float:
+        at = [rope_table(torch.tensor([p]), 8, 1e4, q.dtype) for p in (a, b)]
+        return (rope(q, *at[0]) * rope(k, *at[1])).sum().item()
+
+    assert score(7, 3) == pytest.approx(score(104, 100), rel=1e-10)
+
+
+def test_swiglu() -> None:
+    gate, up = draw("gate", shape=(3, 4)), draw("up", shape=(3, 4))
+    torch.testing.assert_close(swiglu(gate, up), gate / (1 + (-gate).exp()) * up)

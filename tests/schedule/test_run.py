@@ -1,0 +1,70 @@
+"""The interpreter: any order that `check` allows gives the gradients of plain autograd over the whole model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import context
+
+import lf
+from lf import parity, tree
+from lf.axes import solo
+from lf.models.small import tiny
+from lf.schedule import Action, add_reduce, check, one_f_one_b
+from lf.schedule.run import run, run_forward
+
+
+def plain(layout, params, batches, ctx) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Σ of the losses and its gradients by one autograd call over all segments and microbatches."""
+    leaves = {path: w.clone().requires_grad_() for path, w in tree.items(params)}
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in batches:
+        x = {}
+        for segment in layout.model.segments:
+            x, terms = segment.apply({n: leaves[lf.segment.path_of(segment, n)] for n in segment.params}, x, batch, ctx)
+            total = total + sum(terms.get("losses", {}).values())
+    return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())))), total.detach()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("order", ["one by one", "all forwards first", "backwards the other way"])
+def test_gradients_are_those_of_plain_autograd(tied: bool, order: str) -> None:
+    ctx = context(solo())
+    layout = lf.layout(tiny(tied), lf.Mesh(dp=1))
+    params = parity.randomised(layout, ctx, seed=3)
+    batches = parity.random_batches(layout.model, 3, 0, 3, 17)
+    backward = range(3) if order != "backwards the other way" else reversed(range(3))
+    program = one_f_one_b(3) if order == "one by one" else (tuple([Action("F", 0, i) for i in range(3)] + [Action("B", 0, i) for i in backward]),)
+    program = add_reduce(program, layout)
+    check(program, layout, 3)
+    weight = torch.tensor(0.25, dtype=torch.float64)
+    grads, terms = run(program[0], layout, params, batches, {"cross_entropy": weight}, ctx)
+    want, total = plain(layout, params, batches, ctx)
+    assert grads.keys() == want.keys()
+    for path, g in grads.items():
+        torch.testing.assert_close(g, want[path] * weight, rtol=1e-11, atol=1e-14, msg=path)
+        assert want[path].abs().max() > 0, f"{path}: the comparison would say nothing"
+    torch.testing.assert_close(terms["losses"]["cross_entropy"], total, rtol=1e-13, atol=0)
+
+
+def test_forward_leaves_nothing_to_differentiate() -> None:
+    ctx = context(solo())
+    layout = lf.layout(tiny(), lf.Mesh(dp=1))
+    params = parity.randomised(layout, ctx, seed=0)
+    (batch,) = parity.random_batches(layout.model, 0, 0, 1, 9)
+    _, terms = run_forward(layout, params, batch, ctx)
+    assert not terms["losses"]["cross_entropy"].requires_grad
+    plan = {k: v for k, v in batch.plan.items() if k != "labels"}
+    logits, terms = run_forward(layout, params, lf.Batch(plan), ctx)
+    assert logits.shape == (len(plan["tokens"]), layout.model.config.vocab)
+    assert terms == {}
+
+
+def test_params_are_not_changed_by_a_run() -> None:
+    ctx = context(solo())
+    layout = lf.layout(tiny(), lf.Mesh(dp=1))
+    params = parity.randomised(layout, ctx, seed=0)
+    before = tree.map(torch.clone, params)
+    run(add_reduce(one_f_one_b(1), layout)[0], layout, params, parity.random_batches(layout.model, 0, 0, 1, 9), {"cross_entropy": torch.ones(())}, ctx)
+    tree.map(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), params, before)
+    assert all(w.grad is None for w in tree.leaves(params))
