@@ -48,7 +48,7 @@ class World:
     def __init__(self, mesh: Mesh):
         self.mesh, self.baton = mesh, threading.Lock()
         self.rooms: dict[tuple[Any, ...], _Room] = {}
-        self.waiting: dict[int, str] = {}
+        self.waiting: dict[int, tuple[_Room, tuple[int, ...]]] = {}
         self.returned: set[int] = set()
         self.error: tuple[int, BaseException] | None = None
 
@@ -66,7 +66,7 @@ class World:
                 self.waiting.pop(r, None)
             room.full.notify_all()
         else:
-            self.waiting[rank] = f"{here}, for ranks {sorted(set(ranks) - set(room.left))}"
+            self.waiting[rank] = room, ranks
             self.look_for_deadlock()
             while len(room.left) < len(ranks) and self.error is None:
                 room.full.wait()
@@ -76,7 +76,11 @@ class World:
 
     def look_for_deadlock(self) -> None:
         if self.waiting and len(self.waiting) + len(self.returned) == self.mesh.size:
-            lines = [f"  rank {r}: " + (self.waiting.get(r) or "has returned") for r in range(self.mesh.size)]
+            lines = []
+            for r in range(self.mesh.size):
+                room, ranks = self.waiting.get(r, (None, ()))
+                words = f"{room.where[r]}, for ranks {sorted(set(ranks) - set(room.left))}" if room else "has returned"
+                lines.append(f"  rank {r}: {words}")
             raise Deadlock("no rank can go on:\n" + "\n".join(lines))
 
     def fail(self, rank: int, error: BaseException) -> None:
