@@ -9,6 +9,8 @@ from typing import Any
 from lf import box
 from lf.console import console, table
 from lf.layouts import Layout
+from lf.mesh import Mesh
+from lf.schedule import Program
 from lf.spec import Spec
 
 
@@ -73,15 +75,45 @@ def draw_layout(ax: Any, layout: Layout, paths: Sequence[str]) -> None:
                 up = y - 0.4 + height * (r if not split else r % holders)
                 ax.add_patch(Rectangle(((at + lo) / total, up), (hi - lo) / total, height, facecolor=colours(r), edgecolor="white", linewidth=0.6))
             if part.name:
-                ax.text((at + part.rows / 2) / total, y, part.name, ha="center", va="center", fontsize=7, color="white")
+                ax.text(at / total + 0.01, y, part.name, ha="left", va="center", fontsize=8, color="white", weight="bold")
             at += part.rows
     ax.set(xlim=(0, 1), ylim=(len(paths) - 0.4, -0.6), xticks=[], yticks=range(len(paths)))
-    ax.set_yticklabels([f"{p}  {'×'.join(map(str, layout.specs[p].param.shape))}" for p in paths], fontsize=7)
+    ax.set_yticklabels([f"{p}  {'×'.join(map(str, layout.specs[p].param.shape))}" for p in paths], fontsize=8)
     ax.spines[:].set_visible(False)
     copies = f", each on {layout.mesh['dp']} data ranks" if layout.mesh["dp"] > 1 else ""
     ax.set_title(f"who holds which slice: {layout.mesh}{copies}", fontsize=9, loc="left")
-    ax.legend(handles=[Patch(color=colours(r), label=f"tp={r}") for r in range(ranks)], fontsize=7, ncols=min(ranks, 8), loc="upper right",
-              bbox_to_anchor=(1, 1.0 + 1.6 / max(len(paths), 4)), frameon=False)  # fmt: skip
+    ax.tick_params(length=0)
+    ax.legend(handles=[Patch(color=colours(r), label=f"tp={r}") for r in range(ranks)], fontsize=8, ncols=min(ranks, 8), loc="upper right",
+              bbox_to_anchor=(1, 0), frameon=False)  # fmt: skip
+
+
+# A colour-blind person tells these apart (Okabe & Ito 2008), and their greys differ.
+ACTION_COLOURS = {"F": "#56B4E9", "B": "#009E73", "REDUCE": "#CC79A7"}
+
+
+def draw_program(ax: Any, program: Program, mesh: Mesh) -> None:
+    """One row a rank of `mesh`, one box an action in its order. A box's width is not a time.
+
+    A compute action bears the number that one rank would give its microbatch: index·dp + coordinate. A REDUCE bears its layer."""
+    from matplotlib.patches import Patch, Rectangle
+
+    seen = dict.fromkeys(a.op for actions in program for a in actions)
+    for rank in range(mesh.size):
+        coords = mesh.coords(rank)
+        for at, a in enumerate(program[coords["pp"]]):
+            colour = ACTION_COLOURS.get(a.op, "#999999")
+            ax.add_patch(Rectangle((at, rank - 0.42), 1, 0.84, facecolor=colour, edgecolor="white", linewidth=1))
+            words = a.segment or "" if a.microbatch is None else f"{a.op}{a.microbatch * mesh['dp'] + coords['dp']}"
+            ax.text(at + 0.5, rank, words, ha="center", va="center", fontsize=8)
+    names = [" ".join(f"{axis}{mesh.coords(r)[axis]}" for axis in ("pp", "dp", "cp", "tp") if mesh[axis] > 1) for r in range(mesh.size)]
+    ax.set(xlim=(0, max(map(len, program))), ylim=(mesh.size - 0.5, -0.5), xticks=[], yticks=range(mesh.size))
+    ax.set_yticklabels([f"rank {r}  {name}" for r, name in enumerate(names)], fontsize=8)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    meaning = {"F": "forward of a microbatch", "B": "backward", "REDUCE": "sum a layer's gradients"}
+    ax.legend(handles=[Patch(color=ACTION_COLOURS.get(op, "#999999"), label=f"{op}: {meaning[op]}" if op in meaning else op) for op in seen],
+              fontsize=8, ncols=len(seen), loc="upper right", bbox_to_anchor=(1, 0), frameon=False)  # fmt: skip
+    ax.set_title("a step is a program: the actions of each rank, in order", fontsize=9, loc="left")
 
 
 def loss_curve(records: Sequence[dict[str, Any]], png: str | Path, title: str = "") -> None:
