@@ -18,7 +18,7 @@ NAMES = ("NAME", "BACKEND", "FLOAT64", "OPS", "found", "torch_device")
 def test_every_device_has_the_same_names() -> None:
     for name in lf.devices.KNOWN:
         device = lf.devices.get(name)
-        assert device.NAME == name
+        assert name == device.NAME
         assert all(hasattr(device, n) for n in NAMES)
 
 

@@ -86,5 +86,5 @@ def test_forward_refuses_a_pipeline() -> None:
         ctx = lf.Context(axes, lf.devices.get("cpu"))
         return lf.forward(tiny(), {}, lf.Batch({}), ctx)
 
-    with pytest.raises(LayoutError, match="pp=2: run a program with lf.schedule.run"):
+    with pytest.raises(LayoutError, match=r"pp=2: run a program with lf\.schedule\.run"):
         lf.sim.spmd(lf.Mesh(pp=2), body)

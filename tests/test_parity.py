@@ -71,7 +71,8 @@ SWEEP = [
 def sweep(mesh: str, shape: str, microbatches: int) -> None:
     model = SHAPES[shape] if shape in SHAPES else tiny(shape == "tied")
     for padding, tokens in ((0, 21), (5, 4)):  # some ranks without a token of their own in the second
-        report = compare(model, lf.Mesh.parse(mesh), microbatches=microbatches, seed=SEED, tokens=tokens, padding=padding, steps=3 if tokens > 9 else 1)
+        steps = 3 if tokens > 9 else 1
+        report = compare(model, lf.Mesh.parse(mesh), microbatches=microbatches, seed=SEED, tokens=tokens, padding=padding, steps=steps)
         assert report.ok, f"{shape}, {tokens} tokens: {report}"
 
 
@@ -131,14 +132,12 @@ def _spoil(kind: str, value: float):
     return change
 
 
-@pytest.mark.parametrize("value", [1 + 1e-9, math.nan, math.inf])
-@pytest.mark.parametrize(("kind", "name"), [("metric", "grad_norm"), ("gradient", "gradient head/norm"), ("parameter", "parameter layers.1.mlp/down")])
+@pytest.mark.parametrize("value", [1 + 1e-6, math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("metric", "grad_norm"), ("gradient", "gradient head/norm"), ("parameter", "parameter layers.1.mlp/down")]
+)
 def test_one_wrong_copy_on_one_rank_is_a_disagreement(kind: str, name: str, value: float) -> None:
     report = compare(tiny(), lf.Mesh(dp=2, tp=2), microbatches=1, spmd=_tampered(_spoil(kind, value)))
-    if kind == "gradient" and value == 1 + 1e-9:
-        report = compare(tiny(), lf.Mesh(dp=2, tp=2), microbatches=1, spmd=_tampered(_spoil(kind, 1 + 1e-6)))
-    if kind == "parameter" and value == 1 + 1e-9:
-        report = compare(tiny(), lf.Mesh(dp=2, tp=2), microbatches=1, spmd=_tampered(_spoil(kind, 1 + 1e-6)))
     assert not report.ok
     assert [q.name for q in report.bad] == [name]
     assert f"  {name}: error" in str(report)
@@ -147,7 +146,15 @@ def test_one_wrong_copy_on_one_rank_is_a_disagreement(kind: str, name: str, valu
 
 @pytest.mark.parametrize(
     ("error", "tolerance", "ok"),
-    [(0.0, 0.0, True), (1e-12, 1e-10, True), (1e-9, 1e-10, False), (math.nan, 1e-10, False), (math.nan, math.nan, False), (math.inf, math.inf, False), (1.0, math.inf, False)],
+    [
+        (0.0, 0.0, True),
+        (1e-12, 1e-10, True),
+        (1e-9, 1e-10, False),
+        (math.nan, 1e-10, False),
+        (math.nan, math.nan, False),
+        (math.inf, math.inf, False),
+        (1.0, math.inf, False),
+    ],
 )
 def test_what_agrees(error: float, tolerance: float, ok: bool) -> None:
     assert Quantity("x", 1.0, error, tolerance).ok is ok

@@ -65,6 +65,7 @@ def test_params_are_not_changed_by_a_run() -> None:
     layout = lf.layout(tiny(), lf.Mesh(dp=1))
     params = parity.randomised(layout, ctx, seed=0)
     before = tree.map(torch.clone, params)
-    run(add_reduce(one_f_one_b(1), layout)[0], layout, params, parity.random_batches(layout.model, 0, 0, 1, 9), {"cross_entropy": torch.ones(())}, ctx)
+    (actions,) = add_reduce(one_f_one_b(1), layout)
+    run(actions, layout, params, parity.random_batches(layout.model, 0, 0, 1, 9), {"cross_entropy": torch.ones(())}, ctx)
     tree.map(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), params, before)
     assert all(w.grad is None for w in tree.leaves(params))
