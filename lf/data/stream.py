@@ -1,7 +1,8 @@
-"""The stream of rows: documents in a new order every epoch, one after another without end, cut every `seq_len` tokens.
+"""Rows: documents in a new order every epoch, one after another without end, cut every `seq_len` tokens, and the pieces dealt out anew.
 
-The stream is the epochs in a row; row k is its tokens k·seq_len … (k+1)·seq_len, so it may run from one epoch into the next and nothing is
-dropped. It depends on (documents, seq_len, seed) alone: the number of rows consumed says where a run is, on any number of ranks.
+The stream is the epochs in a row; its row k is tokens k·seq_len … (k+1)·seq_len, so it may run from one epoch into the next and nothing is
+dropped. Neighbours in the stream come from one document, and a batch of neighbours would teach one text at a time: so the rows are shuffled
+as well. All depends on (documents, seq_len, seed) alone: the number of rows consumed says where a run is, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -36,14 +37,32 @@ Rows = Callable[[int], Row]  # any source of rows: what blends and other formats
 
 
 def rows(documents: Documents, seq_len: int, seed: int) -> Rows:
-    """`rows(documents, seq_len, seed)(k)` is row k: random access, by a binary search in the epoch's order."""
+    """`rows(documents, seq_len, seed)(k)` is row k of the shuffled stream: random access.
+
+    The stream is taken in windows of n rows, n the whole rows of an epoch, and each window is permuted with a key of its own."""
+    in_order = stream(documents, seq_len, seed)
+    n = max(len(documents.tokens) // seq_len, 1)
+
+    @lru_cache(maxsize=2)
+    def window(w: int) -> np.ndarray:
+        return permutation(n, seed, "rows", w)
+
+    def row(k: int) -> Row:
+        w, i = divmod(k, n)
+        return in_order(w * n + int(window(w)[i]) if k >= 0 else k)
+
+    return row
+
+
+def stream(documents: Documents, seq_len: int, seed: int) -> Rows:
+    """Row k of the documents in the order of their epochs: random access, by a binary search in the epoch's order."""
     if seq_len < 1:
         raise DataError(f"seq_len={seq_len} must be at least 1")
     total = len(documents.tokens)
     lengths = np.diff(documents.offsets)
 
-    # a row needs its own epoch and at most now and then the next one
-    @lru_cache(maxsize=2)
+    # a window of shuffled rows lies in two epochs at most, and its last row may end in a third
+    @lru_cache(maxsize=3)
     def epoch(e: int) -> tuple[np.ndarray, np.ndarray]:
         order = epoch_order(len(lengths), seed, e)
         return order, np.cumsum(lengths[order])  # where each document ends in the epoch
@@ -78,9 +97,14 @@ def rows(documents: Documents, seq_len: int, seed: int) -> Rows:
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of n documents keyed by (seed, epoch).
+    """The order of n documents in an epoch, keyed by (seed, epoch)."""
+    return permutation(n, seed, "order", epoch)
+
+
+def permutation(n: int, seed: int, what: str, number: int) -> np.ndarray:
+    """A permutation of n keyed by (seed, what, number).
 
     Sorted from the raw bits of Philox, which never change, where numpy's own shuffle may from one version to the next."""
-    key = hashlib.blake2b(f"lf.data order {seed} {epoch}".encode(), digest_size=16).digest()
+    key = hashlib.blake2b(f"lf.data {what} {seed} {number}".encode(), digest_size=16).digest()
     bits = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(n)
     return np.argsort(bits, kind="stable")

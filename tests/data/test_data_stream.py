@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lf.batch import IGNORE
-from lf.data import DataError, Documents, epoch_order, microbatch, pack, rows, step_batches
+from lf.data import DataError, Documents, epoch_order, microbatch, pack, rows, step_batches, stream
 
 EOS = 0
 
@@ -49,7 +49,7 @@ lengths = st.lists(st.integers(2, 20), min_size=1, max_size=12)
 @given(lengths, st.integers(1, 40), st.integers(0, 3), st.integers(0, 12), st.integers(1, 4), st.integers(1, 9))
 def test_batch_equals_slow_reference(sizes: list[int], seq_len: int, seed: int, first: int, b: int, multiple: int) -> None:
     docs = documents(sizes)
-    plan = microbatch(rows(docs, seq_len, seed), first, b, multiple).plan
+    plan = microbatch(stream(docs, seq_len, seed), first, b, multiple).plan
     expected = [item for k in range(first, first + b) for item in slow_row(docs, seq_len, seed, k)]
     expected += [(0, IGNORE, i % seq_len) for i in range(-len(expected) % multiple)]
     names = ("tokens", "labels", "positions")
@@ -106,6 +106,17 @@ def test_every_token_once_per_epoch_and_new_order_each() -> None:
     same, other = rows(docs, 8, 3), rows(docs, 8, 4)
     assert np.array_equal(epochs[0], np.concatenate([same(i).tokens for i in range(per_epoch)]))
     assert not np.array_equal(epochs[0], np.concatenate([other(i).tokens for i in range(per_epoch)]))
+
+
+def test_rows_are_the_streams_dealt_out_anew() -> None:
+    docs = documents([7, 3, 12, 5, 9, 2, 30])  # 68 tokens: windows of 8 rows of 8, which do not end where epochs do
+    dealt, in_order = rows(docs, 8, 3), stream(docs, 8, 3)
+    for w in range(5):
+        window = [in_order(k).tokens.tolist() for k in range(w * 8, w * 8 + 8)]
+        got = [dealt(k).tokens.tolist() for k in range(w * 8, w * 8 + 8)]
+        assert sorted(got) == sorted(window)
+        assert got != window
+    assert rows(documents([4]), 9, 0)(3).tokens.tolist() == stream(documents([4]), 9, 0)(3).tokens.tolist()  # rows longer than an epoch
 
 
 def test_order_is_a_permutation_that_never_changes() -> None:
