@@ -79,11 +79,6 @@ class Report:
         lines = [f"  {q.name}: error {q.error:.3g}, at most {q.tolerance:.3g}" for q in self.bad]
         return words + f"{len(self.bad)} of {len(self.rows)} quantities disagree with one rank\n" + "\n".join(lines)
 
-    def table(self) -> Any:
-        """As a rich table."""
-        rows = [(q.name, f"{q.size:.2e}", f"{q.error:.1e}", f"{q.tolerance:.1e}", "ok" if q.ok else "DISAGREES") for q in self.rows]
-        return console.table(f"mesh {self.mesh} against one rank", ("quantity", "largest", "error", "at most", ""), rows)
-
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no NaN: what is not finite is None, and never ok."""
 
@@ -94,6 +89,15 @@ class Report:
             {"name": q.name, "size": number(q.size), "error": number(q.error), "tolerance": number(q.tolerance), "ok": q.ok} for q in self.rows
         ]
         return {"mesh": str(self.mesh), "ranks": self.mesh.size, "microbatches": self.microbatches, "seed": self.seed, "ok": self.ok, "rows": rows}
+
+
+def table(reports: Sequence[Report]) -> Any:
+    """As one rich table: the error of each quantity on each mesh, and how large the quantity is on the last."""
+    rows = [
+        (q.name, *(f"{r.rows[i].error:.1e}{'' if r.rows[i].ok else ' DISAGREES'}" for r in reports), f"{q.size:.2e}")
+        for i, q in enumerate(reports[-1].rows)
+    ]
+    return console.table("error against one rank", ("quantity", *(str(r.mesh) for r in reports), "largest value"), rows)
 
 
 @attrs.frozen

@@ -172,7 +172,8 @@ def test_a_worse_step_is_not_hidden_by_a_later_one() -> None:
 def test_the_report_in_words_table_and_json() -> None:
     report = compare(tiny(), lf.Mesh(tp=2, dp=1), microbatches=1, steps=1)
     assert str(report) == f"mesh tp=2, 1 microbatches a rank, seed 0: all {len(report.rows)} quantities agree with one rank"
-    assert report.table().row_count == len(report.rows)
+    assert parity.table([report, report]).row_count == len(report.rows)
+    assert len(parity.table([report, report]).columns) == 4
     told = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert told["ok"] is True
     assert told["mesh"] == "tp=2"

@@ -1,0 +1,100 @@
+"""Does this model give the same numbers on these meshes as on one rank? Law 1 in float64, on ranks simulated in one process.
+
+    scripts/launch parity --device cpu --mesh tp=2,dp=2 --mesh tp=4
+    scripts/launch parity --device cpu --model qwen3-0.6b --mesh tp=8 --json report.json
+
+Exit code 0: all agree. 1: some quantity disagrees, or the ranks did not fit together. 2: it could not run.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import attrs
+import tyro
+from rich.console import Console
+
+import lf
+from lf.models.small import shrunk, tiny
+
+RANKS = 1  # the ranks of the mesh are simulated
+
+
+@attrs.frozen
+class Config:
+    mesh: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()  # as tp=2,dp=2; may be given several times (default: three meshes)
+    model: str = "tiny"  # a preset, a folder with a config.json, or "tiny": a built-in one in the shape of Qwen3
+    full: bool = False  # the model as it is, not shrunk: float64, one copy for each rank of dp in one process
+    tied: bool | None = None  # tie the embedding and the head, or not; as in the model when not given
+    microbatches: int = 2  # of each rank and step
+    tokens: int = 24  # about, in a microbatch
+    padding: int = 3  # invalid tokens at the end of each
+    seed: int = 0
+    device: str = "cpu"
+    json: str | None = None  # write the report to this file, or to standard output: -
+
+
+def build(config: Config, say: Any) -> lf.segment.Model:
+    model = tiny() if config.model == "tiny" else lf.hf.model(config.model)
+    small = model.config if config.full or config.model == "tiny" else shrunk(model.config)
+    if small != model.config:
+        say(f"{config.model} is shrunk: {told(model.config)} → {told(small)}; --full runs it as it is")
+    if config.tied is not None:
+        small = attrs.evolve(small, tied=config.tied)
+    return lf.models.decoder.decoder(small)
+
+
+def told(c: Any) -> str:
+    a = c.layers[0].mixer
+    return f"{len(c.layers)} layers, width {c.dim}, {a.heads} heads ({a.kv_heads} kv), {c.vocab} words"
+
+
+def main(config: Config) -> None:
+    # with --json - standard output belongs to the report
+    screen = Console(stderr=True, highlight=False) if config.json == "-" else lf.console.console()
+    refuse(config)
+    meshes = [lf.Mesh.parse(text).fill() for text in config.mesh or ("tp=2,dp=2", "tp=4", "dp=3")]
+    model = build(config, screen.print)
+    for mesh in meshes:
+        lf.layout(model, mesh)  # refused before anything runs
+
+    results = []
+    for i, mesh in enumerate(meshes, 1):
+        with screen.status(f"mesh {mesh} ({i} of {len(meshes)}): {mesh.size} ranks"):
+            results.append(measured(config, model, mesh))
+        result = results[-1]
+        passed = isinstance(result, lf.parity.Report) and result.ok
+        words = result if isinstance(result, lf.parity.Report) else f"mesh {mesh}: {result}"
+        screen.print(f"{'ok' if passed else 'DISAGREES'}: {words}", style=None if passed else "red", markup=False, soft_wrap=True)
+    reports = [r for r in results if isinstance(r, lf.parity.Report)]
+    if reports:
+        screen.print(lf.parity.table(reports))
+    ok = len(reports) == len(results) and all(r.ok for r in reports)
+    if config.json:
+        told = [r.to_dict() if isinstance(r, lf.parity.Report) else {"mesh": str(m), "ok": False, "error": r} for m, r in zip(meshes, results)]
+        text = json.dumps({"model": config.model, "config": lf.config.to_dict(model.config), "ok": ok, "reports": told}, indent=1) + "\n"
+        sys.stdout.write(text) if config.json == "-" else Path(config.json).write_text(text)
+    if not ok:
+        sys.exit(1)
+
+
+def measured(config: Config, model: lf.segment.Model, mesh: lf.Mesh) -> "lf.parity.Report | str":
+    """The report, or why the ranks did not fit together."""
+    asked = {name: getattr(config, name) for name in ("microbatches", "seed", "tokens", "padding", "device")}
+    try:
+        return lf.parity.compare(model, mesh, **asked)
+    except (lf.sim.CollectiveMismatch, lf.sim.Deadlock) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def refuse(config: Config) -> None:
+    for name, least in (("microbatches", 1), ("tokens", 4), ("padding", 0)):
+        if getattr(config, name) < least:
+            raise lf.config.ConfigError(f"--{name} {getattr(config, name)}: at least {least}")
+    if config.json not in (None, "-") and not Path(config.json).absolute().parent.is_dir():
+        raise lf.config.ConfigError(f"--json {config.json}: there is no folder {Path(config.json).absolute().parent}; make it first")
+
+
+if __name__ == "__main__":
+    lf.cli.run(main, Config)
