@@ -1,0 +1,7 @@
+"""Files of a run: its checkpoints (`native`), and Hugging Face folders (`lf.hf`, which is `lf.checkpoint.hf`)."""
+
+from lf.checkpoint.atomic import CheckpointError
+from lf.checkpoint.manifests import Manifest, latest, manifest, prune
+from lf.checkpoint.native import load, save
+
+__all__ = ["CheckpointError", "Manifest", "latest", "load", "manifest", "prune", "save"]

@@ -55,7 +55,10 @@ class Layer:
 
 @attrs.frozen
 class DecoderConfig:
-    """`tied`: the head is the embedding table. Matrices start as N(0, init_std²), the embedding as N(0, embed_std²)."""
+    """`tied`: the head is the embedding table. Matrices start as N(0, init_std²), the embedding as N(0, embed_std²).
+
+    `max_len`, the longest text that the model is meant for, is only passed on to files: the mathematics has no limit.
+    """
 
     vocab: int
     dim: int
@@ -64,6 +67,7 @@ class DecoderConfig:
     tied: bool = True
     init_std: float = 0.02
     embed_std: float = 0.02
+    max_len: int = 40960
 
     def __attrs_post_init__(self) -> None:
         for i, layer in enumerate(self.layers):

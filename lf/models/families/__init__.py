@@ -1,0 +1,37 @@
+"""Families of models on disk: each a short module that reads its config.json and maps its tensor names.
+
+    read(values) -> DecoderConfig   from a parsed config.json; ConfigError that names every field that is missing or cannot be built
+    write(config) -> dict           the config.json of a model; ConfigError where the family cannot say it
+    names(config) -> dict           {key of a piece (`Spec.pieces`): name of the tensor on disk}
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from lf.config import ConfigError, one_of
+from lf.models.families import qwen3
+
+FAMILIES: dict[str, ModuleType] = {"qwen3": qwen3}
+"""`model_type` of a config.json → its family."""
+
+
+def read(values: dict[str, Any]) -> Any:
+    """The config of a model from its parsed config.json. Raises ConfigError for an unknown `model_type`, and what its family refuses."""
+    if "model_type" not in values:
+        raise ConfigError(f"config.json names no model_type; known: {', '.join(FAMILIES)}")
+    return FAMILIES[one_of("model_type", values["model_type"], FAMILIES)].read(values)
+
+
+def of(config: Any) -> ModuleType:
+    """The first family that can write a model with this config. Raises ConfigError with the reason of each when none can."""
+    reasons = []
+    for name, family in FAMILIES.items():
+        try:
+            family.write(config)
+        except ConfigError as error:
+            reasons.append(f"{name}: {error}")
+        else:
+            return family
+    raise ConfigError("no family on disk has such a model:\n  " + "\n  ".join(reasons))

@@ -1,0 +1,170 @@
+"""Parameters → a Hugging Face folder that everybody else's tools open; the same bytes whatever mesh saves it.
+
+Tensors are dealt out to shards by their logical sizes alone. Shard f is assembled and written by data-parallel coordinate f mod dp, one tensor
+at a time: every rank along the axes that split it gives the rows that it owns, so overlapping kv heads come together exactly once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from lf import tree
+from lf.box import shape
+from lf.checkpoint.atomic import CheckpointError, agree, attempt, publish, sync, write_json, write_tensors
+from lf.checkpoint.files import CODES
+from lf.layouts import Layout
+from lf.models import families
+from lf.spec import Piece, Spec
+from lf.state import State
+from lf.tree import Tree
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+HEADER = 256  # bytes that a tensor takes in the header of its file, at most
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt"),
+    *("tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+)
+
+
+@attrs.frozen
+class Entry:
+    """A tensor of a shard: its name on disk, and part `index` of `spec`."""
+
+    name: str
+    spec: Spec
+    index: int
+    shape: tuple[int, ...]
+
+
+def save(
+    folder: str | os.PathLike[str],
+    layout: Layout,
+    state: State | Tree,
+    ctx: Any,
+    tokenizer: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> Path:
+    """Writes a Hugging Face folder from a State (its masters) or a tree of parameters, and returns its path. Collective.
+
+    tokenizer: a folder whose tokenizer files are copied along. dtype: of the tensors on disk (None: as they are). No file is larger than
+    `max_shard_bytes`, unless one tensor is. An export that is there is replaced, once the new one is complete; a folder with anything else in it
+    is refused. Raises CheckpointError or ConfigError on every rank, and leaves nothing half-written under the name.
+    """
+    params = state.optimizer["master"] if isinstance(state, State) else state
+    dtype = dtype or tree.leaves(params)[0].dtype
+    if not dtype.is_floating_point or dtype not in CODES:
+        raise CheckpointError(f"dtype={dtype} cannot be saved; use torch.float32, torch.bfloat16, torch.float16 or torch.float64")
+    if max_shard_bytes < 1:
+        raise CheckpointError(f"max_shard_bytes={max_shard_bytes} must be at least 1")
+    family, errors = families.of(layout.model.config), list[Exception]()
+    copied = attempt(errors, _tokenizer_files, tokenizer) if ctx.axes.rank == 0 else []
+    agree(errors, f"saving {folder}", ctx)
+    shards = deal(layout, family.names(layout.model.config), dtype, max_shard_bytes)
+    name_of = {f: SINGLE if len(shards) == 1 else f"model-{f + 1:05d}-of-{len(shards):05d}.safetensors" for f in range(len(shards))}
+    axes = ctx.axes
+
+    def write(partial: Path, errors: list[Exception]) -> None:
+        writer = not any(at for axis, at in axes.coords.items() if axis in ("pp", "cp", "tp"))
+        for f, entries in enumerate(shards):
+            if axes.coords["dp"] != f % axes.mesh["dp"]:
+                continue
+            held: dict[str, Tensor] = {}
+            for entry in entries:
+                whole = gather(entry, tree.get(params, entry.spec.path), dtype, axes)
+                if writer:
+                    held[entry.name] = whole.cpu()
+            if writer:
+                attempt(errors, write_tensors, partial / name_of[f], held)
+
+    def finish(partial: Path) -> None:
+        short = str(dtype).removeprefix("torch.")
+        config = {**family.write(layout.model.config), "dtype": short, "torch_dtype": short}
+        if tokenizer is not None and (eos := _eos(Path(tokenizer))) is not None:
+            config["eos_token_id"] = eos  # where `generate` stops
+        write_json(partial / "config.json", config)
+        if len(shards) > 1:
+            total = sum(math.prod(e.shape) for entries in shards for e in entries) * dtype.itemsize
+            where = {e.name: name_of[f] for f, entries in enumerate(shards) for e in entries}
+            write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+        for path in copied or []:
+            shutil.copyfile(path, partial / path.name)
+            sync(partial / path.name)
+
+    return publish(folder, ctx, _ours, write, finish)
+
+
+def deal(layout: Layout, names: dict[str, str], dtype: torch.dtype, limit: int) -> list[list[Entry]]:
+    """The tensors of each shard, in the order of the model, none larger than `limit` bytes unless one tensor is: the same on every rank."""
+    shards: list[list[Entry]] = [[]]
+    room = limit
+    for entry in _entries(layout, names):
+        size = math.prod(entry.shape) * dtype.itemsize + HEADER
+        if size > room and shards[-1]:
+            shards.append([])
+            room = limit
+        shards[-1].append(entry)
+        room -= size
+    return shards
+
+
+def gather(entry: Entry, local: Tensor, dtype: torch.dtype, axes: Any) -> Tensor:
+    """The logical tensor, from the rows that each rank along the axes of its spec owns. Collective over these axes."""
+    spec, i = entry.spec, entry.index
+    mine = spec.pieces(axes.coords)[i]
+    owned = _owned(spec, i, axes.coords)
+    out = (owned.view(local) if owned else mine.view(local).narrow(mine.dim, 0, 0)).to(dtype)
+    for dim, axis in enumerate(spec.names):
+        if axis and axes.mesh[axis] > 1:
+            each = [_owned(spec, i, {**axes.coords, axis: j}) for j in range(axes.mesh[axis])]
+            out = axes[axis].all_gather(out, [shape(p.box)[dim] if p else 0 for p in each], dim)
+    return out.contiguous()
+
+
+def _owned(spec: Spec, index: int, coords: dict[str, int]) -> Piece | None:
+    """What the rank at `coords` owns of a part when all copies of it are one: coordinates along which it is the same count as 0."""
+    first = {**coords, **dict.fromkeys(spec.sum_axes, 0)}
+    key = spec.pieces(first)[index].key
+    return next((p for p in spec.owned(first) if p.key == key), None)
+
+
+def _entries(layout: Layout, names: dict[str, str]) -> Iterator[Entry]:
+    for spec in layout.specs.values():
+        for i, piece in enumerate(spec.pieces(layout.mesh.coords(0))):
+            yield Entry(names[piece.key], spec, i, piece.shape)
+
+
+def _ours(name: str) -> bool:
+    return name in (SINGLE, INDEX, "config.json", *TOKENIZER) or bool(SHARD.fullmatch(name))
+
+
+def _tokenizer_files(folder: str | os.PathLike[str] | None) -> list[Path]:
+    if folder is None:
+        return []
+    files = [p for name in TOKENIZER if (p := Path(folder).expanduser() / name).is_file()]
+    if not any(p.name.startswith(("tokenizer", "vocab")) for p in files):
+        raise CheckpointError(f"tokenizer={str(folder)!r} holds no tokenizer.json or the like; give the folder that does, or None")
+    return files
+
+
+def _eos(folder: Path) -> int | None:
+    """The id of the token that ends a text, when the tokenizer's files say which it is."""
+    try:
+        token = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["eos_token"]
+        token = token["content"] if isinstance(token, dict) else token
+        added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+        return next((t["id"] for t in added if t["content"] == token), None)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

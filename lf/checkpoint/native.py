@@ -1,0 +1,213 @@
+"""The checkpoint of a run: every shard of everything is a box of a logical tensor, so any layout loads any checkpoint, exact to the bit.
+
+    step-00000050/
+        manifest.json             format, mesh, config of the model, step, extra; for every tensor its shape, dtype and boxes; sizes of the files
+        rank-00000.safetensors    the boxes that this rank owns: of masters and moments, and (rank 0) of the scalars
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from lf import box as boxes
+from lf import tree
+from lf.box import Box
+from lf.checkpoint.atomic import CheckpointError, agree, attempt, listing, publish, write_json, write_tensors
+from lf.checkpoint.files import CODES, DTYPES, dtype_of, flat, opened, read_box, shape_of
+from lf.checkpoint.manifests import FORMAT, MANIFEST, VERSION, Manifest, Stored, manifest
+from lf.config import differing, to_dict
+from lf.layouts import Layout
+from lf.spec import Piece, Spec
+from lf.state import State, compute_copy, device_of
+
+STEP = "step"
+RANK = re.compile(r"rank-\d{5,}\.safetensors")
+
+
+def save(folder: str | os.PathLike[str], layout: Layout, state: State, ctx: Any, extra: dict[str, Any]) -> Path:
+    """Writes the state and `extra` (JSON: the position in the data, …; rank 0's counts) and returns the full path. Collective.
+
+    Raises CheckpointError on every rank, and leaves nothing half-written under the name.
+    """
+    coords, rank = ctx.axes.coords, ctx.axes.rank
+    leaves = {**dict(tree.items(state.optimizer)), STEP: state.step}
+    specs = {leaf: _spec(layout, leaf) for leaf in leaves}
+    errors: list[Exception] = []
+    attempt(errors, _refuse, leaves, specs, coords, extra)
+    agree(errors, f"saving {folder}", ctx)
+
+    def write(partial: Path, errors: list[Exception]) -> None:
+        owned = [(p, x) for leaf, x in leaves.items() for p in _owned(leaf, specs[leaf], coords, rank)]
+        mine = {p.key: p.view(x).contiguous().cpu() if p.shape else x.cpu() for p, x in owned}
+        if mine:
+            attempt(errors, write_tensors, partial / _file(rank), mine)
+
+    def finish(partial: Path) -> None:
+        tensors: dict[str, dict[str, Any]] = {}
+        for r in range(layout.mesh.size):
+            at = layout.mesh.coords(r)
+            for leaf, x in leaves.items():
+                for p in _owned(leaf, specs[leaf], at, r):
+                    entry = tensors.setdefault(p.key, {"shape": p.shape, "dtype": CODES[x.dtype], "boxes": []})
+                    entry["boxes"].append({"file": _file(r), "box": p.box})
+        config = layout.model.config
+        about = {"format": FORMAT, "version": VERSION, "mesh": str(layout.mesh), "step": int(state.step)}
+        about |= {"kind": type(config).__name__, "config": to_dict(config), "extra": extra, "leaves": [k for k in leaves if k != STEP]}
+        sizes = {p.name: p.stat().st_size for p in sorted(partial.iterdir())}
+        write_json(partial / MANIFEST, {**about, "files": sizes, "tensors": tensors})
+
+    return publish(folder, ctx, lambda name: name == MANIFEST or bool(RANK.fullmatch(name)), write, finish)
+
+
+def load(folder: str | os.PathLike[str], layout: Layout, ctx: Any) -> tuple[State, dict[str, Any]]:
+    """(state, extra) as they were saved, laid out anew: any mesh loads what any other has saved. Collective.
+
+    Raises CheckpointError that lists everything that is wrong: another model, tensors that are missing or not covered, files that are missing
+    or cut short.
+    """
+    folder, errors = Path(folder).expanduser(), list[Exception]()
+    doing = f"loading {folder}"
+    with ExitStack() as stack:
+        about = attempt(errors, manifest, folder)
+        found = attempt(errors, lambda: _inspect(folder, about, layout, ctx, stack))  # type: ignore[arg-type]
+        agree(errors, doing, ctx)
+        assert about is not None
+        assert found is not None
+        # Ranks that see a shared disk differently might each have chosen another "latest".
+        span = ctx.axes.world.max(torch.tensor([about.step, -about.step], device=device_of(ctx))).tolist()
+        if span != [about.step, -about.step]:
+            raise CheckpointError(f"{doing}: this rank reads step {about.step}, others read {-span[1]} to {span[0]}; give all ranks one folder")
+        values = attempt(errors, _read, found, layout, ctx)
+        agree(errors, doing, ctx)
+    assert values is not None
+    step = values.pop(STEP)
+    optimizer = tree.build(list(values.items()))
+    return State(compute_copy(optimizer["master"], ctx), optimizer, step), about.extra
+
+
+def _file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def _spec(layout: Layout, leaf: str) -> Spec | None:
+    """The spec of a leaf that is shaped like a parameter (master/PATH, m/PATH); None for the others, which are scalars, the same on all ranks."""
+    return layout.specs.get(leaf.partition("/")[2])
+
+
+def _pieces(leaf: str, spec: Spec | None, coords: dict[str, int]) -> tuple[Piece, ...]:
+    return _keyed(leaf, spec.pieces(coords)) if spec else (Piece(leaf, (), (), 0, 0),)
+
+
+def _owned(leaf: str, spec: Spec | None, coords: dict[str, int], rank: int) -> tuple[Piece, ...]:
+    if spec is None:
+        return (Piece(leaf, (), (), 0, 0),) if rank == 0 else ()
+    return _keyed(leaf, spec.owned(coords))
+
+
+def _keyed(leaf: str, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
+    kind = leaf.partition("/")[0]
+    return tuple(attrs.evolve(p, key=f"{kind}/{p.key}") for p in pieces)
+
+
+def _refuse(leaves: dict[str, Tensor], specs: dict[str, Spec | None], coords: dict[str, int], extra: dict[str, Any]) -> None:
+    problems = []
+    for leaf, x in leaves.items():
+        spec = specs[leaf]
+        want = spec.local_shape(coords) if spec else ()
+        if tuple(x.shape) != want:
+            what = "the shape of its parameter" if spec else "a scalar, because no parameter has its path"
+            problems.append(f"{leaf} has shape {list(x.shape)} and should have {list(want)}: {what}")
+        if x.dtype not in CODES:
+            problems.append(f"{leaf} has dtype {x.dtype}; known: {', '.join(map(str, CODES))}")
+    try:
+        same = json.loads(json.dumps(extra, allow_nan=False)) == extra
+    except (TypeError, ValueError) as error:
+        same = False
+        problems.append(f"extra is no JSON: {error}")
+    else:
+        if not same or not isinstance(extra, dict):
+            problems.append("extra would not come back from JSON as it is: use a dict with string keys, and lists instead of tuples")
+    listing("the state cannot be saved", problems)
+
+
+Reads = dict[str, list[tuple[Any, str, Box, Box, Piece]]]
+
+
+def _inspect(folder: Path, about: Manifest, layout: Layout, ctx: Any, stack: ExitStack) -> tuple[Manifest, Reads]:
+    """What to read for each leaf: (file, tensor, box to read, box that the file has, the piece it goes to). Raises with all problems."""
+    config, problems = layout.model.config, list[str]()
+    ours = json.loads(json.dumps({"kind": type(config).__name__, "config": to_dict(config)}))
+    changed = differing(dict(flat({"kind": about.kind, "config": about.config})), dict(flat(ours)))
+    problems += [f"the model differs: {k} was {old!r}, is {new!r}" for k, (old, new) in changed.items()]
+    if not changed:
+        problems += [f"master/{path} is missing" for path in layout.specs if f"master/{path}" not in about.leaves]
+    files: dict[str, Any] = {}
+    reads: Reads = {}
+    for leaf in (*about.leaves, STEP) if not changed else ():
+        spec = _spec(layout, leaf)
+        reads[leaf] = []
+        for piece in _pieces(leaf, spec, ctx.axes.coords):
+            if (stored := about.tensors.get(piece.key)) is None:
+                problems.append(f"{piece.key} is missing")
+                continue
+            problems += _misfit(piece, stored, leaf, ctx.precision.master)
+            if stored.shape != piece.shape or stored.dtype not in DTYPES:
+                continue
+            covered = 0
+            for held in stored.boxes:
+                common = boxes.intersect(held.box, piece.box)
+                if not boxes.volume(common):
+                    continue
+                covered += boxes.volume(common)
+                if held.file not in files:
+                    files[held.file] = opened(folder / held.file, stack, problems)
+                if (file := files[held.file]) is None:
+                    continue
+                if wrong := _other(file, piece.key, held.box, stored.dtype):
+                    problems.append(f"{held.file}: {wrong}")
+                reads[leaf].append((file, piece.key, common, held.box, piece))
+            if covered != boxes.volume(piece.box):
+                problems.append(f"{piece.key}: the boxes in {MANIFEST} have {covered} of the {boxes.volume(piece.box)} elements of {piece.box}")
+    listing(f"cannot load {folder}", problems)
+    return about, reads
+
+
+def _misfit(piece: Piece, stored: Stored, leaf: str, master: torch.dtype) -> Iterator[str]:
+    if stored.shape != piece.shape:
+        yield f"{piece.key} has shape {list(stored.shape)}, the model {list(piece.shape)}"
+    if stored.dtype not in DTYPES:
+        yield f"{piece.key} has dtype {stored.dtype}; known: {', '.join(DTYPES)}"
+    elif leaf.startswith("master/") and DTYPES[stored.dtype] != master:
+        yield f"{piece.key} has dtype {stored.dtype}; this run's masters are {master}: use the precision that it was saved with"
+
+
+def _other(file: Any, key: str, box: Box, dtype: str) -> str:
+    """What is wrong with a tensor in a file, or ''."""
+    if key not in file.keys():  # noqa: SIM118 — a file, not a dict
+        return f"{key} is missing"
+    have = (shape_of(file, key), dtype_of(file, key))
+    return "" if have == (boxes.shape(box), dtype) else f"{key} is {have[1]} {list(have[0])}, {MANIFEST} has {dtype} {list(boxes.shape(box))}"
+
+
+def _read(found: tuple[Manifest, Reads], layout: Layout, ctx: Any) -> dict[str, Tensor]:
+    about, reads = found
+    out = {}
+    for leaf, parts in reads.items():
+        spec, coords = _spec(layout, leaf), ctx.axes.coords
+        dtype = DTYPES[about.tensors[_pieces(leaf, spec, coords)[0].key].dtype]
+        local = torch.empty(spec.local_shape(coords) if spec else (), dtype=dtype)
+        for file, key, common, origin, piece in parts:
+            target = piece.view(local)[boxes.slices(common, piece.box)] if piece.shape else local
+            target.copy_(read_box(file, key, common, origin))
+        out[leaf] = local.to(device_of(ctx))
+    return out
