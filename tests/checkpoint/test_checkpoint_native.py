@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -287,6 +288,47 @@ def test_killed_while_saving_the_one_before_is_there(clean: Path, tmp_path: Path
     save_under("tp=3", tmp_path / "step-00000060")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000050", "step-00000060"]
     load_under("tp=2", tmp_path / "step-00000060")
+
+
+# Where a save is killed: (function, which call of it) → the newest complete checkpoint afterwards, for a new step and for one saved again.
+KILLED = {
+    ("write_tensors", 1): (50, 50),
+    ("write_json", 1): (50, 50),
+    ("rename", 1): (50, 50),
+    ("rename", 2): (60, 40),  # the old one is moved aside, the new one not in place: for this moment the one before counts
+    ("rmtree", 1): (60, 50),
+}
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["new step", "same step again"])
+@pytest.mark.parametrize(("function", "call"), KILLED)
+def test_killed_at_any_point(clean: Path, tmp_path: Path, function: str, call: int, again: bool) -> None:
+    for n in (40, 50):
+        shutil.copytree(clean, tmp_path / f"step-{n:08d}")
+    target = tmp_path / ("step-00000050" if again else "step-00000060")
+    if (child := os.fork()) == 0:
+        owner: Any = {"write_tensors": native, "write_json": native, "rename": Path, "rmtree": shutil}[function]
+        real, calls = getattr(owner, function), []
+
+        def die(*args: Any, **kwargs: Any) -> Any:
+            calls.append(args)
+            if len(calls) == call:
+                os._exit(9)
+            return real(*args, **kwargs)
+
+        setattr(owner, function, die)
+        try:
+            save_under("", target)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    newest = tmp_path / f"step-{KILLED[function, call][again]:08d}"
+    assert lf.checkpoint.latest(tmp_path) == newest
+    load_under("tp=2", newest)
+    save_under("tp=2", target)  # what the resumed run does
+    load_under("", target)
+    lf.sim.spmd(lf.Mesh(), lambda axes: lf.checkpoint.prune(tmp_path, 3, context(axes)))
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted({"step-00000040", "step-00000050", target.name})
 
 
 def test_prune_keeps_the_newest_and_clears_leftovers(clean: Path, tmp_path: Path) -> None:
