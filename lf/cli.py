@@ -5,35 +5,33 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 import tyro
 
 from lf.config import ConfigError, read
 
-C = TypeVar("C")
 
+def run(main: Callable[..., Any], kind: type | None = None) -> None:
+    """Calls `main` with what the command line says.
 
-def run(main: Callable[[C], Any], kind: type[C], default: C | None = None) -> None:
-    """Calls `main` with the config that the command line makes of `kind`: --field value, and --config FILE for a JSON to start from.
-
-    An error that is the user's (a mesh that cannot be, a missing file) ends with one message and exit code 2; any other with its traceback.
+    kind: an attrs config, made of --field value, and of --config FILE (JSON) to start from; without one, main's own arguments are the flags.
+    An error that is the user's (a mesh that cannot be, a missing file) ends with one message and exit code 1; any other with its traceback.
     """
-    rank = int(os.environ.get("RANK", "0"))
-    args = sys.argv[1:]
+    speak = os.environ.get("RANK", "0") == "0"
+    about = sys.modules["__main__"].__doc__
     try:
-        file, args = _config_file(args)
-        if file is not None:
-            default = read(kind, file)
-        start = tyro.MISSING_NONPROP if default is None else default
-        config: C = tyro.cli(kind, args=args, default=start, description=sys.modules["__main__"].__doc__, console_outputs=rank == 0)
-        main(config)
+        if kind is None:
+            tyro.cli(main, description=about, console_outputs=speak)
+        else:
+            file, args = _config_file(sys.argv[1:])
+            start = tyro.MISSING_NONPROP if file is None else read(kind, file)
+            main(tyro.cli(kind, args=args, default=start, description=about, console_outputs=speak))
     except ValueError as error:
         if not type(error).__module__.startswith("lf."):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        raise SystemExit(f"error: {error}") from None
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,11 +1,7 @@
-"""What a person sees: one line for what happens, a live bar on long work, tables. Rank 0 speaks, the others are silent.
-
-The launcher runs rank 0 behind a pipe; LF_TTY=1 in its environment says that a terminal stands at the other end.
-"""
+"""What a person sees: one line for what happens, a live bar on long work, tables. Rank 0 speaks, the others are silent."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,8 +13,7 @@ from rich.text import Text
 
 def console(rank: int = 0) -> Console:
     """The console of a rank: silent unless it is rank 0."""
-    terminal = os.environ.get("LF_TTY")
-    return Console(quiet=rank != 0, force_terminal=None if terminal is None else terminal == "1", highlight=False)
+    return Console(quiet=rank != 0, highlight=False)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
@@ -62,4 +57,4 @@ class Bar:
         self.total = self.total if total is None else total
         self.progress.update(self.task, completed=done, total=self.total, show=values or {})
         if not self.live and (done % self.every == 0 or done in (1, self.total)):
-            self.screen.print(f"{self.what} {done}/{self.total}   " + "   ".join(f"{k} {v}" for k, v in (values or {}).items()))
+            self.screen.print(f"{self.what} {done}/{self.total}   " + "   ".join(f"{k} {v}" for k, v in (values or {}).items()), soft_wrap=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +17,33 @@ from lf.spec import Spec
 
 
 def show(layout: Layout, png: str | Path | None = None, rank: int = 0) -> None:
-    """Prints who holds what, a line a parameter, and draws it to `png` if one is named. `rank`: whose local shapes are shown."""
+    """Prints who holds what, a line a parameter, and draws it to `png` if one is named. `rank`: whose local shapes are shown.
+
+    Parameters of several layers that are laid out alike share a line: layers.*.attn/qkv ×28.
+    """
     columns = ("parameter", "logical shape", "axes", f"on rank {rank}", "summed over", "counted by")
     title = f"{len(layout.specs)} parameters on mesh {layout.mesh}"
-    console().print(table(title, columns, layout_rows(layout, rank)))
+    groups = alike(layout, rank)
+    console().print(table(title, columns, [(name, *_row(layout.specs[paths[0]], rank)) for name, paths in groups.items()]))
     if png is not None:
         import matplotlib.pyplot as plt
 
-        figure, ax = plt.subplots(figsize=(9, 1.2 + 0.28 * len(layout.specs)), layout="constrained")
-        draw_layout(ax, layout, list(layout.specs))
+        figure, ax = plt.subplots(figsize=(9, 1.2 + 0.28 * len(groups)), layout="constrained")
+        draw_layout(ax, layout, [paths[0] for paths in groups.values()], names=list(groups))
         figure.savefig(png, dpi=110)
         plt.close(figure)
 
 
-def layout_rows(layout: Layout, rank: int = 0) -> list[tuple[str, ...]]:
-    """(path, logical shape, axes → mesh axis, local shape, axes its gradient is summed over, who counts it) of each parameter."""
-    return [_row(spec, rank) for spec in layout.specs.values()]
+def alike(layout: Layout, rank: int = 0) -> dict[str, list[str]]:
+    """{what to call them: paths}: the parameters whose paths differ in numbers only and whose rows are the same, in the order of the model."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for path, spec in layout.specs.items():
+        groups.setdefault((re.sub(r"\d+", "*", path), *_row(spec, rank)), []).append(path)
+    return {(f"{key[0]} ×{len(paths)}" if len(paths) > 1 else paths[0]): paths for key, paths in groups.items()}
 
 
 def _row(spec: Spec, rank: int) -> tuple[str, ...]:
+    """(logical shape, axes → mesh axis, local shape, axes its gradient is summed over, who counts it)."""
     mesh, coords = spec.mesh, spec.mesh.coords(rank)
     axes = ", ".join((name or "·") + (f"→{axis}" if axis and mesh[axis] > 1 else "") for name, axis in zip(spec.param.axes, spec.names))
     summed = [a for a in spec.sum_axes if mesh[a] > 1]
@@ -43,7 +53,6 @@ def _row(spec: Spec, rank: int) -> tuple[str, ...]:
     if shared:
         counted += f" ({', '.join(shared)}: first holder)"
     return (
-        spec.path,
         "×".join(map(str, spec.param.shape)),
         axes,
         "×".join(map(str, spec.local_shape(coords))),
@@ -52,8 +61,8 @@ def _row(spec: Spec, rank: int) -> tuple[str, ...]:
     )
 
 
-def draw_layout(ax: Any, layout: Layout, paths: Sequence[str]) -> None:
-    """Each parameter as a bar, laid out along the dim that is split; each rank of tp has a colour, several where several hold a row."""
+def draw_layout(ax: Any, layout: Layout, paths: Sequence[str], names: Sequence[str] | None = None) -> None:
+    """Each parameter as a bar, laid out along the dim that is split; each rank of tp has a colour, several where several hold a row. `names`: what to write beside them."""
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch, Rectangle
 
@@ -63,22 +72,20 @@ def draw_layout(ax: Any, layout: Layout, paths: Sequence[str]) -> None:
         spec = layout.specs[path]
         at, total = 0.0, spec.param.shape[spec.param.part_dim]
         for i, part in enumerate(spec.parts()):
-            for r in range(ranks):
-                piece = spec.pieces(layout.mesh.coords(layout.mesh.rank(tp=r)))[i]
-                if not box.volume(piece.box):
-                    continue
-                split = piece.box[piece.dim] != (0, piece.shape[piece.dim]) or ranks == 1
-                # a row that several ranks hold is divided in height among them
-                lo, hi = piece.box[piece.dim] if split else (0, piece.shape[piece.dim])
-                holders = ranks if not split else 2 if i in spec.shared() else 1
-                height = 0.8 / holders
-                up = y - 0.4 + height * (r if not split else r % holders)
-                ax.add_patch(Rectangle(((at + lo) / total, up), (hi - lo) / total, height, facecolor=colours(r), edgecolor="white", linewidth=0.6))
+            held = [spec.pieces(layout.mesh.coords(layout.mesh.rank(tp=r)))[i].box[spec.param.part_dim] for r in range(ranks)]
+            edges = sorted({edge for bounds in held for edge in bounds})
+            for lo, hi in pairwise(edges):  # a row that several ranks hold is divided in height among them
+                holders = [r for r, (first, last) in enumerate(held) if first <= lo and hi <= last]
+                for k, r in enumerate(holders):
+                    height = 0.8 / len(holders)
+                    place = ((at + lo) / total, y - 0.4 + k * height)
+                    ax.add_patch(Rectangle(place, (hi - lo) / total, height, facecolor=colours(r), edgecolor="white", linewidth=0.6))
             if part.name:
                 ax.text(at / total + 0.01, y, part.name, ha="left", va="center", fontsize=8, color="white", weight="bold")
             at += part.rows
     ax.set(xlim=(0, 1), ylim=(len(paths) - 0.4, -0.6), xticks=[], yticks=range(len(paths)))
-    ax.set_yticklabels([f"{p}  {'×'.join(map(str, layout.specs[p].param.shape))}" for p in paths], fontsize=8)
+    shapes = ["×".join(map(str, layout.specs[p].param.shape)) for p in paths]
+    ax.set_yticklabels([f"{name}  {shape}" for name, shape in zip(names or paths, shapes)], fontsize=8)
     ax.spines[:].set_visible(False)
     copies = f", each on {layout.mesh['dp']} data ranks" if layout.mesh["dp"] > 1 else ""
     ax.set_title(f"who holds which slice: {layout.mesh}{copies}", fontsize=9, loc="left")

@@ -5,6 +5,7 @@ It runs scripts/pretrain.py with the settings below, opens the Hugging Face fold
 
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pretrain
@@ -26,12 +27,12 @@ class Config(pretrain.Config):
     device: str = "cpu"
     precision: str = "fp32"
     seq_len: int = 256
-    micro_batch: int = 4
-    global_batch: int = 16
-    steps: int = 240
-    lr: float = 3e-3
+    micro_batch: int = 2
+    global_batch: int = 8
+    steps: int = 500
+    lr: float = 6e-3
     warmup: int = 20
-    save_every: int = 40
+    save_every: int = 50
     out: str = OUT
     temperature: float = 0.7  # of the sampled continuation
     sample: int = 120  # tokens
@@ -62,8 +63,8 @@ def continuation(folder: Path, config: Config) -> str:
     while len(ids) < start + config.sample and ids[-1] != tokenizer.eos:
         n = len(ids)
         plan = {"tokens": torch.tensor(ids), "positions": torch.arange(n), "cu_seqlens": torch.tensor([0] + [n] * n, dtype=torch.int32)}
-        logits = lf.forward(model, params, lf.Batch(plan), ctx)[-1]
-        ids.append(int(torch.multinomial((logits / config.temperature).softmax(-1), 1, generator=dice)))
+        logits: Any = lf.forward(model, params, lf.Batch(plan), ctx)  # (tokens, vocabulary)
+        ids.append(int(torch.multinomial((logits[-1] / config.temperature).softmax(-1), 1, generator=dice)))
     return tokenizer.decode(ids[start:])
 
 

@@ -3,9 +3,11 @@
 scripts/launch pretrain --device cpu --model qwen3-0.6b --data my/texts --mesh tp=2,dp=2
 """
 
+import math
 from pathlib import Path
 
 import attrs
+from rich.console import Console
 
 import lf
 
@@ -44,8 +46,12 @@ def main(config: Config) -> tuple[lf.State, lf.context.Context]:
     rate = lf.optim.warmup_cosine(config.lr, config.warmup, config.steps)
     init, step = lf.train.make(layout, lf.optim.adamw(rate, weight_decay=config.weight_decay), program, ctx, config.clip)
 
+    screen = lf.console.console(axes.rank)
     run = lf.runs.open_run(config.out, config, axes)  # the same command goes on with an unfinished run
-    ready = lf.runs.on_first_rank(lambda: prepare(config, model.config.vocab, lf.console.console()), axes)
+    size = sum(math.prod(p.shape) for p in model.params().values())
+    batch = f"{config.global_batch} rows of {config.seq_len} = {config.micro_batch} × {microbatches} microbatches × dp={axes.mesh['dp']}"
+    screen.print(f"{config.model}: {size:,} parameters in {config.precision} on {axes.mesh} ({device.NAME}); a step is {batch}", soft_wrap=True)
+    ready = lf.runs.on_first_rank(lambda: prepare(config, model.config.vocab, screen), axes)
     documents = lf.data.open_documents(ready["documents"])
     rows = lf.data.rows(documents, config.seq_len, config.seed)
 
@@ -57,6 +63,7 @@ def main(config: Config) -> tuple[lf.State, lf.context.Context]:
     if last := lf.checkpoint.latest(run.checkpoints):
         state, saved = lf.checkpoint.load(last, layout, ctx)
         lf.runs.same_data(saved, data)
+        screen.print(f"{config.out} goes on after step {int(state.step)} of {config.steps}")
     else:
         state = init(lf.hf.load(config.weights, layout, ctx) if config.weights else lf.init(layout, ctx, config.seed))
     state = lf.train.loop(run, layout, step, state, batches, config.steps, ctx, config.save_every, data)
@@ -66,7 +73,7 @@ def main(config: Config) -> tuple[lf.State, lf.context.Context]:
     return state, ctx
 
 
-def prepare(config: Config, vocab: int, screen) -> dict[str, str]:
+def prepare(config: Config, vocab: int, screen: Console) -> dict[str, str]:
     """Texts → token files, once, on rank 0."""
     folder = Path(config.out)
     texts = lf.data.read_text(config.data, folder / "cache", config.match, say=screen.print)

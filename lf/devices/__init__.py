@@ -14,6 +14,7 @@ from types import ModuleType, SimpleNamespace
 from lf.config import ConfigError, one_of
 
 KNOWN = ("cpu",)
+PLANNED = ("cuda", "kunlun")
 
 
 def get(name: str | None) -> ModuleType:
@@ -23,6 +24,8 @@ def get(name: str | None) -> ModuleType:
         have = ", ".join(f"{n} ({words})" for n, words in found.items() if words)
         flags = " or ".join(f"--device {n}" for n, words in found.items() if words)
         raise ConfigError(f"no device named; found here: {have}. Add {flags}")
+    if name in PLANNED:
+        raise ConfigError(f"device {name!r} is not built yet; use --device cpu")
     return _module(one_of("device", name, KNOWN))
 
 
