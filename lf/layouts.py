@@ -48,7 +48,7 @@ def layout(model: Model, mesh: Mesh, rules: dict[str, str] | None = None, stages
     mesh, rules = mesh.fill(), dict(RULES if rules is None else rules)
     for axis, name in (("pp", "pipeline"), ("cp", "context"), ("ep", "expert"), ("etp", "expert tensor")):
         if mesh[axis] > 1:
-            raise LayoutError(f"mesh {mesh}: {name} parallelism ({axis}={mesh[axis]}) is not built yet; use tp and dp")
+            raise LayoutError(f"mesh {mesh}: {name} parallelism ({axis}={mesh[axis]}) is not built yet; use {axis}=1, tp and dp")
     if stages != 1:
         raise LayoutError(f"stages={stages}: pipeline stages are not built yet; use stages=1")
     if model.rules is not None:

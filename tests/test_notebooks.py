@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from itertools import groupby
 from pathlib import Path
 
 import nbformat
@@ -37,9 +38,12 @@ def texts(notebook: nbformat.NotebookNode) -> list[str]:
 
 
 def kinds(notebook: nbformat.NotebookNode) -> list[list[str]]:
-    """What kinds of outputs each cell has: these do not depend on the machine. A warning may: matplotlib says so when it first looks for fonts."""
+    """What kinds of outputs each cell has: these do not depend on the machine. A warning may: matplotlib says so when it first looks for fonts.
+
+    What is printed in one go or in several is one output or several, as the kernel's clock will have it.
+    """
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    return [[out.output_type for out in cell.outputs if out.get("name") != "stderr"] for cell in code]
+    return [[kind for kind, _ in groupby(out.output_type for out in cell.outputs if out.get("name") != "stderr")] for cell in code]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -159,4 +159,4 @@ def test_unknown_sources(tmp_path: Any) -> None:
 
 def oracle_config() -> Any:
     layer = Layer(Attention(6, 3, 4, 50000.0), GatedMLP(10))
-    return attrs.evolve(PRESETS["qwen3-demo"], vocab=37, dim=15, layers=(layer, layer), norm_eps=1e-5)
+    return attrs.evolve(PRESETS["qwen3-demo"], vocab=37, dim=15, layers=(layer, layer), norm_eps=1e-5, embed_std=0.02)

@@ -12,6 +12,8 @@ from lf.axes import solo
 from lf.models.small import tiny
 from lf.schedule import Action, add_reduce, check, one_f_one_b
 from lf.schedule.run import run, run_forward
+from lf.segment import Model, Objective, Segment
+from lf.spec import Param, constant
 
 
 def plain(layout, params, batches, ctx) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -69,3 +71,18 @@ def test_params_are_not_changed_by_a_run() -> None:
     run(actions, layout, params, parity.random_batches(layout.model, 0, 0, 1, 9), {"cross_entropy": torch.ones(())}, ctx)
     tree.map(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), params, before)
     assert all(w.grad is None for w in tree.leaves(params))
+
+
+def test_a_gradient_that_two_parameters_share_is_not_added_twice() -> None:
+    """Autograd hands one tensor to both terms of a sum; later microbatches are added in place."""
+
+    def apply(p, x, batch, ctx):
+        return {}, {"losses": {"loss": ((p["a"] + p["b"]) * batch.plan["tokens"]).sum()}}
+
+    one = Param((2,), (None,), constant(1.0))
+    model = Model(None, (Segment("only", "only", {"a": one, "b": one}, apply),), {"loss": Objective(1.0, lambda batch: torch.tensor(1))})
+    ctx, layout = context(solo()), lf.layout(model, lf.Mesh(dp=1))
+    batches = [lf.Batch({"tokens": torch.tensor([1.0, 10.0], dtype=torch.float64)})] * 3
+    (actions,) = add_reduce(one_f_one_b(3), layout)
+    grads, _ = run(actions, layout, lf.init(layout, ctx, 0), batches, {"loss": torch.ones((), dtype=torch.float64)}, ctx)
+    assert {k: g.tolist() for k, g in grads.items()} == {"only/a": [3.0, 30.0], "only/b": [3.0, 30.0]}

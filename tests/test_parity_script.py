@@ -1,0 +1,106 @@
+"""scripts/parity as a user runs it: exit codes 0, 1, 2, the table, the JSON."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import attrs
+import pytest
+from helpers import ROOT
+
+import lf
+
+
+def script():
+    spec = importlib.util.spec_from_file_location("parity_script", ROOT / "scripts/parity.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(monkeypatch, *args: str) -> int:
+    """Its exit code, run in this process: what a user types after `scripts/launch parity`."""
+    monkeypatch.setattr(sys, "argv", ["parity", *args])
+    module = script()
+    try:
+        lf.cli.run(module.main, module.Config)
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+def test_it_is_one_process_for_the_launcher() -> None:
+    assert "\nRANKS = 1" in (ROOT / "scripts/parity.py").read_text()
+    assert "\nRANKS = 1" in (ROOT / "scripts/mutate.py").read_text()
+
+
+def test_by_itself(tmp_path) -> None:
+    command = [sys.executable, "scripts/parity.py", "--mesh", "tp=2", "--mesh", "dp=2", "--json", "-", "--tied", "False"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    out = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    told = json.loads(out.stdout)
+    assert told["ok"] is True
+    assert [r["mesh"] for r in told["reports"]] == ["tp=2", "dp=2"]
+    assert all(row["ok"] for r in told["reports"] for row in r["rows"])
+    assert any(row["name"] == "gradient head/weight" for row in told["reports"][0]["rows"])
+    assert "ok: mesh tp=2" in out.stderr
+
+
+def test_a_preset_is_shrunk_and_says_so(monkeypatch, capsys, tmp_path) -> None:
+    file = tmp_path / "report.json"
+    assert run(monkeypatch, "--model", "qwen3-0.6b", "--mesh", "tp=3", "--json", str(file)) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "qwen3-0.6b is shrunk: 28 layers, width 1024, 16 heads (8 kv), 151936 words → 2 layers" in out
+    config = json.loads(file.read_text())["config"]
+    assert (config["vocab"], len(config["layers"]), config["layers"][0]["mixer"]["heads"]) == (199, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--mesh", "tq=2"), "unknown axis 'tq'"),
+        (("--mesh", "pp=2"), "pipeline parallelism (pp=2) is not built yet"),
+        (("--mesh", "tp=0"), "mesh axis tp=0 must be at least 1"),
+        (("--model", "nonsense"), "nonsense"),
+        (("--tokens", "3"), "--tokens 3: at least 4"),
+        (("--microbatches", "0"), "--microbatches 0: at least 1"),
+        (("--json", "/no/such/folder/x.json"), "there is no folder /no/such/folder"),
+        (("--device", "gpu"), "unknown device 'gpu'"),
+        (("--nonsense",), "--nonsense"),
+    ],
+)
+def test_what_cannot_run_ends_with_2_and_one_line(monkeypatch, capsys, args: tuple[str, ...], words: str) -> None:
+    assert run(monkeypatch, *args) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert "Traceback" not in err
+    if "nonsense" not in args[0]:
+        assert len(err.strip().splitlines()) == 1
+
+
+def test_a_disagreement_ends_with_1(monkeypatch, capsys) -> None:
+    from lf.parallel.redistribute import EDGES
+
+    edge = EDGES["P→S"]
+    monkeypatch.setitem(EDGES, "P→S", attrs.evolve(edge, backward=lambda *a, **k: edge.backward(*a, **k) / 2))
+    assert run(monkeypatch, "--mesh", "tp=2") == 1
+    out = capsys.readouterr().out
+    assert "DISAGREES: mesh tp=2" in out
+    assert "gradient embed/weight: error" in out
+
+
+def test_ranks_that_do_not_fit_together_end_with_1(monkeypatch, capsys, tmp_path) -> None:
+    from lf.axes_sim import SimAxis
+
+    scatter = SimAxis.reduce_scatter
+    monkeypatch.setattr(
+        SimAxis, "reduce_scatter", lambda self, x, *a, **k: self.all_reduce(x) if self.index else scatter(self, x, *a, **k)
+    )
+    assert run(monkeypatch, "--mesh", "tp=2", "--json", str(tmp_path / "r.json")) == 1
+    assert "DISAGREES: mesh tp=2: CollectiveMismatch: ranks 0 and 1 differ" in capsys.readouterr().out
+    assert json.loads((tmp_path / "r.json").read_text())["ok"] is False
