@@ -97,4 +97,10 @@ def refuse(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    lf.cli.run(main, Config)
+    try:
+        lf.cli.run(main, Config)
+    except SystemExit as end:
+        if isinstance(end.code, str):  # why it could not run; 1 is for what it found
+            print(end.code, file=sys.stderr)
+            end.code = 2
+        raise

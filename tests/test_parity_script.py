@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 
@@ -12,23 +12,12 @@ import attrs
 import pytest
 from helpers import ROOT
 
-import lf
-
-
-def script():
-    spec = importlib.util.spec_from_file_location("parity_script", ROOT / "scripts/parity.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
 
 def run(monkeypatch, *args: str) -> int:
     """Its exit code, run in this process: what a user types after `scripts/launch parity`."""
     monkeypatch.setattr(sys, "argv", ["parity", *args])
-    module = script()
     try:
-        lf.cli.run(module.main, module.Config)
+        runpy.run_path(str(ROOT / "scripts/parity.py"), run_name="__main__")
     except SystemExit as end:
         return end.code or 0
     return 0

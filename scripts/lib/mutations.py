@@ -1,0 +1,327 @@
+"""What scripts/mutate breaks. A mutation changes an entry of a table or a few words of one function, in memory.
+
+The words to replace must stand in the function exactly once: when the code changes, a mutation that no longer means anything says so.
+"""
+
+from __future__ import annotations
+import __future__
+
+import inspect
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import attrs
+import torch
+
+from lf import axes, axes_sim, rng, state, train
+from lf.mesh import Mesh
+from lf.ops import attention
+from lf.optim import adamw, lr, sgd
+from lf.optim.adamw import is_matrix
+from lf.parallel import linear, redistribute, reduce, vocab
+from lf.schedule import check, lower, run
+from lf.spec import Part, Spec
+
+REDISTRIBUTE, LINEAR, VOCAB, REDUCE = (f"tests/parallel/test_{name}.py" for name in ("redistribute", "linear", "vocab", "reduce"))
+PARITY, TRAIN, GLOO, SPEC = (f"tests/test_{name}.py" for name in ("parity", "train", "gloo", "spec"))
+CHECK, RUN, OPTIM = "tests/schedule/test_check.py", "tests/schedule/test_run.py", "tests/optim/test_adamw.py"
+
+
+@attrs.frozen
+class Mutation:
+    name: str
+    apply: Callable[[], None]
+    tests: tuple[str, ...]
+    edits: Sequence[tuple[Any, list[tuple[str, str]]]] = ()
+
+
+def rewritten(function: Any, changes: list[tuple[str, str]]) -> Any:
+    """The code of a function with (old, new) words changed. LookupError where old words do not stand in it exactly once."""
+    source = textwrap.dedent(inspect.getsource(function))
+    for old, new in changes:
+        if source.count(old) != 1:
+            raise LookupError(f"{function.__qualname__} has {source.count(old)} places that read {old!r}")
+        source = source.replace(old, new)
+    names: dict[str, Any] = {}
+    exec(compile(source, function.__code__.co_filename, "exec", __future__.annotations.compiler_flag, True), function.__globals__, names)
+    made: Any = names[function.__name__]
+    made = made.fget if isinstance(made, property) else getattr(made, "__func__", made)
+    return made.__code__
+
+
+def words(name: str, tests: str | tuple[str, ...], *changes: tuple[Any, str, str]) -> Mutation:
+    """`changes`: (function, old words, new words)."""
+
+    functions = dict.fromkeys(f for f, _, _ in changes)  # a function's source is that of its file: all its changes at once
+    edits = [(function, [(old, new) for f, old, new in changes if f is function]) for function in functions]
+
+    def apply() -> None:
+        for function, code in [(function, rewritten(function, edit)) for function, edit in edits]:
+            function.__code__ = code  # for everybody who has imported it
+
+    return Mutation(name, apply, (tests,) if isinstance(tests, str) else tests, edits)
+
+
+def _later(move: Callable[..., Any]) -> Callable[..., Any]:
+    def moved(x: Any, axis: Any, s: Any, later: bool = False) -> Any:
+        y = move(x, axis, s)
+        return (lambda: y) if later else y
+
+    return moved
+
+
+def _mean_of(move: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x, axis, s: move(x, axis, s) / axis.size
+
+
+# For each move the nearest wrong one that gives the same shape: what a slip of the pen would be.
+WRONG = {
+    "_nothing": redistribute._all_reduce,
+    "_all_reduce": redistribute._nothing,
+    "_all_gather": redistribute._zero_fill,
+    "_reduce_scatter": redistribute._slice,
+    "_slice": redistribute._reduce_scatter,
+    "_zero_fill": redistribute._all_gather,
+    "_keep_on_first": redistribute._nothing,
+}
+
+
+def edges() -> list[Mutation]:
+    """Every edge of the table, forward and backward apart: another move, and the right move off by the number of ranks."""
+    out = []
+    for pair, edge in redistribute.EDGES.items():
+        for way in ("forward", "backward"):
+            right = getattr(edge, way)
+            wrongs = {
+                WRONG[right.__name__].__name__.strip("_"): WRONG[right.__name__],
+                "a mean": _mean_of(right),
+            }
+            for what, wrong in wrongs.items():
+
+                def apply(pair: str = pair, way: str = way, wrong: Any = wrong) -> None:
+                    redistribute.EDGES[pair] = attrs.evolve(redistribute.EDGES[pair], **{way: _later(wrong)})
+
+                out.append(Mutation(f"edge {pair} {way}: {what}", apply, (REDISTRIBUTE,)))
+    return out
+
+
+def fget(owner: type, name: str) -> Any:
+    return owner.__dict__[name].fget
+
+
+MOVES = [
+    words(
+        "edge S→S forward: out of order",
+        REDISTRIBUTE,
+        (redistribute.redistribute, "lambda x: _swap(x, axis, src, dst)", "lambda x: _swap(x, axis, src, dst).flip(src.dim)"),
+    ),
+    words(
+        "edge S→S forward: a mean",
+        REDISTRIBUTE,
+        (redistribute.redistribute, "lambda x: _swap(x, axis, src, dst)", "lambda x: _swap(x, axis, src, dst) / axis.size"),
+    ),
+    words(
+        "edge S→S backward: out of order",
+        REDISTRIBUTE,
+        (redistribute.redistribute, "_swap(dy, axis, dst, src)", "_swap(dy, axis, dst, src).flip(dst.dim)"),
+    ),
+    words(
+        "edge S→S backward: a mean", REDISTRIBUTE, (redistribute.redistribute, "_swap(dy, axis, dst, src)", "_swap(dy, axis, dst, src) / axis.size")
+    ),
+    words(
+        "exchange forward: out of order",
+        REDISTRIBUTE,
+        (redistribute.exchange, "axis.all_to_all(x, send_rows, recv_rows)", "axis.all_to_all(x, send_rows, recv_rows).flip(0)"),
+    ),
+    words("exchange backward: counts not swapped", REDISTRIBUTE, (redistribute.exchange, "(dy, recv_rows, send_rows)", "(dy, send_rows, recv_rows)")),
+    words(
+        "exchange backward: a mean",
+        REDISTRIBUTE,
+        (redistribute.exchange, "axis.all_to_all(dy, recv_rows, send_rows)", "axis.all_to_all(dy, recv_rows, send_rows) / axis.size"),
+    ),
+    words("shift forward: the other way", REDISTRIBUTE, (redistribute.shift, "axis.shift(x, k)", "axis.shift(x, -k)")),
+    words("shift backward: the same way", REDISTRIBUTE, (redistribute.shift, "axis.shift(dy, -k)", "axis.shift(dy, k)")),
+    words("shift backward: nothing", REDISTRIBUTE, (redistribute.shift, "axis.shift(dy, -k)", "dy")),
+    words(
+        "redistribute: sizes not fixed before backward",
+        REDISTRIBUTE,
+        (redistribute.redistribute, "shard = attrs.evolve(shard, sizes=tuple(sizes))", "pass"),
+    ),
+    words("column linear: dX is not scattered", LINEAR, (linear._Column.backward, "if axis.size > 1:", "if False:")),
+    words(
+        "column linear: dW from the shard's own rows",
+        LINEAR,
+        (linear._Column.backward, "_gather(x, axis, seq)", "torch.cat([x] * axis.size)[: len(dy)]"),
+    ),
+    words("row linear: P→S as I→S", LINEAR, (linear.row_linear, "axis, P, seq", "axis, Type('I'), seq")),
+]
+
+SPECS = [
+    words("reduction axes: without dp", (REDUCE, PARITY), (fget(Spec, "sum_axes"), "not in self.names", "not in (*self.names, 'dp')")),
+    words("reduction axes: without tp", (REDUCE, PARITY), (fget(Spec, "sum_axes"), "not in self.names", "not in (*self.names, 'tp')")),
+    words("reduction axes: without cp", SPEC, (fget(Spec, "sum_axes"), "not in self.names", "not in (*self.names, 'cp')")),
+    words("reduction axes: without edp", SPEC, (fget(Spec, "sum_axes"), "not in self.names", "not in (*self.names, 'edp')")),
+    words("reduction axes: one too many", PARITY, (fget(Spec, "sum_axes"), "if a not in self.names", "")),
+    words("reduction axes: experts by the dense ones", SPEC, (fget(Spec, "grid"), '"expert" in self.param.axes', "False")),
+    words("overlap of kv heads: not summed", PARITY, (reduce._sum_overlaps, "if not shared:", "if True:")),
+    words("overlap of kv heads: keys alone are summed", PARITY, (reduce._sum_overlaps, "for i in shared]", "for i in shared[:1]]")),
+    words(
+        "overlap of kv heads: found only where boxes are equal",
+        (SPEC, PARITY),
+        (Part.overlaps, "> self.bounds(r + 1, ranks)[0]", "> self.bounds(r + 1, ranks)[1]"),
+    ),
+    words("gradient sum: not done", PARITY, (reduce.reduce_gradients, "if axes[spec.sum_axes].size > 1:", "if False:")),
+    words("gradient sum: not waited for", PARITY, (run.run, "    for wait in waits:\n        wait()\n", "")),
+    words("norm owner: every holder counts", PARITY, (Spec.owned, "if any(coords[a] for a in self.sum_axes):", "if False:")),
+    words("norm owner: only rank 0 counts", PARITY, (Spec.owned, "for a in self.sum_axes)", "for a in coords)")),
+    words("norm owner: overlaps count twice", PARITY, (Spec.owned, "if coords[axis] else 0", "if False else 0")),
+    words("norm owner: overlaps are not counted", PARITY, (Spec.owned, "start = min(max(lo, before), hi)", "start = hi")),
+    words("norm owner: the first part alone", PARITY, (Spec.owned, "if box.volume(piece.box):", "if box.volume(piece.box) and not out:")),
+    words("kv heads: empty shares start at the end", SPEC, (Part.units, "lo if lo < hi else lo + group - 1", "lo")),
+]
+
+# train.gradients holds the step's own function: its words are the outer one's, too.
+STEP = train.gradients
+NORMALISER = [
+    words("normaliser: the rank's own count", PARITY, (STEP, 'ctx.axes["dp"].sum(counts).to', "counts.to")),
+    words("normaliser: counts summed over tp", PARITY, (STEP, 'ctx.axes["dp"].sum', 'ctx.axes["tp"].sum')),
+    words("normaliser: counts summed over all ranks", PARITY, (STEP, 'ctx.axes["dp"].sum', "ctx.axes.world.sum")),
+    words("normaliser: the first microbatch's count for all", PARITY, (STEP, "o.count(b) for b in batches", "o.count(batches[0]) for b in batches")),
+    words(
+        "normaliser: number of tokens, not of labels",
+        TRAIN,
+        (STEP, "o.count(b) for b in batches", "torch.tensor(len(b.plan['tokens'])) for b in batches"),
+    ),
+    words("normaliser: one for all objectives", TRAIN, (STEP, "o.weight / norms[k]", "o.weight / norms[k] ** 0")),
+    words("normaliser: weight left out", TRAIN, (STEP, "k: o.weight / norms[k]", "k: 1 / norms[k]")),
+    words("normaliser: mean of means over ranks", PARITY, (STEP, 'ctx.axes["dp"].sum(counts).to', '(counts * ctx.axes["dp"].size).to')),
+    words(
+        "normaliser: mean of means over microbatches",
+        PARITY,
+        (
+            run.run,
+            "leaves, dy, seeds, grads, dtype",
+            "leaves, dy, {k: (v * 0 + 1) / len(batches) / (batches[a.microbatch].plan['labels'] >= 0).sum() for k, v in seeds.items()}, grads, dtype",
+        ),
+    ),
+    words("normaliser: no label divides by 0", TRAIN, (STEP, "counts.clamp_min(1)", "counts")),
+    words("loss: summed over dp alone", PARITY, (train._world_sums, "ctx.axes.world.sum", 'ctx.axes["dp"].sum')),
+    words("loss: summed over tp alone", PARITY, (train._world_sums, "ctx.axes.world.sum", 'ctx.axes["tp"].sum')),
+    words("norm: squared", TRAIN, (train._world_sums, "total.sqrt()", "total")),
+]
+
+PAIR = "redistribute(torch.stack([z.exp().sum(-1), target_T], 1), axis, P, seq)"
+MODEL = [
+    words(
+        "cross-entropy: P→S as I",
+        VOCAB,
+        (vocab.vocab_cross_entropy, PAIR, PAIR.replace("seq", "I")),
+        (vocab.vocab_cross_entropy, "redistribute(labels_T, axis, I, seq)", "labels_T"),
+    ),
+    words(
+        "cross-entropy: a mean over own tokens",
+        VOCAB,
+        (vocab.vocab_cross_entropy, "pair[:, 0].log() - pair[:, 1]).sum()", "pair[:, 0].log() - pair[:, 1]).mean()"),
+    ),
+    words("cross-entropy: the rank's own largest logit", VOCAB, (vocab.vocab_cross_entropy, "axis.max(", "(")),
+    words("cross-entropy: ignored labels count", VOCAB, (vocab.vocab_cross_entropy, "own == IGNORE", "own == IGNORE - 1")),
+    words("cross-entropy: targets of other ranks count", VOCAB, (vocab.vocab_cross_entropy, "[:, 0] * mine", "[:, 0]")),
+    words("embedding: ids of other ranks give a row", VOCAB, (vocab.vocab_embedding, " * mine[:, None]", "")),
+    words("embedding: a rank without rows has no graph", VOCAB, (vocab.vocab_embedding, " + w_VD.sum()", "")),
+    words(
+        "attention: sees the next document",
+        "tests/ops/test_attention.py",
+        (attention.causal_mask, "document[:, None] == document[None, :]", "document[:, None] >= document[None, :]"),
+    ),
+    words("attention: sees the future", "tests/ops/test_attention.py", (attention.causal_mask, ".tril()", "")),
+    words("draws: one tile for all", "tests/test_rng.py", (rng.draw, "generator(seed, key, *at)", "generator(seed, key)")),
+    words("draws: one key for all", "tests/test_rng.py", (rng.draw, "generator(seed, key, *at)", "generator(seed, *at)")),
+    words("draws: not by logical place", "tests/test_rng.py", (rng.draw, "boxes.slices(common, tile)", "boxes.slices(common, common)")),
+    words(
+        "init: parts drawn by the local box",
+        "tests/test_rng.py",
+        (state.init, "piece.shape, spec.param.init, piece.box", "piece.shape, spec.param.init, tuple((0, hi - lo) for lo, hi in piece.box)"),
+    ),
+]
+
+SCHEDULE = [
+    words(
+        "REDUCE of one layer dropped",
+        TRAIN,
+        (lower.add_reduce, "reversed(layout.layers(action.stage))]", "list(reversed(layout.layers(action.stage)))[1:]]"),
+    ),
+    words(
+        "REDUCE of one layer dropped, and not checked",
+        PARITY,
+        (lower.add_reduce, "reversed(layout.layers(action.stage))]", "list(reversed(layout.layers(action.stage)))[1:]]"),
+        (check, "if missing_actions := [str(a) for a in wanted if a not in done]:", "if missing_actions := []:"),
+    ),
+    words("check: a REDUCE may come too early", CHECK, (check, "if missing:", "if False:")),
+    words("check: an action may stand twice", CHECK, (check, "if a in done:", "if False:")),
+    words(
+        "check: a backward may come first",
+        CHECK,
+        (check, "elif (a.stage, a.microbatch) not in alive:", "elif False:"),
+        (check, "alive.remove(", "alive.discard("),
+    ),
+    words(
+        "check: an action may be missing",
+        CHECK,
+        (check, "if missing_actions := [str(a) for a in wanted if a not in done]:", "if missing_actions := []:"),
+    ),
+    words("run: gradients of a microbatch replace the last", RUN, (run._backward, "grads[path] += g", "grads[path] = g")),
+    words("run: a gradient shared by two leaves", RUN, (run._backward, "copy=True", "copy=False")),
+    words("run: input gradients cut between layers", RUN, (run._backward, "torch.zeros_like(v) if g is None else g", "torch.zeros_like(v)")),
+    words("run: losses not weighted", RUN, (run._backward, "seeds[k].to(loss.dtype)", "torch.ones_like(loss)")),
+    words(
+        "run: terms of the last microbatch alone",
+        (RUN, PARITY),
+        (run._add_terms, "sums[name] + value.detach() if name in sums else value.detach()", "value.detach()"),
+    ),
+    words("clip: never", TRAIN, (train.make, "torch.ones_like(norm) if clip is None else", "torch.ones_like(norm) if True else")),
+    words("clip: also up", TRAIN, (train.make, ".clamp_max(1.0)", "")),
+    words("clip: by the square", TRAIN, (train.make, "(clip / (norm + 1e-6)).clamp", "((clip / (norm + 1e-6)) ** 2).clamp")),
+    words("gate: always open", TRAIN, (train.make, "torch.isfinite(norm) &", "torch.ones_like(norm, dtype=torch.bool) |")),
+    words("the step's count stands still", TRAIN, (train.make, "state.step + 1", "state.step")),
+    words("compute copy of the old master", TRAIN, (train.make, 'compute_copy(state_of["master"], ctx)', "tree.map(torch.zeros_like, state.params)")),
+    words("sgd: no clip factor", OPTIM, (sgd, "(lr * scale)", "lr")),
+    words("sgd: not gated", OPTIM, (sgd, "torch.where(ok, ", "torch.where(ok | True, ")),
+    words("adamw: no clip factor", OPTIM, (adamw, "g * scale.to(g.dtype)", "g")),
+    words("adamw: no bias correction", OPTIM, (adamw, "(m / correct1.to(m.dtype))", "m")),
+    words("adamw: betas swapped", OPTIM, (adamw, "b1, b2 = betas", "b2, b1 = betas")),
+    words("adamw: decay coupled to the gradient", OPTIM, (adamw, "+ decay * w", "+ decay * g")),
+    words("adamw: gains decay", OPTIM, (is_matrix, ">= 2", ">= 1")),
+    words("adamw: eps under the root", OPTIM, (adamw, ".sqrt() + eps)", "+ eps).sqrt()")),
+    words("adamw: a skipped step ages", OPTIM, (adamw, ".add_(ok)", ".add_(1)")),
+    words("adamw: moments not gated", OPTIM, (adamw, "keep = ok.to(g.dtype)", "keep = torch.ones_like(ok, dtype=g.dtype)")),
+    words("rate: warm-up from 0", OPTIM, (lr.warmup_cosine, "(s + 1) / max(warmup, 1)", "s / max(warmup, 1)")),
+    words("rate: falls on after the end", OPTIM, (lr.warmup_cosine, ".clamp(0, 1)", "")),
+]
+
+AXES = [
+    words(
+        "live axes: shift the other way",
+        GLOO,
+        (axes.Axis.shift, "(self.index + k) % self.size", "(self.index - k) % self.size"),
+        (axes.Axis.shift, "self.ranks[(self.index - k) % self.size]\n", "self.ranks[(self.index + k) % self.size]\n"),
+    ),
+    words("live axes: padding not taken out", GLOO, (axes.Axis.all_gather, "piece[:k] for piece, k", "piece[-k:] for piece, k")),
+    words("live axes: max is a sum", GLOO, (axes.Axis.max, 'self.all_reduce(x, "max")', "self.all_reduce(x)")),
+    words(
+        "live axes: all-to-all joins where it cuts",
+        GLOO,
+        (axes.Axis.all_to_all, "zip(out.split(counts), shapes)], join)", "zip(out.split(counts), shapes)], dim)"),
+    ),
+    words(
+        "simulated axes: scatter in another order",
+        REDISTRIBUTE,
+        (axes_sim.SimAxis.reduce_scatter, "[self.index] for t in full", "[-1 - self.index] for t in full"),
+    ),
+    words("mesh: the first axis is the fastest", "tests/test_mesh.py", (Mesh.coords, "for axis in reversed(grid):", "for axis in grid:")),
+    words("simulator: ranks may differ", "tests/test_sim.py", (axes_sim.World.meet, "if theirs != tag:", "if False:")),
+]
+
+ALL: list[Mutation] = [*edges(), *MOVES, *SPECS, *NORMALISER, *MODEL, *SCHEDULE, *AXES]
+assert len({m.name for m in ALL}) == len(ALL)
+assert torch.get_num_threads()  # torch is imported: children need not
