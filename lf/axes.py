@@ -20,6 +20,9 @@ from torch import Tensor
 from lf.mesh import Mesh, MeshError
 
 Later = Callable[[], Tensor]
+# torch 2.13 renamed these two; older ones have the names that stand second
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
@@ -53,7 +56,7 @@ class Axis:
         if n * self.size != sum(sizes):  # pad to the longest: backends gather equal pieces only
             rows = torch.cat([rows, rows.new_zeros(n - len(rows), *rows.shape[1:])])
         out = rows.new_empty(n * self.size, *rows.shape[1:])
-        work = dist.all_gather_into_tensor(out, rows, self.group, async_op=True)
+        work = _gather(out, rows, group=self.group, async_op=True)
 
         def result() -> Tensor:
             even = n * self.size == sum(sizes)
@@ -74,7 +77,7 @@ class Axis:
                 slot[: len(piece)] = piece
             rows = padded.flatten(0, 1)
         out = rows.new_empty(n, *rows.shape[1:])
-        work = dist.reduce_scatter_tensor(out, rows, group=self.group, async_op=True)
+        work = _scatter(out, rows, group=self.group, async_op=True)
         return _finish(work, lambda: out[: sizes[self.index]].movedim(0, dim).contiguous(), later)
 
     def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int], dim: int = 0, join: int | None = None) -> Tensor:

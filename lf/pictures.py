@@ -8,7 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from lf import box
 from lf.console import console, table
 from lf.layouts import Layout
 from lf.mesh import Mesh
@@ -62,7 +61,10 @@ def _row(spec: Spec, rank: int) -> tuple[str, ...]:
 
 
 def draw_layout(ax: Any, layout: Layout, paths: Sequence[str], names: Sequence[str] | None = None) -> None:
-    """Each parameter as a bar, laid out along the dim that is split; each rank of tp has a colour, several where several hold a row. `names`: what to write beside them."""
+    """Each parameter as a bar, laid out along the dim that is split; each rank of tp has a colour, several where several hold a row.
+
+    `names`: what to write beside the bars instead of the paths.
+    """
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch, Rectangle
 

@@ -10,8 +10,10 @@ from typing import Any
 import attrs
 import pretrain
 import torch
+from rich.text import Text
 
 import lf
+from lf.console import table
 
 MESH = "tp=2,dp=2"
 OUT = "runs/demo"
@@ -27,7 +29,7 @@ class Config(pretrain.Config):
     device: str = "cpu"
     precision: str = "fp32"
     seq_len: int = 256
-    micro_batch: int = 2
+    micro_batch: int = 4
     global_batch: int = 8
     steps: int = 500
     lr: float = 6e-3
@@ -46,10 +48,16 @@ def main(config: Config) -> None:
     records = lf.runs.read_metrics(out / "metrics.jsonl")
     lf.show(lf.layout(lf.hf.model(config.model), ctx.axes.mesh), png=out / "layout.png")
     first, last = records[0]["loss"], records[-1]["loss"]
-    screen.print(f"\nloss {first:.2f} → {last:.2f} nats per token over {records[-1]['tokens']:,} tokens. The model goes on with what is bold:\n")
-    screen.print(f"[bold]{PROMPT}[/bold]" + continuation(out / "hf", config), markup=True)
-    screen.print(f"\n{out}/loss.png · layout.png · metrics.jsonl · checkpoints/ · hf/ (transformers opens it)")
-    screen.print("Next: scripts/launch pretrain --device cpu --model qwen3-demo --data YOUR/TEXTS · scripts/launch parity --mesh tp=4")
+    screen.print(f"\nloss {first:.2f} → {last:.2f} nats per token over {records[-1]['tokens']:,} tokens. The model goes on after the first two lines:\n")
+    screen.print(Text(PROMPT, style="bold") + Text(continuation(out / "hf", config)), soft_wrap=True)
+    screen.print(table("", ("what", "where"), [
+        ("the loss, and who holds what", f"{out}/loss.png, {out}/layout.png"),
+        ("a line a step", f"{out}/metrics.jsonl"),
+        ("a folder that transformers opens", f"{out}/hf"),
+        ("next: your own texts", "scripts/launch pretrain --device cpu --model qwen3-demo --data FOLDER"),
+        ("next: is a layout right?", "scripts/launch parity --mesh tp=4"),
+        ("next: ten minutes of reading", "notebooks/first.ipynb, scripts/pretrain.py"),
+    ]))  # fmt: skip
 
 
 def continuation(folder: Path, config: Config) -> str:
