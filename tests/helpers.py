@@ -88,7 +88,7 @@ def _child(pipe: Any, rank: int, mesh: lf.Mesh, store: str, timeout_s: float, fn
         os.environ["GLOO_SOCKET_IFNAME"] = loopback  # the host's name may not resolve
     torch.set_num_threads(1)
     try:
-        limit = datetime.timedelta(seconds=timeout_s)
+        limit = datetime.timedelta(seconds=max(timeout_s, 60))  # the parent's clock ends a rank that hangs
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=mesh.size, timeout=limit)
         # Plain pickle: torch's own would pass file descriptors that close with this process.
         message = pickle.dumps((fn(connect(mesh, lf.devices.get("cpu")), *args), None, None))
