@@ -47,8 +47,8 @@ def layout(model: Model, mesh: Mesh, rules: dict[str, str] | None = None, stages
     """
     mesh, rules = mesh.fill(), dict(RULES if rules is None else rules)
     for axis, name in (("pp", "pipeline"), ("cp", "context"), ("ep", "expert"), ("etp", "expert tensor")):
-        if mesh[axis] > 1:
-            raise LayoutError(f"mesh {mesh}: {name} parallelism ({axis}={mesh[axis]}) is not built yet; use {axis}=1, tp and dp")
+        if (n := mesh[axis]) > 1:
+            raise LayoutError(f"mesh {mesh}: {name} parallelism ({axis}={n}) is not built yet; use {axis}=1, with tp and dp instead")
     if stages != 1:
         raise LayoutError(f"stages={stages}: pipeline stages are not built yet; use stages=1")
     if model.rules is not None:

@@ -83,7 +83,8 @@ class Part:
         return tuple(hi - lo for lo, hi in (self.bounds(r, ranks) for r in range(ranks)))
 
     def overlaps(self, ranks: int) -> bool:
-        return any(self.bounds(r, ranks)[1] > self.bounds(r + 1, ranks)[0] for r in range(ranks - 1))
+        """Whether some rows lie on several of `ranks`."""
+        return self.of is not None and any(self.bounds(r, ranks)[1] > self.bounds(r + 1, ranks)[0] for r in range(ranks - 1))
 
 
 @attrs.frozen

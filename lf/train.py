@@ -30,6 +30,7 @@ from lf.schedule import Program, check
 from lf.schedule.lower import add_reduce
 from lf.schedule.run import run
 from lf.segment import Terms
+from lf.spec import Piece
 from lf.state import State, compute_copy, shard_batch
 from lf.tree import Tree
 
@@ -52,6 +53,7 @@ def gradients(layout: Layout, program: Program, ctx: Any) -> Callable[[Tree, Seq
     check(program, layout, microbatches)
     actions = program[ctx.axes.coords["pp"]]
     objectives = layout.model.objectives
+    owned = [(spec.path, piece) for spec in layout.specs.values() for piece in spec.owned(ctx.axes.coords)]
 
     def fn(params: Tree, batches: Sequence[Batch]) -> Gradients:
         if len(batches) != microbatches:
@@ -63,7 +65,7 @@ def gradients(layout: Layout, program: Program, ctx: Any) -> Callable[[Tree, Seq
         norms = dict(zip(objectives, counts.clamp_min(1)))  # no label at all: the sum is 0 and so is the loss
         seeds = {k: o.weight / norms[k] for k, o in objectives.items()}
         grads, terms = run(actions, layout, params, batches, seeds, ctx)
-        means, norm = _world_sums(terms, norms, grads, layout, ctx)
+        means, norm = _world_sums(terms, norms, grads, owned, ctx)
         loss = torch.stack([o.weight * means[k] for k, o in objectives.items()]).sum()
         metrics = {"loss": loss, **means, "grad_norm": norm, "tokens": counts[0]}
         return tree.build(list(grads.items())), metrics
@@ -72,10 +74,10 @@ def gradients(layout: Layout, program: Program, ctx: Any) -> Callable[[Tree, Seq
 
 
 def _world_sums(
-    terms: Terms, norms: dict[str, Tensor], grads: dict[str, Tensor], layout: Layout, ctx: Any
+    terms: Terms, norms: dict[str, Tensor], grads: dict[str, Tensor], owned: Sequence[tuple[str, Piece]], ctx: Any
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Mean of each objective and the global gradient norm, in one sum over all ranks: terms and owned squares are P everywhere."""
-    squares = owned_square_sum(list(layout.specs.values()), grads, ctx.axes.coords)
+    squares = owned_square_sum(owned, grads)
     losses = [terms["losses"][k].to(squares.dtype) for k in norms]
     *sums, total = ctx.axes.world.sum(torch.stack([*losses, squares])).unbind()
     return {k: s / n for (k, n), s in zip(norms.items(), sums)}, total.sqrt()

@@ -48,7 +48,8 @@ def main(config: Config) -> None:
     records = lf.runs.read_metrics(out / "metrics.jsonl")
     lf.show(lf.layout(lf.hf.model(config.model), ctx.axes.mesh), png=out / "layout.png")
     first, last = records[0]["loss"], records[-1]["loss"]
-    screen.print(f"\nloss {first:.2f} → {last:.2f} nats per token over {records[-1]['tokens']:,} tokens. The model goes on after the first two lines:\n")
+    tokens = f"{records[-1]['tokens']:,}"
+    screen.print(f"\nloss {first:.2f} → {last:.2f} nats per token over {tokens} tokens. The model goes on after the first two lines:\n")
     screen.print(Text(PROMPT, style="bold") + Text(continuation(out / "hf", config)), soft_wrap=True)
     screen.print(table("", ("what", "where"), [
         ("the loss, and who holds what", f"{out}/loss.png, {out}/layout.png"),

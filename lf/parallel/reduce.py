@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lf.spec import Spec
+from lf.spec import Piece, Spec
 
 
 def reduce_gradients(specs: Sequence[Spec], grads: dict[str, Tensor], axes: Any) -> Callable[[], None]:
@@ -55,8 +55,11 @@ def _sum_overlaps(spec: Spec, grad: Tensor, axes: Any) -> None:
         piece.view(grad).copy_(values.view_as(full).narrow(piece.dim, lo, hi - lo))
 
 
-def owned_square_sum(specs: Sequence[Spec], grads: dict[str, Tensor], coords: dict[str, int]) -> Tensor:
-    """Σ g² over the elements that this rank counts: P over all ranks, so that its sum is the square of the global norm."""
-    squares = [piece.view(grads[spec.path]).square().sum() for spec in specs for piece in spec.owned(coords)]
+def owned_square_sum(owned: Sequence[tuple[str, Piece]], grads: dict[str, Tensor]) -> Tensor:
+    """Σ g² over the elements that this rank counts: P over all ranks, so that its sum is the square of the global norm.
+
+    owned: (path, piece) for all that `Spec.owned` gives this rank.
+    """
+    squares = [piece.view(grads[path]).square().sum() for path, piece in owned]
     like = next(iter(grads.values()))
     return torch.stack(squares).sum() if squares else like.new_zeros(())
