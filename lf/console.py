@@ -22,7 +22,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     out = Table(title=title, title_justify="left", header_style="bold")
     for i, name in enumerate(columns):
         numeric = bool(cells) and all(row[i].replace(".", "").replace("-", "").replace("e", "").replace(",", "").isdigit() for row in cells)
-        out.add_column(name, justify="right" if numeric else "left", overflow="fold")
+        out.add_column(name, justify="right" if numeric else "left", overflow="fold", no_wrap=i == 0)
     for row in cells:
         out.add_row(*row)
     return out

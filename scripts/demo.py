@@ -17,7 +17,7 @@ from lf.console import table
 
 MESH = "tp=2,dp=2"
 OUT = "runs/demo"
-PROMPT = "class Queue:\n    def __init__(self, maxsize=0):\n"
+PROMPT = "class Queue:\n    def __init__(self, maxsize=0):"
 
 
 @attrs.frozen
