@@ -10,6 +10,7 @@ tp span, they never multiply them (Parallel Folding, Liu et al. 2025, arXiv 2504
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 
 import attrs
@@ -58,7 +59,7 @@ class Mesh:
             axis, eq, size = (s.strip() for s in word.partition("="))
             if axis not in FIELDS:
                 raise MeshError(f"mesh {text!r}: unknown axis {axis!r}; the axes are {', '.join(FIELDS)}")
-            if not eq or not size.lstrip("-").isdigit():
+            if not eq or not re.fullmatch("-?[0-9]{1,9}", size):
                 raise MeshError(f"mesh {text!r}: {word!r} should read {axis}=N")
             if axis in sizes:
                 raise MeshError(f"mesh {text!r}: axis {axis!r} is given twice")
