@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import pkgutil
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 from helpers import context
 
 import lf
+import lf.kernels
+import lf.ops
 from lf.config import ConfigError
 from lf.context import PRECISIONS, Precision
 
@@ -27,17 +33,33 @@ def test_no_name_says_what_is_here() -> None:
         lf.devices.get(None)
 
 
+def test_an_accelerator_that_is_not_built_yet_is_told(monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # what the machine has, not what this job may use
+    monkeypatch.setattr(lf.cluster.glob, "glob", lambda pattern: [f"/dev/nvidia{i}" for i in range(8)] if "nvidia" in pattern else [])
+    with pytest.raises(ConfigError, match=r"found here: cpu \(\d+ cores\), cuda \(8; not built yet\)\. Add --device cpu$"):
+        lf.devices.get(None)
+
+
 def test_an_unknown_device_is_refused() -> None:
     with pytest.raises(ConfigError, match="unknown device 'cpux'; did you mean 'cpu'"):
         lf.devices.get("cpux")
 
 
-def test_ops_are_functions_with_the_signature_of_their_twin() -> None:
-    twins = {"attention": "lf.ops.attention.attention"}
-    for name, function in vars(lf.devices.op_table(lf.devices.get("cpu"))).items():
-        assert callable(function), name
-        if name in twins:
-            assert list(inspect.signature(function).parameters) == list(inspect.signature(lf.devices._function(twins[name])).parameters)
+def public(package: ModuleType) -> dict[str, Callable[..., object]]:
+    """The functions that the modules of a package define and do not hide."""
+    modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+    return {n: f for m in modules for n, f in inspect.getmembers(m, inspect.isfunction) if f.__module__ == m.__name__ and n[0] != "_"}
+
+
+def test_every_op_and_every_kernel_has_a_readable_twin_of_the_same_signature() -> None:
+    """That both give the same values: tests/ops."""
+    twins, kernels = public(lf.ops), public(lf.kernels)
+    assert kernels
+    for name in lf.devices.KNOWN:
+        table = vars(lf.devices.op_table(lf.devices.get(name)))
+        assert all(callable(function) for function in table.values())
+        for op, function in {**table, **kernels}.items():
+            assert inspect.signature(function) == inspect.signature(twins[op]), op
 
 
 def test_precisions() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType, SimpleNamespace
 
+from lf.cluster import count_devices
 from lf.config import ConfigError, one_of
 
 KNOWN = ("cpu",)
@@ -20,10 +21,10 @@ PLANNED = ("cuda", "kunlun")
 def get(name: str | None) -> ModuleType:
     """The device's module. Raises ConfigError that tells what this machine has when no name, or an unknown one, is given."""
     if not name:
-        found = {n: _module(n).found() for n in KNOWN}
-        have = ", ".join(f"{n} ({words})" for n, words in found.items() if words)
-        flags = " or ".join(f"--device {n}" for n, words in found.items() if words)
-        raise ConfigError(f"no device named; found here: {have}. Add {flags}")
+        found = {n: words for n in KNOWN if (words := _module(n).found())}
+        later = {n: f"{count}; not built yet" for n in PLANNED if (count := count_devices(n, {}))}  # all there are, not only those of this job
+        have = ", ".join(f"{n} ({words})" for n, words in {**found, **later}.items())
+        raise ConfigError(f"no device named; found here: {have}. Add {' or '.join(f'--device {n}' for n in found)}")
     if name in PLANNED:
         raise ConfigError(f"device {name!r} is not built yet; use --device cpu")
     return _module(one_of("device", name, KNOWN))
