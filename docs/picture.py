@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 import lf
 from lf.models.decoder import Attention, DecoderConfig, GatedMLP, Layer, decoder
@@ -54,23 +55,21 @@ def losses(axes: Any, precision: str, steps: int) -> list[float]:
     return out
 
 
-def main(config: Config) -> None:
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+def main(config: Config) -> dict[str, dict[str, list[float]]]:
+    """The losses that are drawn: {"one" or "many": {precision: of each step}}."""
     mesh = lf.Mesh.parse(MESH)
     layout = lf.layout(model(), mesh)
     program = lf.schedule.add_reduce(lf.schedule.one_f_one_b(MICROBATCHES // mesh["dp"]), layout)
     one, many = ({p: lf.sim.spmd(m, losses, p, config.steps)[0] for p in ("fp32", "fp64")} for m in (lf.Mesh(dp=1), mesh))
 
-    figure = plt.figure(figsize=(9.4, 6), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)
+    figure = Figure(figsize=(9.4, 6), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06))
     upper, lower = figure.subfigures(2, 1, height_ratios=(2, 1))
     left, right = upper.subfigures(1, 2, width_ratios=(1.1, 1))
     lf.pictures.draw_layout(left.subplots(), layout, PATHS)
     draw_losses(*right.subplots(2, 1, height_ratios=(1.7, 1), sharex=True), one, many)
     lf.pictures.draw_program(lower.subplots(), program, mesh)
     figure.savefig(config.out, dpi=120)
+    return {"one": one, "many": many}
 
 
 def draw_losses(top: Any, low: Any, one: dict[str, list[float]], many: dict[str, list[float]]) -> None:

@@ -1,4 +1,7 @@
-"""Pictures and tables of a layout and of a run. matplotlib is loaded when the first picture is drawn."""
+"""Pictures and tables of a layout and of a run.
+
+matplotlib is loaded when the first picture is drawn, and without pyplot: a backend for windows is no matter of a training run.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +28,11 @@ def show(layout: Layout, png: str | Path | None = None, rank: int = 0) -> None:
     groups = alike(layout, rank)
     console().print(table(title, columns, [(name, *_row(layout.specs[paths[0]], rank)) for name, paths in groups.items()]))
     if png is not None:
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure
 
-        figure, ax = plt.subplots(figsize=(9, 1.2 + 0.28 * len(groups)), layout="constrained")
-        draw_layout(ax, layout, [paths[0] for paths in groups.values()], names=list(groups))
+        figure = Figure(figsize=(9, 1.2 + 0.28 * len(groups)), layout="constrained")
+        draw_layout(figure.subplots(), layout, [paths[0] for paths in groups.values()], names=list(groups))
         figure.savefig(png, dpi=110)
-        plt.close(figure)
 
 
 def alike(layout: Layout, rank: int = 0) -> dict[str, list[str]]:
@@ -65,11 +67,11 @@ def draw_layout(ax: Any, layout: Layout, paths: Sequence[str], names: Sequence[s
 
     `names`: what to write beside the bars instead of the paths.
     """
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
     from matplotlib.patches import Patch, Rectangle
 
     ranks = layout.mesh["tp"]
-    colours = plt.get_cmap("tab10" if ranks <= 10 else "turbo", max(ranks, 1) if ranks > 10 else None)
+    colours = colormaps["tab10"] if ranks <= 10 else colormaps["turbo"].resampled(ranks)
     for y, path in enumerate(paths):
         spec = layout.specs[path]
         at, total = 0.0, spec.param.shape[spec.param.part_dim]
@@ -127,9 +129,10 @@ def draw_program(ax: Any, program: Program, mesh: Mesh) -> None:
 
 def loss_curve(records: Sequence[dict[str, Any]], png: str | Path, title: str = "") -> None:
     """Loss over tokens from the lines of a metrics.jsonl, and the gradient norm below."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, (top, low) = plt.subplots(2, 1, figsize=(7, 5), sharex=True, height_ratios=(3, 1), layout="constrained")
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    top, low = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     tokens = [r["tokens"] for r in records]
     top.plot(tokens, [r["loss"] for r in records], linewidth=1.2)
     top.set(ylabel="loss (nats per token)", title=title)
@@ -138,4 +141,3 @@ def loss_curve(records: Sequence[dict[str, Any]], png: str | Path, title: str = 
     for ax in (top, low):
         ax.grid(alpha=0.3)
     figure.savefig(png, dpi=110)
-    plt.close(figure)
