@@ -3,11 +3,12 @@
     scripts/launch parity --device cpu --mesh tp=2,dp=2 --mesh tp=4
     scripts/launch parity --device cpu --model qwen3-0.6b --mesh tp=8 --json report.json
 
-Exit code 0: all agree. 1: some quantity disagrees, or the ranks did not fit together. 2: it could not run.
+Exit code 0: all agree. 1: some quantity disagrees, or the ranks did not fit together. 2: it could not run, whatever the reason.
 """
 
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +32,7 @@ class Config:
     tokens: int = 24  # about, in a microbatch
     padding: int = 3  # invalid tokens at the end of each
     seed: int = 0
-    device: str = "cpu"
+    device: str | None = None
     json: str | None = None  # write the report to this file, or to standard output: -
 
 
@@ -54,10 +55,12 @@ def main(config: Config) -> None:
     # with --json - standard output belongs to the report
     screen = Console(stderr=True, highlight=False) if config.json == "-" else lf.console.console()
     refuse(config)
+    lf.devices.get(config.device)
     meshes = [lf.Mesh.parse(text).fill() for text in config.mesh or ("tp=2,dp=2", "tp=4", "dp=3")]
     model = build(config, screen.print)
     for mesh in meshes:
         lf.layout(model, mesh)  # refused before anything runs
+    writable(config.json)
 
     results = []
     for i, mesh in enumerate(meshes, 1):
@@ -92,8 +95,16 @@ def refuse(config: Config) -> None:
     for name, least in (("microbatches", 1), ("tokens", 4), ("padding", 0)):
         if getattr(config, name) < least:
             raise lf.config.ConfigError(f"--{name} {getattr(config, name)}: at least {least}")
-    if config.json not in (None, "-") and not Path(config.json).absolute().parent.is_dir():
-        raise lf.config.ConfigError(f"--json {config.json}: there is no folder {Path(config.json).absolute().parent}; make it first")
+
+
+def writable(file: str | None) -> None:
+    """Measuring takes a while: that the report has a place is tried before."""
+    if file in (None, "-"):
+        return
+    try:
+        open(str(file), "a").close()
+    except OSError as error:
+        raise lf.config.ConfigError(f"--json {file}: {error.strerror}; name a file that can be written, or - for standard output") from None
 
 
 if __name__ == "__main__":
@@ -104,3 +115,6 @@ if __name__ == "__main__":
             print(end.code, file=sys.stderr)
             end.code = 2
         raise
+    except Exception:
+        traceback.print_exc()
+        sys.exit(2)

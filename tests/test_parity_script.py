@@ -12,10 +12,12 @@ import attrs
 import pytest
 from helpers import ROOT
 
+import lf
 
-def run(monkeypatch, *args: str) -> int:
+
+def run(monkeypatch, *args: str, device: tuple[str, ...] = ("--device", "cpu")) -> int:
     """Its exit code, run in this process: what a user types after `scripts/launch parity`."""
-    monkeypatch.setattr(sys, "argv", ["parity", *args])
+    monkeypatch.setattr(sys, "argv", ["parity", *device, *args])
     try:
         runpy.run_path(str(ROOT / "scripts/parity.py"), run_name="__main__")
     except SystemExit as end:
@@ -29,7 +31,7 @@ def test_it_is_one_process_for_the_launcher() -> None:
 
 
 def test_by_itself(tmp_path) -> None:
-    command = [sys.executable, "scripts/parity.py", "--mesh", "tp=2", "--mesh", "dp=2", "--json", "-", "--tied", "False"]
+    command = [sys.executable, "scripts/parity.py", "--device", "cpu", "--mesh", "tp=2", "--mesh", "dp=2", "--json", "-", "--tied", "False"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
     out = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     told = json.loads(out.stdout)
@@ -58,7 +60,7 @@ def test_a_preset_is_shrunk_and_says_so(monkeypatch, capsys, tmp_path) -> None:
         (("--model", "nonsense"), "nonsense"),
         (("--tokens", "3"), "--tokens 3: at least 4"),
         (("--microbatches", "0"), "--microbatches 0: at least 1"),
-        (("--json", "/no/such/folder/x.json"), "there is no folder /no/such/folder"),
+        (("--json", "/no/such/folder/x.json"), "--json /no/such/folder/x.json: No such file or directory; name a file"),
         (("--device", "gpu"), "unknown device 'gpu'"),
         (("--nonsense",), "--nonsense"),
     ],
@@ -70,6 +72,30 @@ def test_what_cannot_run_ends_with_2_and_one_line(monkeypatch, capsys, args: tup
     assert "Traceback" not in err
     if "nonsense" not in args[0]:
         assert len(err.strip().splitlines()) == 1
+
+
+def test_without_a_device_it_says_what_is_here(monkeypatch, capsys) -> None:
+    assert run(monkeypatch, device=()) == 2
+    assert "no device named; found here: cpu (" in (err := capsys.readouterr().err)
+    assert "Add --device cpu" in err
+
+
+def test_where_the_report_cannot_go_nothing_is_measured(monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.setattr(lf.parity, "compare", lambda *a, **k: pytest.fail("measured"))
+    for place, words in ((tmp_path, "Is a directory"), (tmp_path / "no/r.json", "No such file or directory"), ("", "No such file or directory")):
+        assert run(monkeypatch, "--json", str(place)) == 2
+        err = capsys.readouterr().err
+        assert f"--json {place}: {words}; name a file" in err
+        assert len(err.strip().splitlines()) == 1
+
+
+def test_a_crash_is_no_verdict(monkeypatch, capsys) -> None:
+    def crash(*a, **k):
+        raise RuntimeError("out of paper")
+
+    monkeypatch.setattr(lf.parity, "compare", crash)
+    assert run(monkeypatch, "--mesh", "tp=2") == 2
+    assert "RuntimeError: out of paper" in capsys.readouterr().err
 
 
 def test_a_disagreement_ends_with_1(monkeypatch, capsys) -> None:
