@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -20,11 +21,13 @@ ABSOLUTE = re.compile(r"""(?:^|[\s"'(=:])/[A-Za-z_][\w.-]*/|[A-Za-z]:\\\\|file:/
 MACHINE = {"LF_TTY", "FORCE_COLOR", "COLUMNS", "MPLBACKEND"}  # would change what a notebook shows
 
 
-def executed(path: Path) -> nbformat.NotebookNode:
-    """The notebook, run in a new kernel on one thread. Raises with the failing cell."""
+def executed(path: Path, first: str = "") -> nbformat.NotebookNode:
+    """The notebook, run in a new kernel on one thread, after a cell with `first`. Raises with the failing cell."""
     env = {k: v for k, v in os.environ.items() if k not in MACHINE}
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))}
     notebook = nbformat.read(path, as_version=4)
+    if first:
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(first))
     client = NotebookClient(notebook, timeout=120, kernel_name="python3", record_timing=False, resources={"metadata": {"path": str(path.parent)}})
     client.execute(env=env)
     return notebook
@@ -50,6 +53,19 @@ def kinds(notebook: nbformat.NotebookNode) -> list[list[str]]:
 def test_a_notebook_runs_and_is_stored_as_it_ran(path: Path):
     stored = nbformat.read(path, as_version=4)
     assert kinds(executed(path)) == kinds(stored), f"{path.name} is not stored as it runs; python tests/test_notebooks.py stores it anew"
+
+
+BROKEN = """
+import attrs
+from lf.parallel.redistribute import EDGES, _nothing
+EDGES["I→R"] = attrs.evolve(EDGES["I→R"], backward=_nothing)
+"""
+
+
+def test_a_wrong_number_fails_the_notebook():
+    """Its cells assert what the text says, so it is no picture of a success."""
+    with pytest.raises(CellExecutionError, match="AssertionError"):
+        executed(ROOT / "notebooks/first.ipynb", BROKEN)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
