@@ -56,7 +56,7 @@ def main(config: Config) -> None:
         ("a line a step", f"{out}/metrics.jsonl"),
         ("a folder that transformers opens", f"{out}/hf"),
         ("next: your own texts", "scripts/launch pretrain --device cpu --model qwen3-demo --data FOLDER"),
-        ("next: is a layout right?", "scripts/launch parity --mesh tp=4"),
+        ("next: is a layout right?", "scripts/launch parity --device cpu --mesh tp=4"),
         ("next: ten minutes of reading", "notebooks/first.ipynb, scripts/pretrain.py"),
     ]))  # fmt: skip
 
