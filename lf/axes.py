@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lf.cluster import ClusterError, find
 from lf.mesh import Mesh, MeshError
 
 Later = Callable[[], Tensor]
@@ -39,19 +40,19 @@ class Axis:
     def max(self, x: Tensor) -> Tensor:
         return self.all_reduce(x, "max")
 
-    def all_reduce(self, x: Tensor, op: str = "sum", later: bool = False) -> Any:
-        """x of every rank added (or the largest), element by element."""
+    def all_reduce(self, x: Tensor, op: str = "sum", later: bool = False, spend: bool = False) -> Any:
+        """x of every rank added (or the largest), element by element. `spend`: x is the caller's own, and the sum may take its place."""
         if self.size == 1:
-            return _done(x.detach(), later)
-        out = x.detach().clone(memory_format=torch.contiguous_format)
+            return at_once(x.detach(), later)
+        out = x.detach() if spend and x.is_contiguous() else x.detach().clone(memory_format=torch.contiguous_format)
         work = dist.all_reduce(out, OPS[op], self.group, async_op=True)
         return _finish(work, lambda: out, later)
 
     def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0, later: bool = False) -> Any:
         """The ranks' x joined along `dim`, where rank j has sizes[j]."""
         if self.size == 1:
-            return _done(x.detach(), later)
-        _check(self, "all_gather", x.shape[dim], sizes[self.index])
+            return at_once(x.detach(), later)
+        check_rows(self, "all_gather", x.shape[dim], sizes[self.index])
         rows, n = x.detach().movedim(dim, 0).contiguous(), max(sizes)
         if n * self.size != sum(sizes):  # pad to the longest: backends gather equal pieces only
             rows = torch.cat([rows, rows.new_zeros(n - len(rows), *rows.shape[1:])])
@@ -68,8 +69,8 @@ class Axis:
     def reduce_scatter(self, x: Tensor, sizes: Sequence[int], dim: int = 0, later: bool = False) -> Any:
         """The sum over ranks of x, of which rank j keeps its sizes[j] along `dim`."""
         if self.size == 1:
-            return _done(x.detach(), later)
-        _check(self, "reduce_scatter", x.shape[dim], sum(sizes))
+            return at_once(x.detach(), later)
+        check_rows(self, "reduce_scatter", x.shape[dim], sum(sizes))
         rows, n = x.detach().movedim(dim, 0).contiguous(), max(sizes)
         if n * self.size != sum(sizes):
             padded = rows.new_zeros(self.size, n, *rows.shape[1:])
@@ -86,10 +87,10 @@ class Axis:
         if self.size == 1:
             return x.detach()
         dim, join = dim % x.dim(), join % x.dim()
-        _check(self, "all_to_all", x.shape[dim], sum(send))
+        check_rows(self, "all_to_all", x.shape[dim], sum(send))
         shape = list(x.shape)
         if join != dim:
-            _check(self, "all_to_all", x.shape[join], recv[self.index])
+            check_rows(self, "all_to_all", x.shape[join], recv[self.index])
             shape[dim] = send[self.index]
         shapes = [[k if d == join else n for d, n in enumerate(shape)] for k in recv]
         pieces = x.detach().split(list(send), dim)
@@ -119,8 +120,8 @@ class Axis:
 class Axes:
     """Live axes of one rank: axes["tp"], or a joint group axes["dp", "tp"]. Groups are made when first used and shared by their ranks."""
 
-    def __init__(self, mesh: Mesh, rank: int):
-        self.mesh, self.rank, self.coords = mesh, rank, mesh.coords(rank)
+    def __init__(self, mesh: Mesh, rank: int, timeout: datetime.timedelta | None = None):
+        self.mesh, self.rank, self.coords, self.timeout = mesh, rank, mesh.coords(rank), timeout
         self._axes: dict[tuple[str, ...], Any] = {}
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
@@ -141,23 +142,31 @@ class Axes:
             world = dist.group.WORLD
             assert world is not None
             # Only the members call, in the order in which the program reaches their first collective.
-            self._groups[ranks] = world if len(ranks) == self.mesh.size else dist.new_group(list(ranks), use_local_synchronization=True)
+            mine = len(ranks) < self.mesh.size
+            self._groups[ranks] = dist.new_group(list(ranks), self.timeout, use_local_synchronization=True) if mine else world
         return Axis(self._groups.get(ranks), ranks, self.rank, name)
 
 
 def connect(mesh: Mesh, device: ModuleType, timeout_s: float = 600.0) -> Axes:
     """Live axes for this process, in the world that torchrun, srun or a plain `python` (one rank) has set up.
 
-    Raises MeshError when the mesh does not have exactly the ranks of the world.
+    A collective that some rank does not join ends with an error after `timeout_s` seconds. Raises MeshError when the mesh does not have
+    exactly the ranks of the world, ClusterError when srun has started several ranks but nobody has told them how to meet.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    cluster = find(os.environ)
+    if cluster.world and cluster.world > 1 and "WORLD_SIZE" not in os.environ:
+        if cluster.rank is None:
+            raise ClusterError(f"this job has {cluster.world} ranks and this process is none of them: start it with scripts/launch or torchrun")
+        for name, value in cluster.env.items():  # under plain srun: what torch.distributed reads
+            os.environ.setdefault(name, value)
+    world, timeout = int(os.environ.get("WORLD_SIZE", "1")), datetime.timedelta(seconds=timeout_s)
     mesh = mesh.fill(world)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group(device.BACKEND, timeout=datetime.timedelta(seconds=timeout_s))
+        dist.init_process_group(device.BACKEND, timeout=timeout)
     rank = dist.get_rank() if dist.is_initialized() else 0
     if dist.is_initialized() and dist.get_world_size() != mesh.size:
         raise MeshError(f"mesh {mesh} has {mesh.size} ranks; the process group has {dist.get_world_size()}")
-    return Axes(mesh, rank)
+    return Axes(mesh, rank, timeout)
 
 
 def solo() -> Axes:
@@ -165,12 +174,12 @@ def solo() -> Axes:
     return Axes(Mesh(dp=1), 0)
 
 
-def _check(axis: Any, what: str, got: int, want: int) -> None:
+def check_rows(axis: Any, what: str, got: int, want: int) -> None:
     if got != want:
         raise ValueError(f"{what} over {axis.name} of {axis.size} ranks: rank {axis.ranks[axis.index]} has {got} rows, the sizes say {want}")
 
 
-def _done(x: Tensor, later: bool) -> Tensor | Later:
+def at_once(x: Tensor, later: bool) -> Tensor | Later:
     return (lambda: x) if later else x
 
 

@@ -17,7 +17,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from lf.axes import _check, _done
+from lf.axes import at_once, check_rows
 from lf.mesh import Mesh
 
 
@@ -106,31 +106,33 @@ class SimAxis:
     def max(self, x: Tensor) -> Tensor:
         return self.all_reduce(x, "max")
 
-    def all_reduce(self, x: Tensor, op: str = "sum", later: bool = False) -> Any:
+    def all_reduce(self, x: Tensor, op: str = "sum", later: bool = False, spend: bool = False) -> Any:
         if self.size == 1:
-            return _done(x.detach(), later)
+            return at_once(x.detach(), later)
         stacked = torch.stack(self._meet(x.detach(), f"all_reduce {op}", tuple(x.shape), x.dtype))
-        return _done(stacked.sum(0) if op == "sum" else stacked.amax(0), later)
+        return at_once(stacked.sum(0) if op == "sum" else stacked.amax(0), later)
 
     def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0, later: bool = False) -> Any:
         if self.size == 1:
-            return _done(x.detach(), later)
-        _check(self, "all_gather", x.shape[dim], sizes[self.index])
-        return _done(torch.cat(self._meet(x.detach(), "all_gather", dim, _but(x.shape, dim), x.dtype, tuple(sizes)), dim), later)
+            return at_once(x.detach(), later)
+        check_rows(self, "all_gather", x.shape[dim], sizes[self.index])
+        return at_once(torch.cat(self._meet(x.detach(), "all_gather", dim, _but(x.shape, dim), x.dtype, tuple(sizes)), dim), later)
 
     def reduce_scatter(self, x: Tensor, sizes: Sequence[int], dim: int = 0, later: bool = False) -> Any:
         if self.size == 1:
-            return _done(x.detach(), later)
-        _check(self, "reduce_scatter", x.shape[dim], sum(sizes))
+            return at_once(x.detach(), later)
+        check_rows(self, "reduce_scatter", x.shape[dim], sum(sizes))
         full = self._meet(x.detach(), "reduce_scatter", dim, tuple(x.shape), x.dtype, tuple(sizes))
-        return _done(torch.stack([t.split(list(sizes), dim)[self.index] for t in full]).sum(0), later)
+        return at_once(torch.stack([t.split(list(sizes), dim)[self.index] for t in full]).sum(0), later)
 
     def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int], dim: int = 0, join: int | None = None) -> Tensor:
         join = dim if join is None else join
         if self.size == 1:
             return x.detach()
-        _check(self, "all_to_all", x.shape[dim], sum(send))
-        rows = self._meet(x.detach().split(list(send), dim), "all_to_all", dim, join, x.dtype)
+        check_rows(self, "all_to_all", x.shape[dim], sum(send))
+        rest = tuple(n for d, n in enumerate(x.shape) if d not in (dim % x.dim(), join % x.dim()))
+        cuts = () if join == dim else tuple(send)  # where another dim is joined, all pieces for one rank have one length
+        rows = self._meet(x.detach().split(list(send), dim), "all_to_all", dim, join, rest, cuts, x.dtype)
         got = [pieces[self.index] for pieces in rows]
         if [p.shape[join] for p in got] != list(recv):
             raise ValueError(f"all_to_all over {self.name}: rank {self.rank} expects {list(recv)} rows, is sent {[p.shape[join] for p in got]}")

@@ -16,6 +16,10 @@ from torch import Tensor
 IGNORE = -100
 
 
+class BatchError(ValueError):
+    """A batch that a model cannot take."""
+
+
 @attrs.frozen
 class Batch:
     """One microbatch: one packed row."""

@@ -54,6 +54,6 @@ def layout(model: Model, mesh: Mesh, rules: dict[str, str] | None = None, stages
     if model.rules is not None:
         for name in dict.fromkeys(a for param in model.params().values() for a in param.axes if a):
             if rules.get(name) != model.rules.get(name):
-                raise LayoutError(f"the rules put {name!r} on {rules.get(name)}; this model's segments are written for {model.rules}: use these rules")
+                raise LayoutError(f"the rules put {name!r} on {rules.get(name)}; the model is written for {model.rules}: use these rules")
     specs = {path: spec_of(path, param, rules, mesh) for path, param in model.params().items()}
     return Layout(model, mesh, rules, (model.segments,), specs)

@@ -43,14 +43,22 @@ class Objective:
     count: Callable[[Batch], Tensor]
 
 
+def _any_batch(batch: Batch) -> None:
+    pass
+
+
 @attrs.frozen
 class Model:
-    """`config` is what it was built from. `rules`: the layout rules that its segments are written for, where they cannot follow any."""
+    """`config` is what it was built from. `rules`: the layout rules that its segments are written for, where they cannot follow any.
+
+    `accepts(batch)` raises BatchError for a batch that the model cannot take; it reads the plan on the host, before anything is computed.
+    """
 
     config: Any
     segments: tuple[Segment, ...]
     objectives: dict[str, Objective]
     rules: dict[str, str] | None = None
+    accepts: Callable[[Batch], None] = _any_batch
 
     def params(self) -> dict[str, Param]:
         """Every parameter once, by path 'segment/name'."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lf import rng, tree
 from lf.batch import Batch
-from lf.layouts import Layout, layout
+from lf.layouts import Layout
 from lf.schedule.run import run_forward
 from lf.segment import Model, Terms
 from lf.spec import LayoutError
@@ -63,6 +63,7 @@ def forward(model: Model, params: Tree, batch: Batch, ctx: Any) -> Tensor | Term
     """
     if ctx.axes.mesh.pp > 1:
         raise LayoutError(f"lf.forward runs one stage; mesh {ctx.axes.mesh} has pp={ctx.axes.mesh.pp}: run a program with lf.schedule.run")
-    x, terms = run_forward(layout(model, ctx.axes.mesh), compute_copy(params, ctx), shard_batch(batch, ctx), ctx)
+    model.accepts(batch)
+    x, terms = run_forward(model.segments, compute_copy(params, ctx), shard_batch(batch, ctx), ctx)
     return terms or x
 

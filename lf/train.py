@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from lf import checkpoint, tree
-from lf.batch import Batch
+from lf.batch import Batch, BatchError
+from lf.config import ConfigError
 from lf.console import Bar, console
 from lf.layouts import Layout
 from lf.mesh import MeshError
@@ -28,7 +29,7 @@ from lf.parallel.reduce import owned_square_sum
 from lf.runs import Run, RunError, cut_metrics
 from lf.schedule import Program, check
 from lf.schedule.lower import add_reduce
-from lf.schedule.run import run
+from lf.schedule.run import bind, run
 from lf.segment import Terms
 from lf.spec import Piece
 from lf.state import State, compute_copy, shard_batch
@@ -42,7 +43,7 @@ def gradients(layout: Layout, program: Program, ctx: Any) -> Callable[[Tree, Seq
     """fn(params, microbatches) -> (gradients as a tree like params, metrics): the half of a step before the optimizer.
 
     params: the compute copy. Gradients come in the master dtype, summed over all ranks. metrics are device scalars, equal on all ranks:
-    loss (Σ_k λ_k · mean of objective k), one entry per objective, grad_norm, tokens (the count of the first objective).
+    loss (Σ_k λ_k · mean of objective k), one entry per objective, grad_norm, tokens (the count of the first objective: tokens with a label).
     Raises ProgramError, MeshError where program, layout and ranks do not fit together.
     """
     if layout.mesh != ctx.axes.mesh:
@@ -51,20 +52,21 @@ def gradients(layout: Layout, program: Program, ctx: Any) -> Callable[[Tree, Seq
     if not any(a.op == "REDUCE" for a in program[0]):
         program = add_reduce(program, layout)
     check(program, layout, microbatches)
-    actions = program[ctx.axes.coords["pp"]]
-    objectives = layout.model.objectives
+    model, objectives, bound = layout.model, layout.model.objectives, bind(program[ctx.axes.coords["pp"]], layout)
     owned = [(spec.path, piece) for spec in layout.specs.values() for piece in spec.owned(ctx.axes.coords)]
 
     def fn(params: Tree, batches: Sequence[Batch]) -> Gradients:
         if len(batches) != microbatches:
-            raise ValueError(f"the program is for {microbatches} microbatches; {len(batches)} were given")
+            raise BatchError(f"the program is for {microbatches} microbatches; {len(batches)} were given")
+        for batch in batches:
+            model.accepts(batch)
         batches = [shard_batch(b, ctx) for b in batches]
         counts = torch.stack([torch.stack([o.count(b) for b in batches]).sum() for o in objectives.values()])
         # A plan is the same on every rank of its dp coordinate, so each count is summed over dp alone.
         counts = ctx.axes["dp"].sum(counts).to(ctx.precision.master)
         norms = dict(zip(objectives, counts.clamp_min(1)))  # no label at all: the sum is 0 and so is the loss
         seeds = {k: o.weight / norms[k] for k, o in objectives.items()}
-        grads, terms = run(actions, layout, params, batches, seeds, ctx)
+        grads, terms = run(bound, params, batches, seeds, ctx)
         means, norm = _world_sums(terms, norms, grads, owned, ctx)
         loss = torch.stack([o.weight * means[k] for k, o in objectives.items()]).sum()
         metrics = {"loss": loss, **means, "grad_norm": norm, "tokens": counts[0]}
@@ -77,6 +79,8 @@ def _world_sums(
     terms: Terms, norms: dict[str, Tensor], grads: dict[str, Tensor], owned: Sequence[tuple[str, Piece]], ctx: Any
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Mean of each objective and the global gradient norm, in one sum over all ranks: terms and owned squares are P everywhere."""
+    if missing := [k for k in norms if k not in terms.get("losses", {})]:
+        raise ConfigError(f"no segment gives a loss for objective {', '.join(missing)}; they give {', '.join(terms.get('losses', {})) or 'none'}")
     squares = owned_square_sum(owned, grads)
     losses = [terms["losses"][k].to(squares.dtype) for k in norms]
     *sums, total = ctx.axes.world.sum(torch.stack([*losses, squares])).unbind()
@@ -89,10 +93,11 @@ def make(
     """(init, step): init(master params) -> State; step(state, microbatches) -> (state, metrics). Everything refusable is refused here.
 
     metrics: those of `gradients`, and lr, skipped (1 where loss or norm was not finite and nothing was changed). They are device scalars:
-    read them a step later and the host never waits. `clip`: the largest gradient norm (None: unlimited). A state is used up by its step.
+    read them a step later and the host never waits. `clip`: the largest gradient norm (None: unlimited). `init` takes the parameters over and a
+    state is used up by its step: both are updated in place.
     """
     if clip is not None and clip <= 0:
-        raise ValueError(f"clip={clip} must be above 0, or None for no clipping")
+        raise ConfigError(f"clip={clip} must be above 0, or None for no clipping")
     backward = gradients(layout, program, ctx)
     params = {path: spec.param for path, spec in layout.specs.items()}
 
@@ -132,6 +137,8 @@ def loop(
     batches(i): this rank's microbatches of step i, counted from 0. `extra` goes into every checkpoint. Metrics are read one step late, so the
     host never waits for a step that it has just started. Raises RunError when loss or gradient norm is not finite, naming the step.
     """
+    if steps < 1 or save_every < 1:
+        raise ConfigError(f"steps={steps} and save_every={save_every} must each be at least 1")
     first = int(state.step)
     records = cut_metrics(run.metrics, first) if ctx.axes.rank == 0 else []
     tokens = records[-1]["tokens"] if records else 0
@@ -139,8 +146,8 @@ def loop(
     pending: tuple[int, Metrics, float] | None = None
     with Bar(screen, "step", steps, first) as bar, open(run.metrics if ctx.axes.rank == 0 else os.devnull, "a") as out:
 
-        def settle() -> None:
-            """Reads the metrics that are still on the device, and writes and shows them."""
+        def settle(ended: float) -> None:
+            """Reads the metrics that are still on the device, and writes and shows them. `ended`: when the next step began, or now."""
             nonlocal tokens, pending
             if pending is None:
                 return
@@ -148,7 +155,7 @@ def loop(
             values = {k: v.item() for k, v in metrics.items()}
             if values.pop("skipped"):
                 raise RunError(f"step {number}: loss {values['loss']}, gradient norm {values['grad_norm']}: not finite, nothing was updated")
-            speed = values["tokens"] / (time.perf_counter() - began)
+            speed = values["tokens"] / (ended - began)
             tokens += int(values["tokens"])
             record = {"step": number, **values, "tokens": tokens, "tokens_per_s": round(speed, 1)}
             out.write(json.dumps(record) + "\n")
@@ -158,10 +165,10 @@ def loop(
         for i in range(first, steps):
             began = time.perf_counter()
             state, metrics = step(state, batches(i))
-            settle()
+            settle(began)
             pending = (i + 1, metrics, began)
             if (i + 1) % save_every == 0 or i + 1 == steps:
-                settle()  # a checkpoint stands for metrics that are written
+                settle(time.perf_counter())  # a checkpoint stands for metrics that are written
                 checkpoint.save(run.checkpoints / f"step-{i + 1:08d}", layout, state, ctx, extra)
                 checkpoint.prune(run.checkpoints, keep=2, ctx=ctx)
     return state

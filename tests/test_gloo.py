@@ -151,3 +151,26 @@ def test_a_child_that_dies_or_hangs_is_told() -> None:
 
 def test_context_over_processes_is_plain_data() -> None:
     assert processes(2, lambda axes: context(axes).axes.coords["dp"]) == [0, 1]
+
+
+def _timeouts(axes) -> list[float]:
+    axes = lf.connect(lf.Mesh(tp=2), lf.devices.get("cpu"), timeout_s=7)
+    groups = [axes[name].group for name in ("tp", "dp", ("dp", "tp"))]
+    return [g._get_backend(torch.device("cpu")).options._timeout.total_seconds() for g in groups if g is not torch.distributed.group.WORLD]
+
+
+def test_a_time_limit_holds_for_every_group() -> None:
+    assert processes(4, _timeouts) == [[7.0, 7.0]] * 4
+
+
+def test_ranks_that_srun_started_meet_or_are_told_how(monkeypatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    with pytest.raises(ValueError, match="start it as `srun scripts/launch"):
+        lf.connect(lf.Mesh(), lf.devices.get("cpu"))
+    monkeypatch.delenv("SLURM_NTASKS")
+    for name, value in {"NNODES": "2", "NODE_RANK": "0", "NPROC_PER_NODE": "4", "MASTER_ADDR": "a"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"8 ranks and this process is none of them: start it with scripts/launch or torchrun"):
+        lf.connect(lf.Mesh(), lf.devices.get("cpu"))

@@ -42,7 +42,7 @@ def test_layers_and_their_parameters() -> None:
 
 @pytest.mark.parametrize("rules", [{"heads": "tp"}, {}, {"vocab": "tp", "heads": "tp", "mlp": "tp", "embed": "dp"}])
 def test_rules_that_the_segments_do_not_follow_are_refused(rules: dict[str, str]) -> None:
-    with pytest.raises(LayoutError, match=r"the rules put .* this model's segments are written for"):
+    with pytest.raises(LayoutError, match=r"the rules put .* the model is written for"):
         lf.layout(tiny(), lf.Mesh(dp=2, tp=2), rules)
 
 

@@ -221,3 +221,61 @@ def test_a_few_steps_lower_the_loss() -> None:
         state, metrics = step(state, batches())
         losses.append(metrics["loss"].item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("tokens", 37, r"tokens\[3\] = 37 is outside the vocabulary of 37"), ("labels", -7, r"labels\[3\] = -7 is outside"), ("tokens", -1, "outside")],
+)
+def test_an_id_that_no_rank_has_is_refused(name: str, value: int, message: str) -> None:
+    (batch,) = batches(1)
+    plan = {k: v.clone() for k, v in batch.plan.items()}
+    plan[name][3] = value
+    state, step = made(microbatches=1)
+    with pytest.raises(lf.batch.BatchError, match=message):
+        step(state, [lf.Batch(plan)])
+
+
+def test_a_batch_without_labels_and_a_wrong_number_of_batches_are_refused() -> None:
+    (batch,) = batches(1)
+    state, step = made(microbatches=1)
+    with pytest.raises(lf.batch.BatchError, match="needs labels in its plan; it has tokens"):
+        step(state, [lf.Batch({k: v for k, v in batch.plan.items() if k != "labels"})])
+    with pytest.raises(lf.batch.BatchError, match="for 1 microbatches; 2 were given"):
+        step(state, [batch, batch])
+
+
+def test_an_objective_that_no_segment_serves_is_named() -> None:
+    model = attrs.evolve(tiny(), objectives={**tiny().objectives, "other": Objective(1.0, lambda b: torch.tensor(1))})
+    state, step = made(model, microbatches=1)
+    with pytest.raises(lf.config.ConfigError, match="no segment gives a loss for objective other; they give cross_entropy"):
+        step(state, batches(1))
+
+
+def test_the_speed_is_that_of_one_step_with_and_without_a_checkpoint(tmp_path, monkeypatch) -> None:
+    """A clock that a step moves by 2 s and a checkpoint by 100 s: every line says 10 tokens / 2 s."""
+    now = [0.0]
+    monkeypatch.setattr(lf.train.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(lf.train.checkpoint, "save", lambda *args: now.__setitem__(0, now[0] + 100))
+    monkeypatch.setattr(lf.train.checkpoint, "prune", lambda *args, **kwargs: None)
+
+    def step(state, batches):
+        now[0] += 2
+        scalars = {"loss": 1.0, "grad_norm": 1.0, "tokens": 10, "skipped": 0}
+        return attrs.evolve(state, step=state.step + 1), {k: torch.tensor(v) for k, v in scalars.items()}
+
+    state = lf.State({}, {}, torch.zeros((), dtype=torch.int64))
+    run = lf.runs.Run(tmp_path, None)
+    layout = lf.layout(tiny(), ONE)
+    lf.train.loop(run, layout, step, state, lambda i: [], 7, context(solo()), save_every=3, extra={})
+    records = lf.runs.read_metrics(run.metrics)
+    assert [r["tokens_per_s"] for r in records] == [5.0] * 7
+    assert [r["tokens"] for r in records] == list(range(10, 80, 10))
+
+
+@pytest.mark.parametrize(("steps", "save_every"), [(0, 1), (3, 0), (-1, 5)])
+def test_a_loop_of_no_steps_is_refused_before_it_starts(steps: int, save_every: int, tmp_path) -> None:
+    state = lf.State({}, {}, torch.zeros((), dtype=torch.int64))
+    with pytest.raises(lf.config.ConfigError, match=f"steps={steps} and save_every={save_every} must each be at least 1"):
+        lf.train.loop(lf.runs.Run(tmp_path, None), lf.layout(tiny(), ONE), None, state, None, steps, context(solo()), save_every, {})
+    assert not list(tmp_path.iterdir())

@@ -13,11 +13,14 @@ from functools import partial
 from typing import Any
 
 import attrs
+import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from lf.batch import IGNORE, Batch
+from lf.batch import IGNORE, Batch, BatchError
 from lf.config import ConfigError
+from lf.layouts import RULES
 from lf.mesh import shares
 from lf.ops.rope import rope_table
 from lf.parallel.linear import column_linear, row_linear
@@ -25,9 +28,6 @@ from lf.parallel.redistribute import I, S, Type, redistribute
 from lf.parallel.vocab import vocab_cross_entropy, vocab_embedding
 from lf.segment import Model, Objective, Segment, Terms
 from lf.spec import Param, Part, Tied, constant, normal
-
-RULES = {"vocab": "tp", "heads": "tp", "mlp": "tp"}
-"""What the segments below do over tp; under other rules the same code would give other numbers."""
 
 
 @attrs.frozen
@@ -121,7 +121,7 @@ def decoder(config: DecoderConfig) -> Model:
         )
     weight = Tied("embed/weight") if config.tied else attrs.evolve(table, init=matrix)
     segments.append(Segment("head", "head", {"norm": norm, "weight": weight}, partial(head, config)))
-    return Model(config, tuple(segments), {"cross_entropy": Objective(1.0, valid_labels)}, RULES)
+    return Model(config, tuple(segments), {"cross_entropy": Objective(1.0, valid_labels)}, RULES, partial(accepts, config))
 
 
 def vocab_part(vocab: int) -> Part:
@@ -135,8 +135,23 @@ def qkv_parts(a: Attention) -> tuple[Part, Part, Part]:
     return Part("q", a.heads, a.head_dim), Part("k", a.kv_heads, a.head_dim, of=a.heads), Part("v", a.kv_heads, a.head_dim, of=a.heads)
 
 
+def accepts(config: DecoderConfig, batch: Batch) -> None:
+    """Raises BatchError when a token or label is outside the vocabulary: split over ranks, no rank would have it and none would notice."""
+    plan = {name: values.numpy() for name, values in batch.plan.items() if values.device.type == "cpu"}  # numpy: the device is not asked
+    for name in ("tokens", "labels"):
+        ids = plan.get(name, np.empty(0, np.int64))
+        wrong = (ids < 0) | (ids >= config.vocab)
+        if name == "labels":
+            wrong &= ids != IGNORE
+        if wrong.any():
+            at = int(wrong.argmax())
+            raise BatchError(f"{name}[{at}] = {ids[at]} is outside the vocabulary of {config.vocab} (an ignored label is {IGNORE})")
+
+
 def valid_labels(batch: Batch) -> Tensor:
     """How many tokens have a label."""
+    if "labels" not in batch.plan:
+        raise BatchError(f"a batch to learn from needs labels in its plan; it has {', '.join(batch.plan)}")
     return (batch.plan["labels"] != IGNORE).sum()
 
 
@@ -158,7 +173,7 @@ def attention_block(a: Attention, eps: float, p: dict[str, Tensor], x_tD: Tensor
     (q0, q1), (k0, k1) = q_part.units(tp.index, tp.size), k_part.units(tp.index, tp.size)
 
     qkv = column_linear(ops.rms_norm(x_tD, p["norm"], eps), p["qkv"], tp, seq)
-    q_Thd, k_Tkd, v_Tkd = qkv.unflatten(-1, (-1, a.head_dim)).split([q1 - q0, k1 - k0, k1 - k0], 1)
+    q_Thd, k_Tkd, v_Tkd = rearrange(qkv, "T (h d) -> T h d", d=a.head_dim).split([q1 - q0, k1 - k0, k1 - k0], 1)
     cos, sin = rope_table(batch.plan["positions"], a.head_dim, a.rope_theta, x_tD.dtype)
     q_Thd = ops.rope(ops.rms_norm(q_Thd, p["q_norm"], eps), cos, sin)
     k_Tkd = ops.rope(ops.rms_norm(k_Tkd, p["k_norm"], eps), cos, sin)
@@ -168,7 +183,7 @@ def attention_block(a: Attention, eps: float, p: dict[str, Tensor], x_tD: Tensor
         index = torch.arange(q0, q1, device=x_tD.device) // group - k0
         k_Tkd, v_Tkd = k_Tkd[:, index], v_Tkd[:, index]
     o_Thd = ops.attention(q_Thd, k_Tkd, v_Tkd, batch.plan["cu_seqlens"])
-    return x_tD + row_linear(o_Thd.flatten(1), p["out"], tp, seq), {}
+    return x_tD + row_linear(rearrange(o_Thd, "T h d -> T (h d)"), p["out"], tp, seq), {}
 
 
 def mlp_block(eps: float, p: dict[str, Tensor], x_tD: Tensor, batch: Batch, ctx: Any) -> tuple[Tensor, Terms]:

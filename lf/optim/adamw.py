@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lf import tree
+from lf.config import ConfigError
 from lf.optim.base import Optimizer, Rate
 from lf.optim.lr import constant
 from lf.spec import Param
@@ -28,6 +29,10 @@ def adamw(
 ) -> Optimizer:
     """m ← β1·m + (1-β1)·g, v ← β2·v + (1-β2)·g², w ← w - lr·(m̂ / (√v̂ + eps) + weight_decay·w), with m̂, v̂ divided by 1-βᵗ."""
     b1, b2 = betas
+    if not (0 <= b1 < 1 and 0 <= b2 < 1):
+        raise ConfigError(f"betas={betas} must lie between 0 and 1, 1 itself excluded")
+    if eps <= 0 or weight_decay < 0:
+        raise ConfigError(f"eps={eps} must be above 0, and weight_decay={weight_decay} must not be negative")
     rate = lr if callable(lr) else constant(lr)
 
     def init(master: Tree) -> Tree:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from lf.config import ConfigError
 from lf.optim.base import Rate
 
 
@@ -21,7 +22,9 @@ def warmup_cosine(lr: float, warmup: int, steps: int, final: float = 0.1) -> Rat
     (Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5, without restarts).
     """
     if not 0 <= warmup <= steps:
-        raise ValueError(f"warmup={warmup} must lie between 0 and steps={steps}")
+        raise ConfigError(f"warmup={warmup} must lie between 0 and steps={steps}")
+    if lr < 0 or not 0 <= final <= 1:
+        raise ConfigError(f"lr={lr} must not be negative, and final={final} must lie between 0 and 1")
 
     def rate(step: Tensor) -> Tensor:
         s = step.to(torch.float32)

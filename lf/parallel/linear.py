@@ -4,12 +4,13 @@
     row      columns of this rank ─► x·wᵀ is P ──reduce-scatter──► S(0)       backward: dY S(0) → gather
 
 Between them the residual stream is sharded over tokens (sequence parallelism, Korthikanti et al. 2022 §4.2). Column saves only its shard and
-gathers it again in backward: 2(t-1)/t · tokens·dim more traffic per layer, activation memory divided by t. There the weight's gradient is
-computed while the reduce-scatter of dX travels. The moves are those of `redistribute`'s table.
+gathers it again in backward: 2(t-1)/t · tokens·dim more traffic per layer, activation memory divided by t. There the gather travels while dX
+is computed, and the reduce-scatter of dX while the weight's gradient is. The moves are those of `redistribute`'s table.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,14 +40,11 @@ class _Column(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (x, w), axis, seq = ctx.saved_tensors, ctx.axis, ctx.seq
-        dx = dw = None
-        if ctx.needs_input_grad[0]:
-            dx = F.linear(dy, w.T)
-            if axis.size > 1:
-                dx = EDGES["S→R"].backward(dx, axis, seq, later=True)
-        if ctx.needs_input_grad[1]:
-            dw = _weight_gradient(dy, _gather(x, axis, seq))
-        return (dx() if callable(dx) else dx), dw, None, None
+        # gather of x ┊ dX = dY·w;  then scatter of dX ┊ dW = dYᵀ·x: each collective travels while a product is computed
+        rows = _gather(x, axis, seq, later=True) if ctx.needs_input_grad[1] else None
+        scattered = _scatter(F.linear(dy, w.T), axis, seq) if ctx.needs_input_grad[0] else None
+        dw = _weight_gradient(dy, rows()) if rows else None
+        return (scattered() if scattered else None), dw, None, None
 
 
 class _Linear(torch.autograd.Function):
@@ -63,8 +61,17 @@ class _Linear(torch.autograd.Function):
         return (F.linear(dy, w.T) if ctx.needs_input_grad[0] else None), (_weight_gradient(dy, x) if ctx.needs_input_grad[1] else None)
 
 
-def _gather(x: Tensor, axis: Any, seq: Type) -> Tensor:
-    return EDGES["S→R"].forward(x, axis, seq) if axis.size > 1 else x
+def _gather(x: Tensor, axis: Any, seq: Type, later: bool = False) -> Any:
+    if axis.size == 1:
+        return (lambda: x) if later else x
+    return EDGES["S→R"].forward(x, axis, seq, later=later)
+
+
+def _scatter(dx: Tensor, axis: Any, seq: Type) -> Callable[[], Tensor]:
+    """Starts the sum of dX over the axis, of which this rank keeps its rows."""
+    if axis.size == 1:
+        return lambda: dx
+    return EDGES["S→R"].backward(dx, axis, seq, later=True)
 
 
 def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:

@@ -79,8 +79,8 @@ def _keep_on_first(x: Tensor, axis: Any, s: Type) -> Tensor:
 
 @attrs.frozen
 class Edge:
-    forward: Callable[..., Tensor]
-    backward: Callable[..., Tensor]
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
 
 
 EDGES = {

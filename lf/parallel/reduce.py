@@ -12,47 +12,46 @@ from lf.spec import Piece, Spec
 
 
 def reduce_gradients(specs: Sequence[Spec], grads: dict[str, Tensor], axes: Any) -> Callable[[], None]:
-    """Starts the sums of `grads` (by path, changed in place); the function returned waits for them.
+    """Starts the sums of `grads` (by path); the function returned waits for them and puts them into `grads`.
 
-    Parts whose boxes overlap along a named axis (kv heads under query heads) are first laid into the whole part and summed there: 2(t-1)/t ·
-    rows · width elements once a step, for those parts alone.
+    Parts whose boxes overlap along a named axis (kv heads under query heads) are laid into the whole part and summed over that axis as well:
+    2(t-1)/t · rows · width elements more once a step, for those parts alone.
     """
+    groups: dict[tuple[tuple[str, ...], torch.dtype], list[tuple[str, Piece | None, Tensor]]] = {}
     for spec in specs:
-        _sum_overlaps(spec, grads[spec.path], axes)
-    groups: dict[tuple[tuple[str, ...], torch.dtype], list[Tensor]] = {}
-    for spec in specs:
+        grad = grads[spec.path]
         if axes[spec.sum_axes].size > 1:
-            groups.setdefault((spec.sum_axes, grads[spec.path].dtype), []).append(grads[spec.path])
+            groups.setdefault((spec.sum_axes, grad.dtype), []).append((spec.path, None, grad))
+        for piece in (spec.pieces(axes.coords)[i] for i in spec.shared()):
+            names = tuple(a for a in spec.grid if a in (*spec.sum_axes, spec.names[piece.dim]))
+            groups.setdefault((names, grad.dtype), []).append((spec.path, piece, _laid_out(piece, grad)))
     waits = []
-    for (names, _), tensors in groups.items():
-        flat = torch.cat([t.reshape(-1) for t in tensors])
-        waits.append((axes[names].all_reduce(flat, later=True), tensors))
+    for (names, _), parts in groups.items():
+        flat = torch.cat([x.reshape(-1) for _, _, x in parts])
+        waits.append((axes[names].all_reduce(flat, later=True, spend=True), [(path, piece, x.shape) for path, piece, x in parts]))
 
     def wait() -> None:
-        for result, tensors in waits:
-            for total, tensor in zip(result().split([t.numel() for t in tensors]), tensors):
-                tensor.copy_(total.view_as(tensor))
+        overlaps = []
+        for total, parts in waits:
+            for (path, piece, shape), values in zip(parts, total().split([shape.numel() for _, _, shape in parts])):
+                if piece is None:
+                    grads[path] = values.view(shape)
+                else:
+                    overlaps.append((path, piece, values.view(shape)))
+        for path, piece, whole in overlaps:  # after the sum of the tensor that it is a part of
+            lo, hi = piece.box[piece.dim]
+            piece.view(grads[path]).copy_(whole.narrow(piece.dim, lo, hi - lo))
 
     return wait
 
 
-def _sum_overlaps(spec: Spec, grad: Tensor, axes: Any) -> None:
-    shared = spec.shared()
-    if not shared:
-        return
-    pieces = [spec.pieces(axes.coords)[i] for i in shared]
-    axis_name = spec.names[spec.param.part_dim]
-    whole = []
-    for piece in pieces:  # every rank's rows in one tensor of the whole part
-        lo, hi = piece.box[piece.dim]
-        local = piece.view(grad)
-        full = grad.new_zeros([piece.shape[piece.dim] if d == piece.dim else n for d, n in enumerate(local.shape)])
-        full.narrow(piece.dim, lo, hi - lo).copy_(local)
-        whole.append(full)
-    total = axes[axis_name].all_reduce(torch.cat([w.reshape(-1) for w in whole]))
-    for piece, full, values in zip(pieces, whole, total.split([w.numel() for w in whole])):
-        lo, hi = piece.box[piece.dim]
-        piece.view(grad).copy_(values.view_as(full).narrow(piece.dim, lo, hi - lo))
+def _laid_out(piece: Piece, grad: Tensor) -> Tensor:
+    """The rows of this piece at their place in the whole part, zeros elsewhere."""
+    lo, hi = piece.box[piece.dim]
+    local = piece.view(grad)
+    whole = grad.new_zeros([piece.shape[d] if d == piece.dim else n for d, n in enumerate(local.shape)])
+    whole.narrow(piece.dim, lo, hi - lo).copy_(local)
+    return whole
 
 
 def owned_square_sum(owned: Sequence[tuple[str, Piece]], grads: dict[str, Tensor]) -> Tensor:

@@ -1,7 +1,8 @@
 """The interpreter: it runs any program over any layout, one rank's actions in their order. There is no other training step.
 
-Its state is `live` (values: written once, taken once, nothing left at the end) and the gradient sums. Autograd is cut at layer boundaries: a
-forward keeps, for each layer, its input, its output and its losses; a backward walks the layers from the last to the first.
+`bind` joins a program with a layout once; `run` is a step's work. Its state is `live` (values: written once, taken once, nothing left at the
+end) and the gradient sums. Autograd is cut at layer boundaries: a forward keeps, for each layer, its input, its output and its losses; a
+backward walks the layers from the last to the first.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from lf.layouts import Layout
 from lf.parallel.reduce import reduce_gradients
 from lf.schedule.ir import Action
 from lf.segment import Segment, Terms, path_of
+from lf.spec import Spec
 
 
 @attrs.frozen
@@ -30,8 +32,42 @@ class _Kept:
     paths: tuple[str, ...]
 
 
+@attrs.frozen
+class Layer:
+    """The segments of one layer of a stage, each with (its name for a parameter, the path), and the paths it uses and the specs it reduces."""
+
+    segments: tuple[tuple[Segment, tuple[tuple[str, str], ...]], ...]
+    paths: tuple[str, ...]
+    specs: tuple[Spec, ...]
+
+
+@attrs.frozen
+class Bound:
+    """A rank's actions joined with a layout: all that does not change from step to step."""
+
+    actions: tuple[Action, ...]
+    layers: tuple[dict[str, Layer], ...]  # of each stage, by name
+    paths: tuple[str, ...]
+
+
+def bind(actions: Sequence[Action], layout: Layout) -> Bound:
+    layers = tuple(_layers(layout, stage) for stage in range(len(layout.stages)))
+    paths = dict.fromkeys(p for stage in layers for layer in stage.values() for p in layer.paths)
+    return Bound(tuple(actions), layers, tuple(paths))
+
+
+def _layers(layout: Layout, stage: int) -> dict[str, Layer]:
+    owned = layout.layer_paths(stage)
+    out = {}
+    for name, segments in layout.layers(stage).items():
+        named = tuple((s, tuple((n, path_of(s, n)) for n in s.params)) for s in segments)
+        paths = dict.fromkeys(path for _, pairs in named for _, path in pairs)
+        out[name] = Layer(named, tuple(paths), tuple(layout.specs[p] for p in owned[name]))
+    return out
+
+
 def run(
-    actions: Sequence[Action], layout: Layout, params: dict[str, Any], batches: Sequence[Batch], seeds: Mapping[str, Tensor], ctx: Any
+    bound: Bound, params: dict[str, Any], batches: Sequence[Batch], seeds: Mapping[str, Tensor], ctx: Any
 ) -> tuple[dict[str, Tensor], Terms]:
     """Gradients of Σ_k seeds[k] · Σ losses_k by path, reduced over the ranks that hold them, and the terms summed over microbatches.
 
@@ -39,34 +75,35 @@ def run(
     this rank's own sums (P over all ranks).
     """
     dtype = ctx.precision.master
-    paths = dict.fromkeys(path_of(s, name) for stage in layout.stages for s in stage for name in s.params)
-    leaves = {path: _lookup(params, path).detach().requires_grad_() for path in paths}
+    leaves = {path: _lookup(params, path).detach().requires_grad_() for path in bound.paths}
     live: dict[tuple[int, int | None], list[_Kept]] = {}
     grads: dict[str, Tensor] = {}
     terms: Terms = {}
     waits: list[Callable[[], None]] = []
 
-    for a in actions:
+    for a in bound.actions:
         if a.op == "F":
             assert a.microbatch is not None
             x: Any = {}
             kept = []
-            for segments in layout.layers(a.stage).values():
-                layer = _forward(segments, leaves, x, batches[a.microbatch], ctx)
-                _add_terms(terms, {"losses": layer.losses})
-                x = layer.y
-                kept.append(layer)
+            for layer in bound.layers[a.stage].values():
+                done = _forward(layer, leaves, x, batches[a.microbatch], ctx)
+                _add_terms(terms, {"losses": done.losses})
+                x = done.y
+                kept.append(done)
             live[a.stage, a.microbatch] = kept
         elif a.op == "B":
             dy: dict[str, Tensor] = {}
-            for layer in reversed(live.pop((a.stage, a.microbatch))):
-                dy = _backward(layer, leaves, dy, seeds, grads, dtype)
+            kept = live.pop((a.stage, a.microbatch))
+            while kept:  # a layer's activations go as soon as its backward is done
+                dy = _backward(kept.pop(), leaves, dy, seeds, grads, dtype)
         else:
             assert a.segment is not None
-            owned = [layout.specs[p] for p in layout.layer_paths(a.stage)[a.segment]]
-            for spec in owned:  # a parameter that no loss reached: its sum over the holders is still a collective that all must join
-                grads.setdefault(spec.path, torch.zeros_like(leaves[spec.path], dtype=dtype, requires_grad=False))
-            waits.append(reduce_gradients(owned, grads, ctx.axes))
+            specs = bound.layers[a.stage][a.segment].specs
+            for spec in specs:  # a parameter that no loss reached: its sum over the holders is still a collective that all must join
+                if spec.path not in grads:
+                    grads[spec.path] = torch.zeros_like(leaves[spec.path], dtype=dtype, requires_grad=False)
+            waits.append(reduce_gradients(specs, grads, ctx.axes))
     for wait in waits:
         wait()
     if live:
@@ -74,29 +111,27 @@ def run(
     return grads, terms
 
 
-def run_forward(layout: Layout, params: dict[str, Any], batch: Batch, ctx: Any) -> tuple[Any, Terms]:
-    """All segments of a stage one after another, without gradients: (the last x, terms)."""
-    leaves = {path_of(s, n): _lookup(params, path_of(s, n)) for s in layout.stages[0] for n in s.params}
+def run_forward(segments: Sequence[Segment], params: dict[str, Any], batch: Batch, ctx: Any) -> tuple[Any, Terms]:
+    """The segments one after another, without gradients: (the last x, terms)."""
     x: Any = {}
     terms: Terms = {}
     with torch.no_grad():
-        for segment in layout.stages[0]:
-            x, new = segment.apply({n: leaves[path_of(segment, n)] for n in segment.params}, x, batch, ctx)
+        for segment in segments:
+            x, new = segment.apply({n: _lookup(params, path_of(segment, n)) for n in segment.params}, x, batch, ctx)
             _add_terms(terms, new)
     return x, terms
 
 
-def _forward(segments: Sequence[Segment], leaves: dict[str, Tensor], carry: dict[str, Tensor], batch: Batch, ctx: Any) -> _Kept:
+def _forward(layer: Layer, leaves: dict[str, Tensor], carry: dict[str, Tensor], batch: Batch, ctx: Any) -> _Kept:
     """One layer, from a cut: its input is a leaf of a graph of its own."""
     x = {k: v.detach().requires_grad_(v.is_floating_point()) for k, v in carry.items()}
     losses: dict[str, Tensor] = {}
     with torch.enable_grad():
         y: Any = _unwrap(x)
-        for segment in segments:
-            y, terms = segment.apply({n: leaves[path_of(segment, n)] for n in segment.params}, y, batch, ctx)
+        for segment, named in layer.segments:
+            y, terms = segment.apply({name: leaves[path] for name, path in named}, y, batch, ctx)
             losses.update(terms.get("losses", {}))
-    paths = tuple(dict.fromkeys(path_of(s, n) for s in segments for n in s.params))
-    return _Kept(x, _wrap(y), losses, paths)
+    return _Kept(x, _wrap(y), losses, layer.paths)
 
 
 def _backward(

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
-import torch
 
 from lf import axes, axes_sim, rng, state, train
 from lf.mesh import Mesh
@@ -24,7 +23,7 @@ from lf.schedule import check, lower, run
 from lf.spec import Part, Spec
 
 REDISTRIBUTE, LINEAR, VOCAB, REDUCE = (f"tests/parallel/test_{name}.py" for name in ("redistribute", "linear", "vocab", "reduce"))
-PARITY, TRAIN, GLOO, SPEC = (f"tests/test_{name}.py" for name in ("parity", "train", "gloo", "spec"))
+PARITY, TRAIN, GLOO, SPEC, LAWS = (f"tests/test_{name}.py" for name in ("parity", "train", "gloo", "spec", "laws"))
 CHECK, RUN, OPTIM = "tests/schedule/test_check.py", "tests/schedule/test_run.py", "tests/optim/test_adamw.py"
 
 
@@ -48,6 +47,16 @@ def rewritten(function: Any, changes: list[tuple[str, str]]) -> Any:
     made: Any = names[function.__name__]
     made = made.fget if isinstance(made, property) else getattr(made, "__func__", made)
     return made.__code__
+
+
+def stale(mutation: Mutation) -> str:
+    """Why the words of a mutation no longer stand in the code, or ''."""
+    try:
+        for function, edit in mutation.edits:
+            rewritten(function, edit)
+    except LookupError as error:
+        return str(error)
+    return ""
 
 
 def words(name: str, tests: str | tuple[str, ...], *changes: tuple[Any, str, str]) -> Mutation:
@@ -148,11 +157,11 @@ MOVES = [
         REDISTRIBUTE,
         (redistribute.redistribute, "shard = attrs.evolve(shard, sizes=tuple(sizes))", "pass"),
     ),
-    words("column linear: dX is not scattered", LINEAR, (linear._Column.backward, "if axis.size > 1:", "if False:")),
+    words("column linear: dX is not scattered", LINEAR, (linear._scatter, "if axis.size == 1:", "if True:")),
     words(
         "column linear: dW from the shard's own rows",
         LINEAR,
-        (linear._Column.backward, "_gather(x, axis, seq)", "torch.cat([x] * axis.size)[: len(dy)]"),
+        (linear._Column.backward, "rows()", "torch.cat([x] * axis.size)[: len(dy)]"),
     ),
     words("row linear: P→S as I→S", LINEAR, (linear.row_linear, "axis, P, seq", "axis, Type('I'), seq")),
 ]
@@ -164,8 +173,8 @@ SPECS = [
     words("reduction axes: without edp", SPEC, (fget(Spec, "sum_axes"), "not in self.names", "not in (*self.names, 'edp')")),
     words("reduction axes: one too many", PARITY, (fget(Spec, "sum_axes"), "if a not in self.names", "")),
     words("reduction axes: experts by the dense ones", SPEC, (fget(Spec, "grid"), '"expert" in self.param.axes', "False")),
-    words("overlap of kv heads: not summed", PARITY, (reduce._sum_overlaps, "if not shared:", "if True:")),
-    words("overlap of kv heads: keys alone are summed", PARITY, (reduce._sum_overlaps, "for i in shared]", "for i in shared[:1]]")),
+    words("overlap of kv heads: not summed", PARITY, (reduce.reduce_gradients, "for i in spec.shared())", "for i in ())")),
+    words("overlap of kv heads: keys alone are summed", PARITY, (reduce.reduce_gradients, "for i in spec.shared())", "for i in spec.shared()[:1])")),
     words(
         "overlap of kv heads: found only where boxes are equal",
         (SPEC, PARITY),
@@ -283,6 +292,7 @@ SCHEDULE = [
     words("clip: also up", TRAIN, (train.make, ".clamp_max(1.0)", "")),
     words("clip: by the square", TRAIN, (train.make, "(clip / (norm + 1e-6)).clamp", "((clip / (norm + 1e-6)) ** 2).clamp")),
     words("gate: always open", TRAIN, (train.make, "torch.isfinite(norm) &", "torch.ones_like(norm, dtype=torch.bool) |")),
+    words("gate: the host asks", LAWS, (train.make, "torch.isfinite(norm) &", "torch.isfinite(norm) & bool(norm > 0) &")),
     words("the step's count stands still", TRAIN, (train.make, "state.step + 1", "state.step")),
     words("compute copy of the old master", TRAIN, (train.make, 'compute_copy(state_of["master"], ctx)', "tree.map(torch.zeros_like, state.params)")),
     words("sgd: no clip factor", OPTIM, (sgd, "(lr * scale)", "lr")),
@@ -324,4 +334,3 @@ AXES = [
 
 ALL: list[Mutation] = [*edges(), *MOVES, *SPECS, *NORMALISER, *MODEL, *SCHEDULE, *AXES]
 assert len({m.name for m in ALL}) == len(ALL)
-assert torch.get_num_threads()  # torch is imported: children need not

@@ -61,3 +61,36 @@ def test_a_frozen_matrix_still_joins_the_collectives_of_the_input() -> None:
 
     for dx in spmd(Mesh(tp=2, dp=1), body):
         assert torch.equal(dx, torch.full((2, 3), 2.0, dtype=torch.float64))
+
+
+def test_the_backward_of_column_linear_hides_both_collectives(monkeypatch) -> None:
+    """gather starts, dX, scatter starts, gather ends, dW, scatter ends: a product runs while each travels."""
+    events: list[str] = []
+    product = F.linear
+
+    class Logged:
+        """An axis of two ranks that are alike, which says what it is asked for and when it is waited for."""
+
+        size, index, name, ranks = 2, 0, "tp", (0, 1)
+
+        def all_gather(self, x, sizes, dim, later=False):
+            return self.log("gather", torch.cat([x, x], dim).detach(), later)
+
+        def reduce_scatter(self, x, sizes, dim, later=False):
+            return self.log("scatter", 2 * x.split(list(sizes), dim)[0].detach(), later)
+
+        def log(self, what, result, later):
+            events.append(f"{what} starts")
+
+            def wait():
+                events.append(f"{what} ends")
+                return result
+
+            return wait if later else wait()
+
+    x, w = draw("x", shape=(2, 3)).requires_grad_(), draw("w", shape=(4, 3)).requires_grad_()
+    y = column_linear(x, w, Logged(), S(0, (2, 2)))
+    events.clear()
+    monkeypatch.setattr(F, "linear", lambda a, b: events.append("product") or product(a, b))
+    torch.autograd.grad(y.sum(), [x, w])
+    assert events == ["gather starts", "product", "scatter starts", "gather ends", "product", "scatter ends"]

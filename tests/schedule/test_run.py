@@ -11,7 +11,7 @@ from lf import parity, tree
 from lf.axes import solo
 from lf.models.small import tiny
 from lf.schedule import Action, add_reduce, check, one_f_one_b
-from lf.schedule.run import run, run_forward
+from lf.schedule.run import bind, run, run_forward
 from lf.segment import Model, Objective, Segment
 from lf.spec import Param, constant
 
@@ -40,7 +40,7 @@ def test_gradients_are_those_of_plain_autograd(tied: bool, order: str) -> None:
     program = add_reduce(program, layout)
     check(program, layout, 3)
     weight = torch.tensor(0.25, dtype=torch.float64)
-    grads, terms = run(program[0], layout, params, batches, {"cross_entropy": weight}, ctx)
+    grads, terms = run(bind(program[0], layout), params, batches, {"cross_entropy": weight}, ctx)
     want, total = plain(layout, params, batches, ctx)
     assert grads.keys() == want.keys()
     for path, g in grads.items():
@@ -54,10 +54,10 @@ def test_forward_leaves_nothing_to_differentiate() -> None:
     layout = lf.layout(tiny(), lf.Mesh(dp=1))
     params = parity.randomised(layout, ctx, seed=0)
     (batch,) = parity.random_batches(layout.model, 0, 0, 1, 9)
-    _, terms = run_forward(layout, params, batch, ctx)
+    _, terms = run_forward(layout.model.segments, params, batch, ctx)
     assert not terms["losses"]["cross_entropy"].requires_grad
     plan = {k: v for k, v in batch.plan.items() if k != "labels"}
-    logits, terms = run_forward(layout, params, lf.Batch(plan), ctx)
+    logits, terms = run_forward(layout.model.segments, params, lf.Batch(plan), ctx)
     assert logits.shape == (len(plan["tokens"]), layout.model.config.vocab)
     assert terms == {}
 
@@ -68,7 +68,7 @@ def test_params_are_not_changed_by_a_run() -> None:
     params = parity.randomised(layout, ctx, seed=0)
     before = tree.map(torch.clone, params)
     (actions,) = add_reduce(one_f_one_b(1), layout)
-    run(actions, layout, params, parity.random_batches(layout.model, 0, 0, 1, 9), {"cross_entropy": torch.ones(())}, ctx)
+    run(bind(actions, layout), params, parity.random_batches(layout.model, 0, 0, 1, 9), {"cross_entropy": torch.ones(())}, ctx)
     tree.map(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), params, before)
     assert all(w.grad is None for w in tree.leaves(params))
 
@@ -84,5 +84,5 @@ def test_a_gradient_that_two_parameters_share_is_not_added_twice() -> None:
     ctx, layout = context(solo()), lf.layout(model, lf.Mesh(dp=1))
     batches = [lf.Batch({"tokens": torch.tensor([1.0, 10.0], dtype=torch.float64)})] * 3
     (actions,) = add_reduce(one_f_one_b(3), layout)
-    grads, _ = run(actions, layout, lf.init(layout, ctx, 0), batches, {"loss": torch.ones((), dtype=torch.float64)}, ctx)
+    grads, _ = run(bind(actions, layout), lf.init(layout, ctx, 0), batches, {"loss": torch.ones((), dtype=torch.float64)}, ctx)
     assert {k: g.tolist() for k, g in grads.items()} == {"only/a": [3.0, 30.0], "only/b": [3.0, 30.0]}
