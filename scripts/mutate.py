@@ -5,7 +5,7 @@
     scripts/launch mutate --match normaliser    those with this word
 
 torch and the tests are imported once; each mutation lives in a forked child, in memory: no file is changed. Exit code 0: every mutation was
-killed. 1: some survived. 2: it could not run.
+killed. 1: some survived. 2: it could not run, whatever the reason.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from multiprocessing.connection import wait
@@ -28,6 +29,9 @@ import lf
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = 1
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts/lib"), str(ROOT / "tests")]
+OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow")
+PASSED = "no test failed"
+Job = tuple[str, Callable[[], None], tuple[str, ...]]  # name, what breaks something, tests
 
 
 @attrs.frozen
@@ -62,6 +66,8 @@ def main(config: Config) -> None:
         seed = random.SystemRandom().randrange(10**6) if config.seed is None else config.seed
         known = random.Random(seed).sample(known, min(config.sample, len(known)))
         screen.print(f"{len(known)} of {len(mutations.ALL)} mutations, --seed {seed}")
+    if stale := [f"{m.name}: {why}" for m in known if (why := mutations.stale(m))]:
+        raise lf.config.ConfigError(f"the code has changed under mutations; write these anew in scripts/lib/mutations.py: {'; '.join(stale)}")
 
     if failing := warm(sorted({t for m in known for t in m.tests}), config.clean):
         raise lf.config.ConfigError(f"the suite fails without any mutation: {failing}; mend that first")
@@ -87,17 +93,14 @@ def warm(tests: list[str], clean: bool) -> str:
 
     torch.set_num_threads(1)  # no thread may live when children are forked
     os.chdir(ROOT)
-    with _quiet():
-        pytest.main([*OPTIONS, "--collect-only", *tests])
+    with quiet():
+        code = pytest.main([*OPTIONS, "--collect-only", *tests])
+    if code:
+        return f"pytest cannot collect {' '.join(tests)} (exit code {int(code)})"
     if not clean:
         return ""
     (result,) = outcomes([("nothing", lambda: None, tuple(tests))], 600)
     return result.by or (result.why if result.why != PASSED else "")
-
-
-OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow")
-PASSED = "no test failed"
-Job = tuple[str, Callable[[], None], tuple[str, ...]]
 
 
 def outcomes(jobs: list[Job], limit_s: float) -> Iterator[Result]:
@@ -155,7 +158,7 @@ def _child(pipe: Any, apply: Callable[[], None], tests: tuple[str, ...]) -> None
     watch = Watch()
     try:
         apply()
-        with _quiet():
+        with quiet():
             code = pytest.main([*OPTIONS, *tests], plugins=[watch])
         why = PASSED if code == 0 else f"pytest stopped with code {int(code)}"
     except BaseException as error:
@@ -164,24 +167,24 @@ def _child(pipe: Any, apply: Callable[[], None], tests: tuple[str, ...]) -> None
     os._exit(0)
 
 
-class _quiet:
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
     """Nothing reaches the screen: pytest's own report of a broken suite is not ours to show."""
+    saved, null = [os.dup(1), os.dup(2)], os.open(os.devnull, os.O_WRONLY)
+    _point(null, null)
+    try:
+        yield
+    finally:
+        _point(*saved)
+        for number in (null, *saved):
+            os.close(number)
 
-    def __enter__(self) -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self.saved = [os.dup(1), os.dup(2)]
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
-        os.close(null)
 
-    def __exit__(self, *error: object) -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for number, kept in zip((1, 2), self.saved):
-            os.dup2(kept, number)
-            os.close(kept)
+def _point(out: int, err: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(out, 1)
+    os.dup2(err, 2)
 
 
 if __name__ == "__main__":
@@ -192,3 +195,6 @@ if __name__ == "__main__":
             print(end.code, file=sys.stderr)
             end.code = 2
         raise
+    except Exception:
+        traceback.print_exc()
+        sys.exit(2)

@@ -52,9 +52,16 @@ def test_words_that_are_gone_are_told() -> None:
 
 def test_every_mutation_still_means_something() -> None:
     for mutation in mutations.ALL:
-        for function, edit in mutation.edits:
-            assert mutations.rewritten(function, edit).co_code != b"", mutation.name
+        assert not mutations.stale(mutation), mutation.name
         assert all((ROOT / test).exists() for test in mutation.tests), mutation.name
+
+
+def run(monkeypatch, *args: str) -> object:
+    """Its exit code, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["mutate", *args])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "scripts/mutate.py"), run_name="__main__")
+    return caught.value.code
 
 
 @pytest.mark.parametrize(
@@ -62,8 +69,27 @@ def test_every_mutation_still_means_something() -> None:
     [(("--match", "nonsense"), "--match 'nonsense' matches none of the"), (("--sample", "0"), "--sample 0: at least 1"), (("--nope",), "--nope")],
 )
 def test_what_cannot_run_is_told(monkeypatch, capsys, args: tuple[str, ...], words: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["mutate", *args])
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_path(str(ROOT / "scripts/mutate.py"), run_name="__main__")
-    assert caught.value.code == 2
+    assert run(monkeypatch, *args) == 2
     assert words in capsys.readouterr().err
+
+
+def test_one_that_survives_ends_with_1() -> None:
+    """In a process of its own: children are forked from one that runs nothing else."""
+    add = "import mutations; mutations.ALL.append(mutations.Mutation('harmless', lambda: None, ('tests/test_box.py',)))"
+    start = f"import runpy, sys; sys.path.insert(0, 'scripts/lib'); {add}; runpy.run_path('scripts/mutate.py', run_name='__main__')"
+    command = [sys.executable, "-c", start, "--match", "harmless", "--no-clean"]
+    out = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
+    assert out.returncode == 1, out.stdout + out.stderr
+    assert "SURVIVED: harmless: no test failed" in out.stdout
+
+
+def test_words_that_are_gone_stop_it_before_any_test_runs(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(mutations, "ALL", [mutations.Mutation("stale", lambda: None, (), [(mutations.redistribute.exchange, [("gone", "")])])])
+    assert run(monkeypatch) == 2
+    assert "stale: exchange has 0 places that read 'gone'" in capsys.readouterr().err
+
+
+def test_a_crash_is_no_verdict(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(mutations, "ALL", [None])
+    assert run(monkeypatch) == 2
+    assert "AttributeError" in capsys.readouterr().err

@@ -28,6 +28,11 @@ MISMATCHES = {
     "other sizes": (lambda dp: dp.all_gather(ONES, (2, 2)), lambda dp: dp.all_gather(ONES, (1, 2))),
     "another dim": (lambda dp: dp.all_gather(torch.ones(2, 2), (2, 2), 0), lambda dp: dp.all_gather(torch.ones(2, 2), (2, 2), 1)),
     "another shift": (lambda dp: dp.shift(ONES, 1), lambda dp: dp.shift(ONES, -1)),
+    "another width": (lambda dp: dp.all_to_all(ONES, (1, 1), (1, 1)), lambda dp: dp.all_to_all(torch.ones(2, 3), (1, 1), (1, 1))),
+    "another cut": (
+        lambda dp: dp.all_to_all(torch.ones(2, 2), (1, 1), (2, 2), 0, 1),
+        lambda dp: dp.all_to_all(torch.ones(2, 2), (2, 0), (2, 2), 0, 1),
+    ),
     "a barrier": (lambda dp: dp.barrier(), lambda dp: dp.sum(ONES)),
 }
 
@@ -47,6 +52,8 @@ def test_wrong_sizes_are_told_by_the_rank_that_has_them() -> None:
         spmd(TWO, lambda axes: axes["dp"].all_gather(ONES, (3, 2)))
     with pytest.raises(ValueError, match="reduce_scatter over dp of 2 ranks: rank 0 has 2 rows, the sizes say 5"):
         spmd(TWO, lambda axes: axes["dp"].reduce_scatter(ONES, (3, 2)))
+    with pytest.raises(CollectiveMismatch, match=r"all_to_all\(0, 0, \(2,\), .*\n.*all_to_all\(0, 0, \(3,\), "):
+        spmd(TWO, lambda axes: axes["dp"].all_to_all(torch.ones(2, 2 + axes.rank), (1, 1), (1, 1)))
     with pytest.raises(ValueError, match=r"expects \[1, 2\] rows, is sent \[1, 1\]"):
         spmd(TWO, lambda axes: axes["dp"].all_to_all(ONES, (1, 1), (1, 1) if axes.rank == 0 else (1, 2)))
 
