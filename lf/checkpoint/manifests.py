@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself, and which of a run's checkpoints are complete."""
+"""What a checkpoint says about itself, and which of a run's checkpoints is the newest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,8 @@ def manifest(folder: str | os.PathLike[str]) -> Manifest:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is no manifest of a checkpoint ({type(error).__name__}: {error})") from None
     if kind != (FORMAT, VERSION):
-        raise CheckpointError(f"{path} has format {kind[0]!r} version {kind[1]!r}; this version of lf reads {FORMAT!r} version {VERSION}")
+        reads = f"this version of lf reads {FORMAT!r} version {VERSION}: use the one that wrote it"
+        raise CheckpointError(f"{path} has format {kind[0]!r} version {kind[1]!r}; {reads}")
     try:
         return from_dict(Manifest, values, str(path))
     except ConfigError as error:
@@ -71,12 +71,25 @@ def manifest(folder: str | os.PathLike[str]) -> Manifest:
 
 
 def latest(root: str | os.PathLike[str]) -> Path | None:
-    """The newest complete checkpoint step-NNNNNNNN in `root`, or None. What a killed run or a broken copy left is passed over."""
-    return next(iter(_complete(Path(root).expanduser())), None)
+    """The newest checkpoint step-NNNNNNNN in `root`, or None when there is none. What a killed save left (`atomic`) is no checkpoint.
+
+    A checkpoint appears by one rename, so one that is not whole was damaged afterwards. It is refused and never passed over: to go on from an
+    older one, or anew, would write over what may still be mended. Raises CheckpointError that names the folder, what is wrong and the way out.
+    """
+    root = Path(root).expanduser()
+    folders = _newest_first(root)
+    if not folders:
+        return None
+    newest, *older = folders
+    if fault := _fault(newest):
+        before = next((p.name for p in older if not _fault(p)), None)
+        whole = f"remove {newest} to go on from {before}" if before else f"no checkpoint in {root} is whole: remove {root} to begin at step 0"
+        raise CheckpointError(f"cannot go on from {newest}: {fault}. Mend that, or {whole}")
+    return newest
 
 
 def prune(root: str | os.PathLike[str], keep: int, ctx: Any) -> None:
-    """Removes all but the `keep` newest complete checkpoints, and what killed saves left behind. Collective."""
+    """Removes all but the `keep` newest whole checkpoints, and what killed saves left behind; damaged ones stay. Collective."""
     if keep < 1:
         raise CheckpointError(f"keep={keep} must be at least 1")
     errors: list[Exception] = []
@@ -86,19 +99,26 @@ def prune(root: str | os.PathLike[str], keep: int, ctx: Any) -> None:
 
 
 def _prune(root: Path, keep: int) -> None:
-    for folder in list(_complete(root))[keep:]:
+    for folder in [p for p in _newest_first(root) if not _fault(p)][keep:]:
         folder.rename(folder.with_name(f".{folder.name}{OLD}"))  # so that no half-removed one stands under a name
     for leftover in root.glob(".step-*"):
         if leftover.name.endswith((PARTIAL, OLD)):
             shutil.rmtree(leftover)
 
 
-def _complete(root: Path) -> Iterator[Path]:
-    """Newest first."""
+def _newest_first(root: Path) -> list[Path]:
     found = [p for p in root.iterdir() if FOLDER.fullmatch(p.name)] if root.is_dir() else []
-    for folder in sorted(found, key=lambda p: int(p.name.partition("-")[2]), reverse=True):
-        try:
-            if all((folder / name).stat().st_size == size for name, size in manifest(folder).files.items()):
-                yield folder
-        except (CheckpointError, OSError):
-            continue
+    return sorted(found, key=lambda p: int(p.name.partition("-")[2]), reverse=True)
+
+
+def _fault(folder: Path) -> str:
+    """What is wrong with a checkpoint, as far as its manifest and the sizes of its files say, or ''."""
+    try:
+        for name, size in manifest(folder).files.items():
+            if (have := (folder / name).stat().st_size) != size:
+                return f"{name} has {have} bytes, {MANIFEST} says {size}"
+    except CheckpointError as error:
+        return str(error)
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    return ""

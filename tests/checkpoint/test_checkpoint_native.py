@@ -264,20 +264,44 @@ def test_a_failing_write_on_one_rank_raises_on_all(clean: Path, tmp_path: Path, 
     assert not before or files(out) == files(clean)
 
 
-def test_latest_passes_over_what_is_not_complete(clean: Path, tmp_path: Path) -> None:
+def test_latest_is_the_newest_and_what_killed_saves_left_is_none(clean: Path, tmp_path: Path) -> None:
     assert lf.checkpoint.latest(tmp_path / "none") is None
-    assert lf.checkpoint.latest(tmp_path) is None
-    for name in ("step-00000040", "step-00000050", "step-00000060", "step-00000070", "step-00000080", ".step-00000090.partial", "other"):
-        shutil.copytree(clean, tmp_path / name)
-    (tmp_path / "step-00000100").mkdir()
+    (tmp_path / ".step-00000030.partial").mkdir()
     (tmp_path / "step-notes").write_text("")
-    (tmp_path / "step-00000080" / "manifest.json").unlink()
-    (tmp_path / "step-00000070" / R1).write_bytes(b"")
-    (tmp_path / "step-00000060" / R1).unlink()
+    assert lf.checkpoint.latest(tmp_path) is None
+    for name in ("step-00000040", "step-00000050", ".step-00000060.partial", ".step-00000070.old", "other"):
+        shutil.copytree(clean, tmp_path / name)
     assert lf.checkpoint.latest(tmp_path) == tmp_path / "step-00000050"
     assert lf.checkpoint.latest(str(tmp_path)) == tmp_path / "step-00000050"
     shutil.copytree(clean, tmp_path / "step-123456789")  # more digits than eight: newer, not smaller
     assert lf.checkpoint.latest(tmp_path) == tmp_path / "step-123456789"
+
+
+DAMAGED: dict[str, tuple[Any, str]] = {
+    "empty": (lambda d: (shutil.rmtree(d), d.mkdir()), "manifest.json is no manifest of a checkpoint"),
+    "a file": (lambda d: (shutil.rmtree(d), d.touch()), "manifest.json is no manifest of a checkpoint"),
+    "no manifest": (lambda d: (d / "manifest.json").unlink(), "manifest.json is no manifest of a checkpoint"),
+    "half a manifest": (lambda d: (d / "manifest.json").write_text('{"format"'), "manifest.json is no manifest of a checkpoint"),
+    "a later version": (lambda d: meddle(d, lambda m: m.update(version=2)), "reads 'lf checkpoint' version 1: use the one that wrote it"),
+    "file missing": (lambda d: (d / R1).unlink(), f"{R1}: No such file or directory"),
+    "file cut": (lambda d: (d / R1).write_bytes(b"123"), f"{R1} has 3 bytes, manifest.json says"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_newest_is_refused_and_never_passed_over(clean: Path, tmp_path: Path, kind: str) -> None:
+    spoil, words = DAMAGED[kind]
+    for n in (40, 50, 60):
+        shutil.copytree(clean, tmp_path / f"step-{n:08d}")
+    newest = tmp_path / "step-00000060"
+    spoil(newest)
+    for way_out in (f"remove {newest} to go on from step-00000050", f"no checkpoint in {tmp_path} is whole: remove {tmp_path} to begin at step 0"):
+        with pytest.raises(CheckpointError) as caught:
+            lf.checkpoint.latest(tmp_path)
+        for part in (f"cannot go on from {newest}: ", words, way_out):
+            assert part in str(caught.value)
+        for n in (40, 50):
+            (tmp_path / f"step-{n:08d}" / R0).unlink(missing_ok=True)
 
 
 def test_killed_while_saving_the_one_before_is_there(clean: Path, tmp_path: Path, monkeypatch: Any) -> None:
