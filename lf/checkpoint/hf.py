@@ -31,7 +31,6 @@ from lf.tree import Tree
 
 __all__ = ["CheckpointError", "load", "model", "read_config", "save"]
 
-HEAD, BUFFER = "lm_head.weight", "rotary_emb.inv_freq"  # old files hold the table of rotary frequencies: it follows from the config
 FREE = {"init_std": 0.02, "embed_std": 0.02, "max_len": 40960}  # fields that change nothing about what the weights mean
 
 
@@ -71,7 +70,7 @@ def load(folder: str | os.PathLike[str], layout: Layout, ctx: Any) -> Tree:
     """This rank's parameters from a Hugging Face folder: {segment: {name: Tensor}} in the master dtype on the device, like `lf.init`. Collective.
 
     Raises CheckpointError that lists everything that is wrong with the folder: another config than the layout's model, tensors that are missing,
-    too many, of another shape or dtype, shards that are missing or cut short. A tied model's lm_head.weight must equal the embedding.
+    too many, of another shape or dtype, shards that are missing or cut short. A tied tensor that is on disk twice must be the same both times.
     """
     folder, errors = Path(folder).expanduser(), list[Exception]()
     with ExitStack() as stack:
@@ -94,19 +93,20 @@ def _inspect(folder: Path, layout: Layout, ctx: Any, stack: ExitStack) -> dict[s
     except ConfigError as error:
         problems.append(str(error))
     found, lost = _tensors(folder, stack, problems)
-    names, wanted = families.of(config).names(config), set()
+    family = families.of(config)
+    names, copies, wanted = family.names(config), family.copies(config), dict[str, tuple[int, ...]]()
     for spec in layout.specs.values():
         for piece in spec.pieces(ctx.axes.coords):
             name = names[piece.key]
-            wanted.add(name)
+            wanted[name] = piece.shape
             if name in found:
                 problems += _misfit(name, found[name], piece.shape, ctx.precision.master)
             elif not lost(name):
                 problems.append(f"{name} {list(piece.shape)} is missing")
-    for name in found.keys() - wanted:
-        if name == HEAD and config.tied:
-            problems += _misfit(name, found[name], (config.vocab, config.dim), ctx.precision.master)
-        elif not name.endswith(BUFFER):
+    for name in found.keys() - wanted.keys():
+        if name in copies:
+            problems += _misfit(name, found[name], wanted[copies[name]], ctx.precision.master)
+        elif not family.derived(name):
             problems.append(f"{name} {list(shape_of(found[name], name))} is no tensor of this model")
     listing(f"cannot load {folder}", sorted(problems))
     return found
@@ -168,14 +168,16 @@ def _shards(folder: Path, problems: list[str]) -> tuple[list[str], dict[str, str
 
 def _read(folder: Path, layout: Layout, ctx: Any, found: dict[str, Any]) -> Tree:
     config, pairs = layout.model.config, []
-    names = families.of(config).names(config)
+    family = families.of(config)
+    names, copies = family.names(config), [(copy, name) for copy, name in family.copies(config).items() if copy in found]
     for path, spec in layout.specs.items():
         local = torch.empty(spec.local_shape(ctx.axes.coords), dtype=ctx.precision.master)
         for piece in spec.pieces(ctx.axes.coords):
             if boxes.volume(piece.box):
                 piece.view(local).copy_(_slice(found, names[piece.key], piece))
-                if names[piece.key].endswith("embed_tokens.weight") and config.tied and HEAD in found:
-                    _check_tied(folder, found, names[piece.key], piece)
+                for copy, name in copies:
+                    if name == names[piece.key]:
+                        _check_copy(folder, found, copy, name, piece)
         pairs.append((path, local.to(device_of(ctx))))
     return tree.build(pairs)
 
@@ -184,9 +186,9 @@ def _slice(found: dict[str, Any], name: str, piece: Piece) -> torch.Tensor:
     return read_box(found[name], name, piece.box, boxes.whole(piece.shape))
 
 
-def _check_tied(folder: Path, found: dict[str, Any], table: str, piece: Piece) -> None:
-    if not torch.equal(_slice(found, HEAD, piece), _slice(found, table, piece)):
+def _check_copy(folder: Path, found: dict[str, Any], copy: str, name: str, piece: Piece) -> None:
+    if not torch.equal(_slice(found, copy, piece), _slice(found, name, piece)):
         raise CheckpointError(
-            f"cannot load {folder}: its config.json ties the head to the embedding (tie_word_embeddings), but {HEAD} differs from {table}; "
-            f"set tie_word_embeddings to false to train both, or remove {HEAD} to use the embedding"
+            f"cannot load {folder}: its config.json ties them (tie_word_embeddings), but {copy} differs from {name}; "
+            f"set tie_word_embeddings to false to train both, or remove {copy} to use {name}"
         )

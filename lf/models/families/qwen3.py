@@ -24,6 +24,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
 }
 """Fields that change the mathematics, and the values that are built."""
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LAYER = {
     "attn/norm": "input_layernorm",
     "attn/qkv/q": "self_attn.q_proj",
@@ -105,11 +106,21 @@ def write(config: DecoderConfig) -> dict[str, Any]:
 
 def names(config: DecoderConfig) -> dict[str, str]:
     """{key of a piece: name of its tensor on disk}; a tied head is not on disk."""
-    out = {"embed/weight": "model.embed_tokens.weight"}
+    out = {"embed/weight": EMBEDDING}
     for i in range(len(config.layers)):
         out |= {f"layers.{i}.{ours}": f"model.layers.{i}.{theirs}.weight" for ours, theirs in LAYER.items()}
     out["head/norm"] = "model.norm.weight"
-    return out if config.tied else out | {"head/weight": "lm_head.weight"}
+    return out if config.tied else out | {"head/weight": HEAD}
+
+
+def copies(config: DecoderConfig) -> dict[str, str]:
+    """{name that may be on disk as well: name of the tensor that it must equal}: some tools write a tied head out."""
+    return {HEAD: EMBEDDING} if config.tied else {}
+
+
+def derived(name: str) -> bool:
+    """The table of rotary frequencies, which old files hold, follows from the config."""
+    return name.endswith("rotary_emb.inv_freq")
 
 
 def _number(values: dict[str, Any], name: str, kind: type[int] | type[float], bad: list[str]) -> Any:
