@@ -28,6 +28,12 @@ def one_of(what: str, name: str, known: Iterable[str]) -> str:
     raise ConfigError(f"unknown {what} {name!r}{hint} Known: {', '.join(known)}")
 
 
+def at_least(limit: float, config: Any, *names: str) -> None:
+    """Raises ConfigError that names every one of these fields whose value is below `limit`, by its flag."""
+    if wrong := [f"--{name.replace('_', '-')} {value}" for name in names if not (value := getattr(config, name)) >= limit]:
+        raise ConfigError(f"{', '.join(wrong)}: must be at least {limit}")
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     return cattrs.unstructure(config)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -44,6 +46,7 @@ class Bar:
         self.progress = Progress(*columns, console=screen, disable=not self.live or screen.quiet)
         self.task = self.progress.add_task(what, total=total, completed=start)
         self.every = max(1, total // 10)
+        self.start, self.began = start, time.monotonic()
 
     def __enter__(self) -> Bar:
         self.progress.start()
@@ -56,5 +59,11 @@ class Bar:
         """`done` of the total (which may turn out to be another), with values to show beside the bar."""
         self.total = self.total if total is None else total
         self.progress.update(self.task, completed=done, total=self.total, show=values or {})
-        if not self.live and (done % self.every == 0 or done in (1, self.total)):
-            self.screen.print(f"{self.what} {done}/{self.total}   " + "   ".join(f"{k} {v}" for k, v in (values or {}).items()), soft_wrap=True)
+        if not self.live and (done % self.every == 0 or done in (self.start + 1, self.total)):
+            shown = {**(values or {}), "left": self.left(done)}
+            self.screen.print(f"{self.what} {done}/{self.total}   " + "   ".join(f"{k} {v}" for k, v in shown.items()), soft_wrap=True)
+
+    def left(self, done: int) -> str:
+        """The time that the rest takes at the pace so far, as 0:01:30."""
+        pace = (time.monotonic() - self.began) / max(done - self.start, 1)
+        return str(datetime.timedelta(seconds=round(pace * (self.total - done))))

@@ -7,7 +7,7 @@ import json
 import attrs
 import pytest
 
-from lf.config import ConfigError, differing, from_dict, one_of, read, to_dict
+from lf.config import ConfigError, at_least, differing, from_dict, one_of, read, to_dict
 
 
 @attrs.frozen
@@ -54,6 +54,14 @@ def test_a_file_that_is_no_config(tmp_path, text: str) -> None:
         read(Config, file)
     with pytest.raises(ConfigError, match="cannot read config"):
         read(Config, tmp_path / "none.json")
+
+
+def test_at_least_names_every_flag() -> None:
+    at_least(7, Inner(7), "width")
+    with pytest.raises(ConfigError, match=r"^--width 3: must be at least 4$"):
+        at_least(4, Inner(), "width")
+    with pytest.raises(ConfigError, match=r"^--clip nan: must be at least 0$"):
+        at_least(0, Config("a", clip=float("nan")), "clip")
 
 
 def test_one_of() -> None:

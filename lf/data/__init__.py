@@ -4,6 +4,7 @@ from lf.data.batches import microbatch, microbatches, pack, step_batches
 from lf.data.bpe import train_bpe
 from lf.data.documents import Documents, open_documents, tokenize
 from lf.data.files import DataError
+from lf.data.prepare import prepare
 from lf.data.stream import Row, Rows, epoch_order, rows, stream
 from lf.data.text import find_files, read_text
 from lf.data.tokenizer import Tokenizer, load_tokenizer
@@ -21,6 +22,7 @@ __all__ = [
     "microbatches",
     "open_documents",
     "pack",
+    "prepare",
     "read_text",
     "rows",
     "step_batches",

@@ -23,12 +23,13 @@ def train_bpe(
     vocab_size: int,
     folder: str | os.PathLike[str],
     progress: Callable[[int, int], object] | None = None,
+    exact: bool = True,
 ) -> Path:
     """Train on the documents and write a Hugging Face tokenizer folder; returns it. Any text encodes, and decodes to itself.
 
-    The same documents in the same order give the same files. `progress(documents read, documents)` is called along the way.
-    Raises DataError when the text has too little in it for `vocab_size` tokens, FileExistsError when the folder is there: open that
-    with `load_tokenizer`."""
+    The same documents in the same order give the same files. `progress(documents read, documents)` is called along the way; the merges that
+    follow say nothing. A text with too little in it for `vocab_size` tokens gives fewer, which `load_tokenizer(folder).vocab_size` counts, or
+    with `exact` a DataError. Raises FileExistsError when the folder is there: open that with `load_tokenizer`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < SMALLEST:
@@ -42,10 +43,10 @@ def train_bpe(
         )
         tokenizer.train_from_iterator(_counted(documents, progress), trainer, length=len(documents))
         size = tokenizer.get_vocab_size()
-        if size != vocab_size:
+        if exact and size != vocab_size:
             raise DataError(
                 f"the text gives {size} tokens ({size - SMALLEST} merges), fewer than vocab_size={vocab_size}; "
-                f"give more text or vocab_size={size}"
+                f"give more text, vocab_size={size}, or exact=False"
             )
         tokenizer.save(str(part / "tokenizer.json"))
         special = {"bos_token": EOS, "eos_token": EOS, "pad_token": EOS}

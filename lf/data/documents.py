@@ -52,7 +52,7 @@ def tokenize(
 
     Call it on one rank, give the others `.folder` and let them `open_documents` it. Documents without a token are left out, with their
     number said. `progress(documents done, documents)` is called after each batch. Raises DataError when no token is left."""
-    fingerprint = _fingerprint(documents, tokenizer)
+    fingerprint = fingerprint_of(documents, f"lf documents {FORMAT} {tokenizer.fingerprint}")
     folder = Path(cache) / fingerprint
     if folder.is_dir():
         return open_documents(folder)
@@ -110,9 +110,9 @@ def open_documents(folder: str | os.PathLike[str]) -> Documents:
         raise DataError(f"{folder} is no whole folder of tokenized documents ({error}); remove it and tokenize again") from error
 
 
-def _fingerprint(documents: Dataset | Sequence[str], tokenizer: Tokenizer) -> str:
-    """Of what was read, not of names and dates: a copied data set is the same, an edited one is not."""
-    digest = hashlib.blake2b(f"lf documents {FORMAT} {tokenizer.fingerprint}".encode(), digest_size=16)
+def fingerprint_of(documents: Dataset | Sequence[str], what: str) -> str:
+    """Of what was read, not of names and dates: a copied data set is the same, an edited one is not. `what` is made of it counts, too."""
+    digest = hashlib.blake2b(what.encode(), digest_size=16)
     for i, text in enumerate(texts(documents)):
         try:
             content = text.encode()

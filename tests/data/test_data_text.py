@@ -8,12 +8,14 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
 
-from lf.data import DataError, Tokenizer, find_files, load_tokenizer, open_documents, read_text, tokenize, train_bpe
+import lf
+from lf.data import DataError, Tokenizer, find_files, load_tokenizer, open_documents, prepare, read_text, tokenize, train_bpe
 
 ROOT = Path(__file__).parents[2]
 WEIRD = "héllo  wörld\t\n\n\r\n , . 日本語 \u200d👩‍🚀\x00 ﷽ e\u0301 <|endoftext|> 'll \U0010ffff"
@@ -104,7 +106,7 @@ def test_bpe_is_the_same_in_another_process(bpe: Tokenizer, tmp_path: Path) -> N
 
 
 def test_bpe_refuses_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"gives (\d+) tokens \(\d+ merges\), fewer than vocab_size=5000; .* vocab_size=\1"):
+    with pytest.raises(DataError, match=r"gives (\d+) tokens \(\d+ merges\), fewer than vocab_size=5000; .* vocab_size=\1, or exact=False"):
         train_bpe(["a little text"], 5000, tmp_path / "tok")
     with pytest.raises(DataError, match="vocab_size=256 is below 257"):
         train_bpe(["text"], 256, tmp_path / "tok")
@@ -116,6 +118,60 @@ def test_bpe_refuses_and_leaves_nothing(tmp_path: Path) -> None:
     assert seen == [(1, 2), (2, 2)]
     with pytest.raises(FileExistsError, match="tok exists"):
         train_bpe(["text"], 257, tmp_path / "tok")
+
+
+def test_bpe_takes_what_the_text_gives(tmp_path: Path) -> None:
+    few = load_tokenizer(train_bpe(["a little text"] * 3, 5000, tmp_path / "few", exact=False))
+    assert 257 < few.vocab_size < 300
+    assert few.decode(few.encode([WEIRD])[0]) == WEIRD
+    assert load_tokenizer(train_bpe(some_text(), 300, tmp_path / "full", exact=False)).vocab_size == 300
+
+
+# texts → what a run reads
+
+
+def prepared(folder: Path, *args: object, **kwargs: object) -> list[tuple[str, Path, list[int]]]:
+    def rank(axes: Any) -> tuple[str, Path, list[int]]:
+        documents, tokenizer = prepare((str(folder / "in"),), folder / "out", *args, axes, **kwargs)  # type: ignore[arg-type, misc]
+        return documents.fingerprint, tokenizer, documents.tokens.tolist()
+
+    return lf.sim.spmd(lf.Mesh(dp=2), rank)
+
+
+def test_prepared_on_the_first_rank_and_found_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    for i, text in enumerate(some_text(20)):
+        (tmp_path / "in" / f"{i:02}.txt").write_text(text, encoding="utf-8")
+    first, second = prepared(tmp_path, 151936)  # far more than this text has in it
+    assert first == second
+    size = load_tokenizer(first[1]).vocab_size
+    said = capsys.readouterr().out
+    assert f"the BPE has {size} tokens" in said
+    assert "up to 32768 tokens" in said
+    assert prepared(tmp_path, 151936) == [first, first]
+    assert "BPE" not in capsys.readouterr().out  # nothing was trained
+    # another size or another text is another tokenizer
+    small = prepared(tmp_path, 151936, bpe_vocab=300)[0]
+    assert load_tokenizer(small[1]).vocab_size == 300
+    (tmp_path / "in" / "03.txt").write_text("altogether something else " * 9)
+    assert prepared(tmp_path, 151936, bpe_vocab=300)[0][1] not in (first[1], small[1])
+    # a given one is used as it is
+    assert prepared(tmp_path, 300, tokenizer=str(small[1]))[0][1] == small[1]
+
+
+def test_prepare_refuses_before_it_reads(bpe: Tokenizer, tmp_path: Path) -> None:
+    given = str(bpe.folder)
+    for vocab, options, words in [
+        (300, {"bpe_vocab": 301}, "bpe_vocab=301 must lie between 257, .* and the model's vocabulary of 300"),
+        (300, {"bpe_vocab": 0}, "bpe_vocab=0 must lie between 257"),
+        (100, {}, "bpe_vocab=100 must lie between 257, .* vocabulary of 100"),
+        (400, {"bpe_vocab": 300, "tokenizer": given}, "bpe_vocab=300 is for a BPE that is trained here"),
+        (399, {"tokenizer": given}, "has ids up to 399, the model's vocabulary is 399"),
+        (400, {"tokenizer": str(tmp_path / "typo")}, "typo does not exist"),
+    ]:
+        with pytest.raises(DataError, match=words):
+            prepare(("nowhere",), tmp_path / "out", vocab, lf.solo(), **options)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
 
 
 def test_eos_is_found_wherever_a_folder_says_it(bpe: Tokenizer, tmp_path: Path) -> None:
