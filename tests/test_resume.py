@@ -1,5 +1,6 @@
-"""Killed at a random step and started again, a run writes the very lines that it would have written: real processes, SIGKILL, tp=2."""
+"""Killed at a random moment and started again, a run writes the very lines that it would have written: real processes, SIGKILL."""
 
+import gc
 import json
 import os
 import random
@@ -7,13 +8,20 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import attrs
+import datasets  # noqa: F401 — loaded once here, not in every process that is forked
 import pytest
+import tokenizers  # noqa: F401
+import torch.fx.experimental.symbolic_shapes  # noqa: F401 — the first backward of a process wants it
 from helpers import ROOT, SEED, processes
 
 import lf
+from lf.checkpoint import atomic
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import pretrain
@@ -26,7 +34,8 @@ CONFIG = {
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> pretrain.Config:
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pretrain.Config:
+    monkeypatch.setattr(lf.pictures, "loss_curve", lambda *_: None)  # tests/test_demo.py looks at it
     dice = random.Random(0)
     words = ["def", "return", "self", "import", "yield", "lambda", "x", "y", "(", ")", ":", "\n"]
     (tmp_path / "texts").mkdir()
@@ -36,40 +45,71 @@ def config(tmp_path: Path) -> pretrain.Config:
     (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
     return pretrain.Config(
         data=(str(tmp_path / "texts"),), model=str(tmp_path / "model"), mesh="tp=2", device="cpu", precision="bf16", seq_len=15,
-        micro_batch=2, global_batch=4, steps=8, warmup=2, lr=1e-2, save_every=3, out=str(tmp_path / "run"),
+        micro_batch=2, global_batch=4, steps=12, warmup=2, lr=1e-2, save_every=3, out=str(tmp_path / "run"),
     )  # fmt: skip
 
 
-def _train(axes, config, die_after: int | None) -> None:
-    if die_after is not None:
-        threading.Thread(target=_die, args=(Path(config.out) / "metrics.jsonl", die_after), daemon=True).start()
+def _train(axes: Any, config: pretrain.Config, die: Callable[[Any, pretrain.Config], None] | None = None) -> None:
+    if die:
+        die(axes, config)
     pretrain.main(config)
 
 
-def _die(metrics: Path, lines: int) -> None:
-    while not metrics.exists() or metrics.read_text().count("\n") < lines:
-        time.sleep(0.001)
+def _kill(*_: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _curve(config) -> list[dict]:
+def at_a_line(axes: Any, config: pretrain.Config, lines: int, delay: float) -> None:
+    """Dead `delay` seconds after metrics.jsonl has so many lines: in the middle of a step, of a save, or between them."""
+    metrics = Path(config.out) / "metrics.jsonl"
+
+    def watch() -> None:
+        while not metrics.exists() or metrics.read_text().count("\n") < lines:
+            time.sleep(0.001)
+        time.sleep(delay)
+        _kill()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def at_a_rename(axes: Any, config: pretrain.Config, save: int) -> None:
+    """Dead when a checkpoint is written, but not yet renamed into its place."""
+    swap, calls = atomic._swap, []
+
+    def dying(*args: Any) -> None:
+        calls.append(args)
+        (_kill if len(calls) == save else swap)(*args)
+
+    atomic._swap = dying  # in this process alone
+
+
+def _curve(config: pretrain.Config) -> list[dict]:
     records = lf.runs.read_metrics(Path(config.out) / "metrics.jsonl")
     return [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in records]
 
 
-def test_a_killed_run_goes_on_bit_for_bit(config, tmp_path):
+DICE = random.Random(SEED)
+
+
+@pytest.mark.parametrize(("mesh", "kills"), [("tp=2", 2), ("tp=2,dp=2", 1)])
+def test_a_killed_run_goes_on_bit_for_bit(config: pretrain.Config, tmp_path: Path, mesh: str, kills: int) -> None:
+    ranks, config = lf.Mesh.parse(mesh), attrs.evolve(config, mesh=mesh)
     whole = attrs.evolve(config, out=str(tmp_path / "whole"))
-    processes(lf.Mesh(tp=2), _train, whole, None)
+    processes(ranks, _train, whole)
     want = _curve(whole)
-    assert [r["step"] for r in want] == list(range(1, 9))
+    assert [r["step"] for r in want] == list(range(1, 13))
     assert want[-1]["loss"] < want[0]["loss"]
 
-    step = random.Random(SEED).randrange(1, 8)
-    with pytest.raises(RuntimeError, match="exit code -9"):
-        processes(lf.Mesh(tp=2), _train, config, step)
-    assert not (Path(config.out) / "hf").exists()
-    processes(lf.Mesh(tp=2), _train, config, None)
-    assert _curve(config) == want, f"killed after step {step}"
+    # killed anywhere, and then, while it goes on, in one of its saves
+    deaths = [partial(at_a_line, lines=DICE.randrange(1, 5), delay=DICE.uniform(0, 0.03)), partial(at_a_rename, save=DICE.randrange(1, 3))]
+    for die in deaths[:kills]:
+        with pytest.raises(RuntimeError):  # a rank that died, or one whose peer did
+            processes(ranks, _train, config, die)
+        assert not (Path(config.out) / "hf").exists()
+    if kills == 2:
+        assert len([*(Path(config.out) / "checkpoints").glob(".step-*.partial")]) == 1
+    processes(ranks, _train, config)
+    assert _curve(config) == want, f"killed at {deaths}"
     assert _files(Path(config.out) / "hf") == _files(tmp_path / "whole" / "hf")
 
 
@@ -77,18 +117,65 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
 
-def test_a_finished_run_is_not_trained_again_and_another_learning_rate_is_refused(config):
-    processes(lf.Mesh(tp=2), _train, config, None)
-    before = (Path(config.out) / "metrics.jsonl").read_text()
-    processes(lf.Mesh(tp=2), _train, config, None)
-    assert (Path(config.out) / "metrics.jsonl").read_text() == before
+def _alone(config: pretrain.Config) -> None:
+    """One rank, in this process."""
+    gc.collect()  # the lock of the run before, if a traceback still holds it
+    pretrain.main(config)
+
+
+def test_what_a_finished_run_refuses(config: pretrain.Config) -> None:
+    config = attrs.evolve(config, mesh="", steps=3, micro_batch=4)
+    _alone(config)
+    out = Path(config.out)
+    metrics, saved = (out / "metrics.jsonl").read_bytes(), _files(out / "checkpoints" / "step-00000003")
+    _alone(config)  # is not trained again
     with pytest.raises(lf.config.ConfigError, match=r"lr: the run has 0.01, this command 0.5"):
-        processes(lf.Mesh(tp=2), _train, attrs.evolve(config, lr=0.5), None)
-
-
-def test_changed_texts_are_refused(config):
-    processes(lf.Mesh(tp=2), _train, attrs.evolve(config, steps=3), None)
+        _alone(attrs.evolve(config, lr=0.5))
     text = Path(config.data[0]) / "3.txt"
-    text.write_text(text.read_text() + " more")
+    before = text.read_text()
+    text.write_text(before + " more")
     with pytest.raises(lf.config.ConfigError, match="the data is not what this run began with: documents was"):
-        processes(lf.Mesh(tp=2), _train, attrs.evolve(config, steps=3), None)
+        _alone(config)
+    text.write_text(before)
+    (out / "checkpoints" / "step-00000003" / "rank-00000.safetensors").write_bytes(b"")
+    with pytest.raises(lf.checkpoint.CheckpointError, match=r"cannot go on from .*step-00000003: rank-00000\.safetensors has 0 bytes"):
+        _alone(config)
+    assert (out / "metrics.jsonl").read_bytes() == metrics
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000003"]
+    (out / "checkpoints" / "step-00000003" / "rank-00000.safetensors").write_bytes(saved["rank-00000.safetensors"])
+    _alone(config)
+
+
+def test_a_start_that_never_trained_can_be_put_right(config: pretrain.Config) -> None:
+    config = attrs.evolve(config, mesh="", steps=2, micro_batch=4)
+    with pytest.raises(lf.data.DataError, match="typo does not exist"):
+        _alone(attrs.evolve(config, data=("typo",)))
+    with pytest.raises(lf.config.ConfigError):  # a tokenizer and tokens are made, then weights that are not there
+        _alone(attrs.evolve(config, match="3.*", weights="nowhere", model="nowhere"))
+    with pytest.raises(ValueError, match="nowhere"):
+        _alone(attrs.evolve(config, match="3.*", weights="nowhere"))
+    assert len(list((Path(config.out) / "tokens").iterdir())) == 1
+    _alone(config)
+    clean = attrs.evolve(config, out=config.out + "-clean")
+    _alone(clean)
+    assert _curve(config) == _curve(clean)  # nothing of the earlier starts is in it
+    assert _files(Path(config.out) / "hf") == _files(Path(clean.out) / "hf")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"steps": 0}, "--steps 0: must be at least 1"),
+        ({"save_every": 0, "seq_len": -1}, "--seq-len -1, --save-every 0: must be at least 1"),
+        ({"global_batch": 0}, "--global-batch 0: must be at least 1"),
+        ({"micro_batch": 0}, "--micro-batch 0: must be at least 1"),
+        ({"steps": 2, "warmup": 100}, "warmup=100 .* steps=2"),
+        ({"warmup": -1}, "warmup=-1"),
+        ({"lr": -1.0}, "lr=-1.0"),
+        ({"clip": 0.0}, "clip=0.0"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_made(config: pretrain.Config, change: dict[str, Any], words: str) -> None:
+    with pytest.raises(lf.config.ConfigError, match=words):
+        _alone(attrs.evolve(config, mesh="", **change))
+    assert not Path(config.out).exists()
