@@ -83,8 +83,8 @@ def latest(root: str | os.PathLike[str]) -> Path | None:
     newest, *older = folders
     if fault := _fault(newest):
         before = next((p.name for p in older if not _fault(p)), None)
-        whole = f"remove {newest} to go on from {before}" if before else f"no checkpoint in {root} is whole: remove {root} to begin at step 0"
-        raise CheckpointError(f"cannot go on from {newest}: {fault}. Mend that, or {whole}")
+        way_out = f"{newest} to go on from {before}" if before else f"{root}, where no checkpoint is whole, to begin at step 0"
+        raise CheckpointError(f"cannot go on from {newest}: {fault}. Mend that, or remove {way_out}")
     return newest
 
 

@@ -295,7 +295,7 @@ def test_a_damaged_newest_is_refused_and_never_passed_over(clean: Path, tmp_path
         shutil.copytree(clean, tmp_path / f"step-{n:08d}")
     newest = tmp_path / "step-00000060"
     spoil(newest)
-    for way_out in (f"remove {newest} to go on from step-00000050", f"no checkpoint in {tmp_path} is whole: remove {tmp_path} to begin at step 0"):
+    for way_out in (f"remove {newest} to go on from step-00000050", f"remove {tmp_path}, where no checkpoint is whole, to begin at step 0"):
         with pytest.raises(CheckpointError) as caught:
             lf.checkpoint.latest(tmp_path)
         for part in (f"cannot go on from {newest}: ", words, way_out):
