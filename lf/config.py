@@ -25,7 +25,7 @@ def one_of(what: str, name: str, known: Iterable[str]) -> str:
         return name
     near = difflib.get_close_matches(str(name), known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"unknown {what} {name!r}{hint} Known: {', '.join(known)}")
+    raise ConfigError(f"unknown {what} {name!r}{hint or '.'} Known: {', '.join(known)}")
 
 
 def at_least(limit: float, config: Any, *names: str) -> None:

@@ -16,6 +16,7 @@ import ast
 import difflib
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -31,7 +32,7 @@ HOME = Path(__file__).resolve().parents[1]
 SCRIPTS = HOME / "scripts"
 USAGE = """{command} [--dry-run] [--nproc N] NAME|path.py [the script's own arguments]
 
-  --dry-run    print the exact command line and what it adds to the environment; start nothing
+  --dry-run    print the exact command line and what it adds to the environment; start nothing (may also come after NAME)
   --nproc N    N ranks, whatever the devices or the cluster say; the mesh must match
 """
 
@@ -69,7 +70,7 @@ def resolve(name: str) -> Path:
         raise LaunchError(f"{name!r}: no scripts come with this installation; give the path of one, as {name}.py")
     near = difflib.get_close_matches(name, known, 1)
     guess = f"; did you mean {near[0]}?" if near else ""
-    raise LaunchError(f"there is no script {name!r}{guess} There are: {', '.join(known)}; or give the path of one")
+    raise LaunchError(f"there is no script {name!r}{guess or '.'} There are: {', '.join(known)}; or give the path of one")
 
 
 def facts(script: Path) -> dict[str, object]:
@@ -198,7 +199,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args:
             print(usage(command), end="")
             return 0 if argv is None and len(sys.argv) == 1 else 2
-        made = plan(resolve(args[0]), args[1:], nproc)
+        script = resolve(args[0])
+        if "--dry-run" in args[1:] and not re.search(r"dry[-_]run", script.read_text(encoding="utf-8")):  # no option of the script's own
+            dry = True
+            args.remove("--dry-run")
+        made = plan(script, args[1:], nproc)
     except (LaunchError, MeshError, ClusterError) as error:
         print(f"lf: {error}", file=sys.stderr)
         return 2
@@ -208,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(args[1:]):  # one process can say that, and at once
         env = {**os.environ, **made.env}
         env.pop("LF_RANK_LOGS")
-        os.execve(sys.executable, [sys.executable, "-m", "lf.worker", str(resolve(args[0])), *args[1:]], env)
+        os.execve(sys.executable, [sys.executable, "-m", "lf.worker", str(script), *args[1:]], env)
     from lf.supervise import attend  # not needed to answer a question
 
     return attend(made.command, {**os.environ, **made.env}, made.logs, made.ranks, made.torchrun)

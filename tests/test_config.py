@@ -35,7 +35,7 @@ def test_json_and_back(tmp_path) -> None:
     ("values", "words"),
     [
         ({"nam": "a"}, "unknown field in config: 'nam'; did you mean 'name'? Known: clip, inner, name, sizes"),
-        ({"zzz": 1}, "unknown field in config: 'zzz' Known: "),
+        ({"zzz": 1}, "unknown field in config: 'zzz'. Known: "),
         ({"name": "a", "inner": {"width": "x"}}, "width"),
         ({}, "name"),
     ],

@@ -57,6 +57,15 @@ def test_dry_run_prints_a_command_that_a_shell_takes_and_starts_nothing(script, 
     assert not Path("here").exists()
 
 
+def test_dry_run_may_come_last_unless_it_is_the_scripts_own(script, capsys):
+    script("print(1)")
+    assert launch.main(["job.py", "--name", "x", "--dry-run"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("-m lf.worker job.py --name x")
+    script("dry_run = False")
+    assert launch.main(["--dry-run", "job.py", "--dry-run"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("-m lf.worker job.py --dry-run")
+
+
 def test_the_printed_command_runs_by_hand(script, capsys):
     script('import os, sys; print("rank", os.environ["RANK"], os.environ["OMP_NUM_THREADS"], sys.argv)')
     assert launch.main(["--dry-run", "job.py", "a b"]) == 0
