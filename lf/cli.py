@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,20 @@ def run(main: Callable[..., Any], kind: type | None = None) -> None:
         raise SystemExit(f"error: {error}") from None
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def judge(main: Callable[..., Any], kind: type | None = None) -> None:
+    """`run` for a script whose exit code 1 is a verdict: whatever else keeps it from one ends with 2, a crash with its traceback."""
+    try:
+        run(main, kind)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+            end.code = 2
+        raise
+    except Exception:
+        traceback.print_exc()
+        sys.exit(2)
 
 
 def _config_file(args: list[str]) -> tuple[str | None, list[str]]:

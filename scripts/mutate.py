@@ -14,7 +14,6 @@ import random
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from multiprocessing.connection import wait
@@ -188,13 +187,4 @@ def _point(out: int, err: int) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        lf.cli.run(main, Config)
-    except SystemExit as end:
-        if isinstance(end.code, str):  # why it could not run; 1 is for what it found
-            print(end.code, file=sys.stderr)
-            end.code = 2
-        raise
-    except Exception:
-        traceback.print_exc()
-        sys.exit(2)
+    lf.cli.judge(main, Config)  # exit code 1 is what it found; 2: it could not run

@@ -8,7 +8,6 @@ Exit code 0: all agree. 1: some quantity disagrees, or the ranks did not fit tog
 
 import json
 import sys
-import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -108,13 +107,4 @@ def writable(file: str | None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        lf.cli.run(main, Config)
-    except SystemExit as end:
-        if isinstance(end.code, str):  # why it could not run; 1 is for what it found
-            print(end.code, file=sys.stderr)
-            end.code = 2
-        raise
-    except Exception:
-        traceback.print_exc()
-        sys.exit(2)
+    lf.cli.judge(main, Config)  # exit code 1 is what it found; 2: it could not run
