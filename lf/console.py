@@ -23,11 +23,22 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     cells = [[str(cell) for cell in row] for row in rows]
     out = Table(title=title, title_justify="left", header_style="bold")
     for i, name in enumerate(columns):
-        numeric = bool(cells) and all(row[i].replace(".", "").replace("-", "").replace("e", "").replace(",", "").isdigit() for row in cells)
-        out.add_column(name, justify="right" if numeric else "left", overflow="fold", no_wrap=i == 0)
+        numeric = bool(cells) and all(_number(row[i]) for row in cells)
+        longest = max((len(row[i]) for row in cells), default=0)
+        # where it is narrow words are folded, numbers never, and what a line is about as little as possible
+        least = longest if numeric else min(longest, 26) if i == 0 else None
+        out.add_column(name, justify="right" if numeric else "left", overflow="fold", min_width=least)
     for row in cells:
         out.add_row(*row)
     return out
+
+
+def _number(cell: str) -> bool:
+    try:
+        float(cell.replace(",", ""))
+    except ValueError:
+        return False
+    return True
 
 
 class _Fields(ProgressColumn):
