@@ -102,8 +102,7 @@ def make(
     params = {path: spec.param for path, spec in layout.specs.items()}
 
     def init(master: Tree) -> State:
-        missing = [p for p in layout.specs if p not in dict(tree.items(master))]
-        if missing:
+        if missing := sorted(layout.specs.keys() - dict(tree.items(master))):
             raise ValueError(f"parameters are missing: {', '.join(missing)}")
         return State(compute_copy(master, ctx), optimizer.init(master), torch.zeros((), dtype=torch.int64, device=tree.leaves(master)[0].device))
 

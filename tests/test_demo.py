@@ -16,18 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, SEED, processes
+from helpers import QWEN3, ROOT, SEED, processes
 
 import lf
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import demo
-
-CONFIG = {
-    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 290, "hidden_size": 16, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "intermediate_size": 24, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-    "tie_word_embeddings": True, "hidden_act": "silu", "attention_bias": False, "max_position_embeddings": 64,
-}  # fmt: skip
 
 
 def curve(out: Path) -> list[dict[str, Any]]:
@@ -65,7 +59,7 @@ def test_a_small_one_leaves_and_says_what_it_should(tmp_path: Path, monkeypatch:
     for i in range(20):
         (tmp_path / "texts" / f"{i}.py").write_text(" ".join(dice.choices(words, k=120)))
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "model" / "config.json").write_text(json.dumps(QWEN3))
     out = tmp_path / "out"
     config = demo.Config(
         data=(str(tmp_path / "texts"),), model=str(tmp_path / "model"), seq_len=15, micro_batch=2, global_batch=8, steps=6, warmup=2,

@@ -18,19 +18,13 @@ import datasets  # noqa: F401 — loaded once here, not in every process that is
 import pytest
 import tokenizers  # noqa: F401
 import torch.fx.experimental.symbolic_shapes  # noqa: F401 — the first backward of a process wants it
-from helpers import ROOT, SEED, processes
+from helpers import QWEN3, ROOT, SEED, processes
 
 import lf
 from lf.checkpoint import atomic
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import pretrain
-
-CONFIG = {
-    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 290, "hidden_size": 16, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "intermediate_size": 24, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-    "tie_word_embeddings": True, "hidden_act": "silu", "attention_bias": False, "max_position_embeddings": 64,
-}  # fmt: skip
 
 
 @pytest.fixture
@@ -42,7 +36,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pretrain.Config:
     for i in range(20):
         (tmp_path / "texts" / f"{i}.txt").write_text(" ".join(dice.choices(words, k=120)))
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "model" / "config.json").write_text(json.dumps(QWEN3))
     return pretrain.Config(
         data=(str(tmp_path / "texts"),), model=str(tmp_path / "model"), mesh="tp=2", device="cpu", precision="bf16", seq_len=15,
         micro_batch=2, global_batch=4, steps=12, warmup=2, lr=1e-2, save_every=3, out=str(tmp_path / "run"),
