@@ -10,9 +10,9 @@ FLOAT64 = True
 OPS = {
     "adamw_update": "lf.kernels.adamw.adamw_update",
     "attention": "lf.kernels.varlen.attention",
-    "rms_norm": "lf.ops.norm.rms_norm",
-    "rope": "lf.ops.rope.rope",
-    "swiglu": "lf.ops.swiglu.swiglu",
+    "rms_norm": "lf.kernels.norm.rms_norm",
+    "rope": "lf.kernels.rope.rope",
+    "swiglu": "lf.kernels.swiglu.swiglu",
 }
 
 PEAKS = {

@@ -212,8 +212,8 @@ def attention_block(a: Attention, eps: float, p: dict[str, Tensor], x_tD: Tensor
 def mlp_block(eps: float, p: dict[str, Tensor], x_tD: Tensor, batch: Batch, ctx: Any) -> tuple[Tensor, Terms]:
     tp, ops = ctx.axes["tp"], ctx.ops
     seq = token_shares(batch, tp)
-    gate_TF, up_TF = column_linear(ops.rms_norm(x_tD, p["norm"], eps), p["gate_up"], tp, seq).chunk(2, -1)
-    return x_tD + row_linear(ops.swiglu(gate_TF, up_TF), p["down"], tp, seq), {}
+    gate_up = column_linear(ops.rms_norm(x_tD, p["norm"], eps), p["gate_up"], tp, seq)  # F columns of each
+    return x_tD + row_linear(ops.swiglu(gate_up), p["down"], tp, seq), {}
 
 
 def head(config: DecoderConfig, p: dict[str, Tensor], x_tD: Tensor, batch: Batch, ctx: Any) -> tuple[Any, Terms]:

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from helpers import draw
 
 from lf.context import wide
+from lf.kernels import norm as fast_norm
+from lf.kernels import rope as fast_rope
+from lf.kernels import swiglu as fast_swiglu
 from lf.ops.norm import rms_norm
 from lf.ops.rope import Rope, rope, rope_table
 from lf.ops.swiglu import swiglu
@@ -67,4 +70,38 @@ def test_a_score_depends_on_the_distance_alone() -> None:
 
 def test_swiglu() -> None:
     gate, up = draw("gate", shape=(3, 4)), draw("up", shape=(3, 4))
-    torch.testing.assert_close(swiglu(gate, up), gate / (1 + (-gate).exp()) * up)
+    torch.testing.assert_close(swiglu(torch.cat([gate, up], 1)), gate / (1 + (-gate).exp()) * up)
+
+
+def both(kernel, twin, *inputs: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Output and gradients of the inputs that have one, of a kernel and of its twin."""
+    results = []
+    for f in (kernel, twin):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        y = f(*leaves)
+        results.append([y.detach(), *torch.autograd.grad(y, leaves, draw("dy", shape=tuple(y.shape), dtype=y.dtype))])
+    return list(zip(*results))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("shape", [(7, 8), (5, 3, 8), (0, 8)])
+def test_kernels_and_twins_agree(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> None:
+    x, w = draw("x", shape=shape, dtype=dtype), draw("w", shape=shape[-1:], dtype=dtype)
+    pairs = both(lambda x, w: fast_norm.rms_norm(x, w, 1e-5), lambda x, w: rms_norm(x, w, 1e-5), x, w)
+    pairs += both(fast_swiglu.swiglu, swiglu, x)
+    if len(shape) == 3:
+        for dim in (8, 4):  # all of a head turns, or its first half
+            table = rope_table(torch.arange(shape[0]), torch.full(shape[:1], 9), 8, Rope(dim=dim), dtype)
+            pairs += both(lambda x, t=table: fast_rope.rope(x, *t), lambda x, t=table: rope(x, *t), x)
+    for got, want in pairs:
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+def test_kernels_take_slices_of_a_larger_tensor() -> None:
+    """As q and k are, of the fused product."""
+    whole, table = draw("x", shape=(5, 12)), rope_table(torch.arange(5), torch.full((5,), 5), 4, Rope(), torch.float64)
+    x = whole.view(5, 3, 4)[:, 1:]
+    for got, want in both(lambda w: fast_rope.rope(w.view(5, 3, 4)[:, 1:], *table), lambda w: rope(w.view(5, 3, 4)[:, 1:], *table), whole):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    assert not x.is_contiguous()
