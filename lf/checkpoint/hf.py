@@ -18,11 +18,13 @@ from lf import box as boxes
 from lf import tree
 from lf.checkpoint.atomic import CheckpointError, agree, attempt, listing
 from lf.checkpoint.export import INDEX, SINGLE, save
-from lf.checkpoint.files import DTYPES, dtype_of, flat, opened, read_box, shape_of
+from lf.checkpoint.files import DTYPES, FLOATS, dtype_of, flat, float_dtype, opened, read_box, shape_of
 from lf.config import ConfigError, differing, one_of, to_dict
+from lf.console import console
 from lf.layouts import Layout
 from lf.models import families
 from lf.models.decoder import decoder
+from lf.models.families.place import Place, places
 from lf.models.presets import PRESETS
 from lf.segment import Model
 from lf.spec import Piece
@@ -66,23 +68,29 @@ def read_config(folder: str | os.PathLike[str]) -> Any:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def load(folder: str | os.PathLike[str], layout: Layout, ctx: Any) -> Tree:
+def load(folder: str | os.PathLike[str], layout: Layout, ctx: Any, dtype: str | torch.dtype | None = None) -> Tree:
     """This rank's parameters from a Hugging Face folder: {segment: {name: Tensor}} in the master dtype on the device, like `lf.init`. Collective.
+
+    dtype: what the values on disk are rounded to on the way ("bf16", torch.float32, …). None: nothing is rounded, and a file that the masters
+    cannot hold exactly is refused.
 
     Raises CheckpointError that lists everything that is wrong with the folder: another config than the layout's model, tensors that are missing,
     too many, of another shape or dtype, shards that are missing or cut short. A tied tensor that is on disk twice must be the same both times.
     """
+    dtype, master = float_dtype("dtype", dtype), ctx.precision.master
+    if dtype is not None and torch.promote_types(dtype, master) != master:
+        raise ConfigError(f"dtype={dtype} cannot be held by masters of {master}; use precision='fp64', or a dtype that {master} holds exactly")
     folder, errors = Path(folder).expanduser(), list[Exception]()
     with ExitStack() as stack:
-        found = attempt(errors, _inspect, folder, layout, ctx, stack)
+        found = attempt(errors, _inspect, folder, layout, ctx, dtype, stack)
         agree(errors, f"loading {folder}", ctx)
-        params = attempt(errors, _read, folder, layout, ctx, found)
+        params = attempt(errors, _read, folder, layout, ctx, dtype, found)
         agree(errors, f"loading {folder}", ctx)
     assert params is not None
     return params
 
 
-def _inspect(folder: Path, layout: Layout, ctx: Any, stack: ExitStack) -> dict[str, Any]:
+def _inspect(folder: Path, layout: Layout, ctx: Any, dtype: torch.dtype | None, stack: ExitStack) -> dict[str, Any]:
     """{tensor: open file}; raises CheckpointError with all problems."""
     problems: list[str] = []
     config = layout.model.config
@@ -94,32 +102,37 @@ def _inspect(folder: Path, layout: Layout, ctx: Any, stack: ExitStack) -> dict[s
         problems.append(str(error))
     found, lost = _tensors(folder, stack, problems)
     family = families.of(config)
-    names, copies, wanted = family.names(config), family.copies(config), dict[str, tuple[int, ...]]()
-    for spec in layout.specs.values():
-        for piece in spec.pieces(ctx.axes.coords):
-            name = names[piece.key]
-            wanted[name] = piece.shape
-            if name in found:
-                problems += _misfit(name, found[name], piece.shape, ctx.precision.master)
-            elif not lost(name):
-                problems.append(f"{name} {list(piece.shape)} is missing")
+    at, copies, unused = places(family.names(config)), family.copies(config), getattr(family, "unused", lambda name: "")
+    pieces = [piece for spec in layout.specs.values() for piece in spec.pieces(ctx.axes.coords)]
+    wanted = {at[piece.key].name: at[piece.key].shape(piece.shape) for piece in pieces}
+    for name, shape in wanted.items():
+        if name in found:
+            problems += _misfit(name, found[name], shape, dtype, ctx.precision.master)
+        elif not lost(name):
+            problems.append(f"{name} {list(shape)} is missing")
+    alone: dict[str, int] = {}
     for name in found.keys() - wanted.keys():
         if name in copies:
-            problems += _misfit(name, found[name], wanted[copies[name]], ctx.precision.master)
+            problems += _misfit(name, found[name], wanted[copies[name]], dtype, ctx.precision.master)
+        elif why := unused(name):
+            alone[why] = alone.get(why, 0) + 1
         elif not family.derived(name):
             problems.append(f"{name} {list(shape_of(found[name], name))} is no tensor of this model")
     listing(f"cannot load {folder}", sorted(problems))
+    for why, n in sorted(alone.items()):
+        console(ctx.axes.rank).print(f"{folder}: {n} tensors are left alone: {why}", soft_wrap=True)
     return found
 
 
-def _misfit(name: str, file: Any, shape: tuple[int, ...], master: torch.dtype) -> list[str]:
+def _misfit(name: str, file: Any, shape: tuple[int, ...], dtype: torch.dtype | None, master: torch.dtype) -> list[str]:
     out, have, code = [], shape_of(file, name), dtype_of(file, name)
     if have != shape:
         out.append(f"{name} has shape {list(have)}, the model {list(shape)}")
     if code not in DTYPES or not DTYPES[code].is_floating_point:
         out.append(f"{name} has dtype {code}; F32, BF16, F16 and F64 can be loaded, no quantised weights")
-    elif torch.promote_types(DTYPES[code], master) != master:
-        out.append(f"{name} has dtype {code}, which {master} cannot hold exactly; use precision='fp64', or convert the file")
+    elif dtype is None and torch.promote_types(DTYPES[code], master) != master:
+        rounded = next(k for k, v in FLOATS.items() if v == master)
+        out.append(f"{name} has dtype {code}, which {master} cannot hold exactly; use precision='fp64', or ask for dtype={rounded!r} to round it")
     return out
 
 
@@ -166,29 +179,31 @@ def _shards(folder: Path, problems: list[str]) -> tuple[list[str], dict[str, str
     return sorted(set(index.values())), index
 
 
-def _read(folder: Path, layout: Layout, ctx: Any, found: dict[str, Any]) -> Tree:
+def _read(folder: Path, layout: Layout, ctx: Any, dtype: torch.dtype | None, found: dict[str, Any]) -> Tree:
     config, pairs = layout.model.config, []
     family = families.of(config)
-    names, copies = family.names(config), [(copy, name) for copy, name in family.copies(config).items() if copy in found]
+    at, copies = places(family.names(config)), [(copy, name) for copy, name in family.copies(config).items() if copy in found]
     for path, spec in layout.specs.items():
         local = torch.empty(spec.local_shape(ctx.axes.coords), dtype=ctx.precision.master)
         for piece in spec.pieces(ctx.axes.coords):
             if boxes.volume(piece.box):
-                piece.view(local).copy_(_slice(found, names[piece.key], piece))
+                place = at[piece.key]
+                part = _part(found, place, piece)
+                piece.view(local).copy_(part if dtype is None else part.to(dtype))
                 for copy, name in copies:
-                    if name == names[piece.key]:
-                        _check_copy(folder, found, copy, name, piece)
+                    if name == place.name and not torch.equal(_part(found, attrs.evolve(place, name=copy), piece), part):
+                        raise CheckpointError(
+                            f"cannot load {folder}: its config.json ties them (tie_word_embeddings), but {copy} differs from {name}; "
+                            f"set tie_word_embeddings to false to train both, or remove {copy} to use {name}"
+                        )
         pairs.append((path, local.to(device_of(ctx))))
     return tree.build(pairs)
 
 
-def _slice(found: dict[str, Any], name: str, piece: Piece) -> torch.Tensor:
-    return read_box(found[name], name, piece.box, boxes.whole(piece.shape))
-
-
-def _check_copy(folder: Path, found: dict[str, Any], copy: str, name: str, piece: Piece) -> None:
-    if not torch.equal(_slice(found, copy, piece), _slice(found, name, piece)):
-        raise CheckpointError(
-            f"cannot load {folder}: its config.json ties them (tie_word_embeddings), but {copy} differs from {name}; "
-            f"set tie_word_embeddings to false to train both, or remove {copy} to use {name}"
-        )
+def _part(found: dict[str, Any], place: Place, piece: Piece) -> torch.Tensor:
+    """This rank's box of a part, in the dtype of the file; of the rows that others share with it only its own are read."""
+    file, origin, d = found[place.name], boxes.whole(place.shape(piece.shape)), place.dim
+    if not piece.box:
+        return read_box(file, place.name, (), ())
+    runs = [read_box(file, place.name, (*piece.box[:d], run, *piece.box[d + 1 :]), origin) for run in place.disk(*piece.box[d])]
+    return runs[0] if len(runs) == 1 else torch.cat(runs, d)
