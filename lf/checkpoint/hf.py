@@ -19,6 +19,7 @@ from lf import tree
 from lf.checkpoint.atomic import CheckpointError, agree, attempt, listing
 from lf.checkpoint.export import INDEX, SINGLE, save
 from lf.checkpoint.files import DTYPES, FLOATS, dtype_of, flat, float_dtype, opened, read_box, shape_of
+from lf.checkpoint.sources import Source, folder, meaning
 from lf.config import ConfigError, differing, one_of, to_dict
 from lf.console import console
 from lf.layouts import Layout
@@ -31,26 +32,28 @@ from lf.spec import Piece
 from lf.state import device_of
 from lf.tree import Tree
 
-__all__ = ["CheckpointError", "load", "model", "read_config", "save"]
+__all__ = ["CheckpointError", "float_dtype", "folder", "load", "model", "read_config", "save"]
 
 FREE = {"init_std": 0.02, "embed_std": 0.02, "max_len": 40960}  # fields that change nothing about what the weights mean
 
 
-def model(source: str | os.PathLike[str]) -> Model:
-    """A model by the name of a preset ("qwen3-0.6b") or from a folder with a config.json. Reads no weights.
+def model(source: Source, axes: Any = None) -> Model:
+    """A model by the name of a preset ("qwen3-0.6b"), or from the config.json of a folder or of a repository on the hub ("org/name[@revision]").
 
-    Raises ConfigError for a name that is neither, with the near one, and for everything in config.json that is not supported.
+    Reads no weights. axes: of the ranks that call, so that the hub is asked once on each node (None: this process alone). Raises ConfigError for
+    a name that is none of these, with the near one, or two of them, and for everything in config.json that is not supported.
     """
-    if str(source) in PRESETS:
-        return decoder(PRESETS[str(source)])
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return decoder(read_config(folder))
+    meant = meaning(source)
+    if isinstance(meant, str):
+        return decoder(PRESETS[meant])
+    where = folder(source, axes, weights=False, tokenizer=False)
+    if where.is_dir():
+        return decoder(read_config(where))
     try:
         one_of("model", str(source), PRESETS)
     except ConfigError as error:
-        raise ConfigError(f"{error}; or a folder with a config.json (nothing is fetched from a hub: download it and give the folder)") from None
-    raise AssertionError(source)
+        raise ConfigError(f"{error}; or a folder with a config.json, or a repository on the hub: org/name[@revision]") from None
+    raise ConfigError(f"there is no folder {where}")
 
 
 def read_config(folder: str | os.PathLike[str]) -> Any:
@@ -68,24 +71,26 @@ def read_config(folder: str | os.PathLike[str]) -> Any:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def load(folder: str | os.PathLike[str], layout: Layout, ctx: Any, dtype: str | torch.dtype | None = None) -> Tree:
-    """This rank's parameters from a Hugging Face folder: {segment: {name: Tensor}} in the master dtype on the device, like `lf.init`. Collective.
+def load(source: Source, layout: Layout, ctx: Any, dtype: str | torch.dtype | None = None) -> Tree:
+    """This rank's parameters, {segment: {name: Tensor}} in the master dtype on the device, like `lf.init`. Collective.
 
-    dtype: what the values on disk are rounded to on the way ("bf16", torch.float32, …). None: nothing is rounded, and a file that the masters
-    cannot hold exactly is refused.
+    source: a Hugging Face folder, or a repository on the hub ("org/name[@revision]"), which is fetched once on each node. dtype: what the values
+    on disk are rounded to on the way ("bf16", torch.float32, …). None: nothing is rounded, and a file that the masters cannot hold exactly is
+    refused.
 
-    Raises CheckpointError that lists everything that is wrong with the folder: another config than the layout's model, tensors that are missing,
-    too many, of another shape or dtype, shards that are missing or cut short. A tied tensor that is on disk twice must be the same both times.
+    Raises ConfigError for what the hub does not give, and CheckpointError that lists everything that is wrong with the folder: another config
+    than the layout's model, tensors that are missing, too many, of another shape or dtype, shards that are missing or cut short. A tied tensor
+    that is on disk twice must be the same both times.
     """
     dtype, master = float_dtype("dtype", dtype), ctx.precision.master
     if dtype is not None and torch.promote_types(dtype, master) != master:
         raise ConfigError(f"dtype={dtype} cannot be held by masters of {master}; use precision='fp64', or a dtype that {master} holds exactly")
-    folder, errors = Path(folder).expanduser(), list[Exception]()
+    where, errors = folder(source, ctx.axes), list[Exception]()
     with ExitStack() as stack:
-        found = attempt(errors, _inspect, folder, layout, ctx, dtype, stack)
-        agree(errors, f"loading {folder}", ctx)
-        params = attempt(errors, _read, folder, layout, ctx, dtype, found)
-        agree(errors, f"loading {folder}", ctx)
+        found = attempt(errors, _inspect, where, layout, ctx, dtype, stack)
+        agree(errors, f"loading {where}", ctx)
+        params = attempt(errors, _read, where, layout, ctx, dtype, found)
+        agree(errors, f"loading {where}", ctx)
     assert params is not None
     return params
 
@@ -93,15 +98,16 @@ def load(folder: str | os.PathLike[str], layout: Layout, ctx: Any, dtype: str | 
 def _inspect(folder: Path, layout: Layout, ctx: Any, dtype: torch.dtype | None, stack: ExitStack) -> dict[str, Any]:
     """{tensor: open file}; raises CheckpointError with all problems."""
     problems: list[str] = []
-    config = layout.model.config
+    config = stored = layout.model.config
     try:
-        have, want = (dict(flat(to_dict(attrs.evolve(c, **FREE)))) for c in (read_config(folder), config))
+        stored = read_config(folder)
+        have, want = (dict(flat(to_dict(attrs.evolve(c, **FREE)))) for c in (stored, config))
         for field, (theirs, ours) in differing(have, want).items():
             problems.append(f"config.json has {field}={theirs!r}, the layout's model {ours!r}; build it with lf.hf.model({str(folder)!r})")
     except ConfigError as error:
         problems.append(str(error))
     found, lost = _tensors(folder, stack, problems)
-    family = families.of(config)
+    family = families.of(stored)
     at, copies, unused = places(family.names(config)), family.copies(config), getattr(family, "unused", lambda name: "")
     pieces = [piece for spec in layout.specs.values() for piece in spec.pieces(ctx.axes.coords)]
     wanted = {at[piece.key].name: at[piece.key].shape(piece.shape) for piece in pieces}
@@ -181,7 +187,7 @@ def _shards(folder: Path, problems: list[str]) -> tuple[list[str], dict[str, str
 
 def _read(folder: Path, layout: Layout, ctx: Any, dtype: torch.dtype | None, found: dict[str, Any]) -> Tree:
     config, pairs = layout.model.config, []
-    family = families.of(config)
+    family = families.of(read_config(folder))
     at, copies = places(family.names(config)), [(copy, name) for copy, name in family.copies(config).items() if copy in found]
     for path, spec in layout.specs.items():
         local = torch.empty(spec.local_shape(ctx.axes.coords), dtype=ctx.precision.master)

@@ -152,7 +152,8 @@ def test_rounding_on_load_is_asked_for(tmp_path: Path) -> None:
     ):
         [(_, _, params)] = loads(tmp_path, precision=precision, dtype=dtype)
         assert torch.equal(params["embed"]["weight"], want)
-    for dtype, words in (("fp64", "cannot be held by masters of torch.float32"), ("bf61", "did you mean 'bf16'"), (torch.int8, "unknown dtype 'int8'")):
+    wrong = {"fp64": "cannot be held by masters of torch.float32", "bf61": "did you mean 'bf16'", torch.int8: "unknown dtype 'int8'"}
+    for dtype, words in wrong.items():
         with pytest.raises(ConfigError, match=words):
             loads(tmp_path, "tp=2", dtype=dtype)
 
