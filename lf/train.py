@@ -60,7 +60,7 @@ def gradients(layout: Layout, program: Program, ctx: Any) -> Callable[[Tree, Seq
             raise BatchError(f"the program is for {microbatches} microbatches; {len(batches)} were given")
         for batch in batches:
             model.accepts(batch)
-        batches = [shard_batch(b, ctx) for b in batches]
+        batches = [shard_batch(b, model, ctx) for b in batches]
         counts = torch.stack([torch.stack([o.count(b) for b in batches]).sum() for o in objectives.values()])
         # A plan is the same on every rank of its dp coordinate, so each count is summed over dp alone.
         counts = ctx.axes["dp"].sum(counts).to(ctx.precision.master)

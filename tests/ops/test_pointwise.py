@@ -11,7 +11,7 @@ from helpers import draw
 
 from lf.context import wide
 from lf.ops.norm import rms_norm
-from lf.ops.rope import rope, rope_table
+from lf.ops.rope import Rope, rope, rope_table
 from lf.ops.swiglu import swiglu
 
 
@@ -32,13 +32,21 @@ def test_rms_norm_widens() -> None:
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)])
 def test_wide(dtype: torch.dtype, expected: torch.dtype) -> None:
     assert wide(dtype) == expected
-    assert all(t.dtype == expected for t in rope_table(torch.arange(3), 4, 100.0, dtype))
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "dynamic", "llama3", "yarn"])
+def test_rope_tables_are_worked_out_wide(kind: str) -> None:
+    """Of position 4001, float32 and float64 give the same bfloat16; an angle in bfloat16 would be off by whole turns."""
+    r, at, n = Rope(1e4, kind, 4.0 if kind != "default" else 1.0, original_len=64), torch.tensor([4001]), torch.tensor([5000])
+    for low, exact in zip(rope_table(at, n, 16, r, torch.bfloat16), rope_table(at, n, 16, r, torch.float64)):
+        assert low.dtype == torch.bfloat16
+        torch.testing.assert_close(low.double(), exact, atol=5e-3, rtol=0)
 
 
 def test_rope_turns_each_pair_by_its_angle() -> None:
     positions, theta = torch.tensor([0, 5, 2]), 100.0
     x = draw("x", shape=(3, 2, 6))
-    got = rope(x, *rope_table(positions, 6, theta, x.dtype))
+    got = rope(x, *rope_table(positions, positions + 1, 6, Rope(theta), x.dtype))
     for t, position in enumerate(positions.tolist()):
         for i in range(3):
             turned = torch.view_as_complex(torch.stack([x[t, :, i], x[t, :, i + 3]], -1).contiguous())
@@ -51,7 +59,7 @@ def test_a_score_depends_on_the_distance_alone() -> None:
     q, k = draw("q", shape=(1, 1, 8)), draw("k", shape=(1, 1, 8))
 
     def score(a: int, b: int) -> float:
-        at = [rope_table(torch.tensor([p]), 8, 1e4, q.dtype) for p in (a, b)]
+        at = [rope_table(torch.tensor([p]), torch.tensor([p + 1]), 8, Rope(1e4), q.dtype) for p in (a, b)]
         return (rope(q, *at[0]) * rope(k, *at[1])).sum().item()
 
     assert score(7, 3) == pytest.approx(score(104, 100), rel=1e-10)

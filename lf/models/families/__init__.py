@@ -5,7 +5,7 @@
     names(config) -> dict           {key of a piece (`Spec.pieces`): name of the tensor on disk, or `Place` where it shares one with others}
     copies(config) -> dict          {name of a tensor that may be on disk as well: name of the one that it must equal}, as a tied head
     derived(name) -> bool           whether a tensor on disk follows from the config and is not read
-    unused(name) -> str             (optional) why lf leaves a tensor on disk alone that is none of the model's, or '': load says it with their number
+    unused(name) -> str             why lf leaves a tensor on disk alone on purpose, or ''; load says so. A module without it leaves none
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from types import ModuleType
 from typing import Any
 
 from lf.config import ConfigError, one_of
-from lf.models.families import qwen3
+from lf.models.families import internlm2, llama, mimo, mistral, qwen2, qwen3
 
-FAMILIES: dict[str, ModuleType] = {"qwen3": qwen3}
+FAMILIES: dict[str, ModuleType] = {
+    "llama": llama, "internlm2": internlm2, "mimo": mimo, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3,
+}  # fmt: skip
 """`model_type` of a config.json → its family."""
 
 
@@ -28,9 +30,14 @@ def read(values: dict[str, Any]) -> Any:
 
 
 def of(config: Any) -> ModuleType:
-    """The first family that can write a model with this config. Raises ConfigError with the reason of each when none can."""
+    """The family that writes a model with this config: its own (`config.family`), or the first that can.
+
+    Raises ConfigError with the reason of each that was asked when none can.
+    """
     reasons = []
-    for name, family in FAMILIES.items():
+    own = getattr(config, "family", "")
+    for name in [one_of("family", own, FAMILIES)] if own else FAMILIES:
+        family = FAMILIES[name]
         try:
             family.write(config)
         except ConfigError as error:
