@@ -104,6 +104,8 @@ def test_the_run_folder(script):
     assert launch.plan(Path("job.py"), ["--out", "x"], env={}).logs.parent == Path("x/logs")
     script()
     assert launch.plan(Path("job.py"), [], env={}).logs.parent == Path("runs/job/logs")
+    script('LOGS = "runs/export"')
+    assert launch.plan(Path("job.py"), ["--out", "x"], env={}).logs.parent == Path("runs/export/logs")
 
 
 def test_threads_are_shared_out_unless_set(script):

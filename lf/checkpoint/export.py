@@ -11,6 +11,8 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from lf.layouts import Layout
 from lf.models import families
 from lf.models.families.place import Place, places
 from lf.spec import Piece, Spec
-from lf.state import State
+from lf.state import State, device_of
 from lf.tree import Tree
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -59,37 +61,47 @@ class Entry:
 def save(
     folder: str | os.PathLike[str],
     layout: Layout,
-    state: State | Tree,
+    state: State | Tree | Callable[[str], Tensor],
     ctx: Any,
     tokenizer: str | os.PathLike[str] | None = None,
     dtype: str | torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
-    """Writes a Hugging Face folder from a State (its masters) or a tree of parameters, and returns its path. Collective.
+    """Writes a Hugging Face folder from a State (its masters), a tree of parameters, or a function that gives the one at a path when it is needed.
 
-    tokenizer: a folder whose tokenizer files are copied along. dtype: of the tensors on disk, as "bf16" (None: as they are). No file is larger than
-    `max_shard_bytes`, unless one tensor is. An export that is there is replaced, once the new one is complete; a folder with anything else in it
-    is refused. Raises CheckpointError or ConfigError on every rank, and leaves nothing half-written under the name.
+    Collective; returns the path of the folder. tokenizer: a folder whose tokenizer files are copied along. dtype: of the tensors on disk, as
+    "bf16" (None: as they are). No file is larger than `max_shard_bytes`, unless one tensor is. An export that is there is replaced, once the new
+    one is complete; a folder with anything else in it is refused. Raises CheckpointError or ConfigError on every rank, and leaves nothing
+    half-written under the name.
     """
     params = state.optimizer["master"] if isinstance(state, State) else state
-    dtype = float_dtype("dtype", dtype) or tree.leaves(params)[0].dtype
+    get = params if callable(params) else partial(tree.get, params)
+    dtype = float_dtype("dtype", dtype)
     if max_shard_bytes < 1:
         raise CheckpointError(f"max_shard_bytes={max_shard_bytes} must be at least 1")
     family, errors = families.of(layout.model.config), list[Exception]()
     copied = attempt(errors, _tokenizer_files, tokenizer) if ctx.axes.rank == 0 else []
+    dtype = dtype or attempt(errors, lambda: get(next(iter(layout.specs))).dtype)
     agree(errors, f"saving {folder}", ctx)
+    assert dtype is not None
     shards = deal(layout, family.names(layout.model.config), dtype, max_shard_bytes)
     name_of = {f: SINGLE if len(shards) == 1 else f"model-{f + 1:05d}-of-{len(shards):05d}.safetensors" for f in range(len(shards))}
     axes = ctx.axes
 
     def write(partial: Path, errors: list[Exception]) -> None:
         writer = not any(at for axis, at in axes.coords.items() if axis in ("pp", "cp", "tp"))
+
+        @lru_cache(maxsize=1)  # the parts of one parameter follow one another
+        def local(path: str) -> Tensor:
+            found = attempt(errors, get, path)  # one that cannot be read must not keep the others waiting
+            return torch.zeros(layout.specs[path].local_shape(axes.coords), device=device_of(ctx)) if found is None else found
+
         for f, entries in enumerate(shards):
             if axes.coords["dp"] != f % axes.mesh["dp"]:
                 continue
             held: dict[str, Tensor] = {}
             for entry in entries:
-                whole = assemble(entry, params, dtype, axes)
+                whole = assemble(entry, local, dtype, axes)
                 if writer:
                     held[entry.name] = whole
             if writer:
@@ -126,11 +138,11 @@ def deal(layout: Layout, names: dict[str, str | Place], dtype: torch.dtype, limi
     return shards
 
 
-def assemble(entry: Entry, params: Tree, dtype: torch.dtype, axes: Any) -> Tensor:
-    """The tensor on disk, in the host's memory, of its parts. Collective over the axes of their specs."""
+def assemble(entry: Entry, local: Callable[[str], Tensor], dtype: torch.dtype, axes: Any) -> Tensor:
+    """The tensor on disk, in the host's memory, of its parts; local(path): what this rank holds. Collective over the axes of their specs."""
     out: Tensor | None = None
     for source in entry.sources:
-        part = gather(source, tree.get(params, source.spec.path), dtype, axes).cpu()
+        part = gather(source, local(source.spec.path), dtype, axes).cpu()
         if not source.place.runs:
             return part
         out = torch.empty(entry.shape, dtype=dtype) if out is None else out
