@@ -159,12 +159,13 @@ def plan(script: Path, args: Sequence[str], nproc: int | None = None, env: Mappi
     if (SCRIPTS / "launch").exists():  # a checkout need not be installed; scripts/launch may have put it there already, a shell has not
         paths = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", str(HOME))]
         add["PYTHONPATH"] = os.pathsep.join([str(HOME), *paths])
-    run = ("-m", "lf.worker", str(script), *args)
+    run = ("lf.worker", str(script), *args)
     if cluster.rank is not None:
-        return Plan((sys.executable, *run), add, logs, here, False, f"{title}: rank {cluster.rank} of {size}")
+        return Plan((sys.executable, "-m", *run), add, logs, here, False, f"{title}: rank {cluster.rank} of {size}")
     torchrun = ("-m", "torch.distributed.run", *cluster.torchrun, "--nproc-per-node", str(len(here)))
     torchrun += ("--log-dir", str(logs / f"torchrun{here.start}"))
-    return Plan((sys.executable, *torchrun, *run), add, logs, here, True, f"{title}: {size} rank{'s' * (size > 1)}")
+    # without -- torchrun takes a script's --run for the beginning of options of its own
+    return Plan((sys.executable, *torchrun, "-m", "--", *run), add, logs, here, True, f"{title}: {size} rank{'s' * (size > 1)}")
 
 
 def text(made: Plan) -> str:

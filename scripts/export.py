@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+from safetensors import safe_open
 
 import lf
 from lf.config import ConfigError
@@ -36,19 +37,25 @@ def main(config: Config) -> None:
     source = checkpoint(Path(config.run), config.step)
     tokenizer = tokenizer_of(Path(config.run), config.tokenizer)
     layout = lf.layout(lf.checkpoint.model(source), ctx.axes.mesh)
-    count, done = len(layout.specs), 0
-    with lf.checkpoint.masters(source, layout, ctx) as read, lf.console.Bar(screen, "parameter", count) as bar:
+    place = {path: i + 1 for i, path in enumerate(layout.specs)}
+    with lf.checkpoint.masters(source, layout, ctx) as read, lf.console.Bar(screen, "parameter", len(place)) as bar:
 
         def one(path: str) -> Any:
-            nonlocal done
-            done += 1
-            bar.at(min(done, count))
+            bar.at(place[path])
             return read(path)
 
         out = lf.hf.save(config.out, layout, one, ctx, tokenizer, dtype, max_shard_bytes=int(config.max_shard_gb * 1e9))
-    files = [(p.name, f"{p.stat().st_size:,}") for p in sorted(out.iterdir())]
-    screen.print(lf.console.table(f"{source} in {out}", ("file", "bytes"), files))
-    screen.print(f"tokenizer: {tokenizer or 'none'}", soft_wrap=True)
+    about = lf.checkpoint.manifest(source)
+    screen.print(f"step {about.step} of {config.run}, trained on {about.mesh}, is in {out}; tokenizer: {tokenizer or 'none'}", soft_wrap=True)
+    files = [(p.name, tensors(p), f"{p.stat().st_size:,}") for p in sorted(out.iterdir())]
+    screen.print(lf.console.table("", ("file", "tensors", "bytes"), files))
+
+
+def tensors(file: Path) -> int:
+    if file.suffix != ".safetensors":
+        return 0
+    with safe_open(file, framework="pt") as held:
+        return len(held.keys())
 
 
 def checkpoint(run: Path, step: int | None) -> Path:

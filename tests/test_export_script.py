@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from helpers import ROOT, context
@@ -37,6 +38,7 @@ def run(tmp_path_factory: Any) -> Path:
         init, _ = lf.train.make(layout, lf.optim.adamw(1e-3), lf.schedule.one_f_one_b(1), ctx)
         for step in (5, 10):
             state = init(randomised(layout, ctx, step))
+            state = attrs.evolve(state, step=state.step + step)
             lf.checkpoint.save(folder / "checkpoints" / f"step-{step:08d}", layout, state, ctx, {})
             for dtype in ("bf16", "fp32"):
                 lf.hf.save(root / f"{step}-{dtype}", layout, state, ctx, folder / "tokenizer" / "0123", dtype)
@@ -56,7 +58,9 @@ def test_the_files_are_those_of_the_runs_own_mesh(run: Path, tmp_path: Path, cap
     said = capsys.readouterr().out
     assert "model.safetensors" in said
     assert f"{(tmp_path / 'older' / 'model.safetensors').stat().st_size:,}" in said
-    assert "tokenizer.json" in said
+    assert "step 5 of " in said
+    assert "trained on dp=2,tp=2, is in " in said
+    assert str(len(load_file(tmp_path / "older" / "model.safetensors"))) in said
 
 
 def test_the_optimizer_is_not_needed(run: Path, tmp_path: Path) -> None:
