@@ -44,7 +44,8 @@ def opened(path: Path, stack: ExitStack, problems: list[str]) -> Any:
     try:
         return stack.enter_context(safe_open(path, framework="pt"))
     except FileNotFoundError:
-        problems.append(f"{path.name} is not there")
+        link = f" a link to {path.readlink()}, which is" if path.is_symlink() else ""
+        problems.append(f"{path.name} is{link} not there")
     except (OSError, SafetensorError) as error:
         problems.append(f"{path.name} is cut short, or no safetensors file ({error})")
     return None

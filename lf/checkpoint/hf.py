@@ -165,10 +165,11 @@ def _tensors(folder: Path, stack: ExitStack, problems: list[str]) -> tuple[dict[
 
 def _shards(folder: Path, problems: list[str]) -> tuple[list[str], dict[str, str] | None]:
     """The files with weights, and the index ({tensor: file}) if there is one."""
-    if (folder / SINGLE).exists() and (folder / INDEX).exists():
+    single = (folder / SINGLE).exists() or (folder / SINGLE).is_symlink()
+    if single and (folder / INDEX).exists():
         problems.append(f"{SINGLE} and {INDEX} are both there; remove the one that is out of date")
         return [], None
-    if (folder / SINGLE).exists():
+    if single:
         return [SINGLE], None
     if not (folder / INDEX).exists():
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
@@ -177,8 +178,10 @@ def _shards(folder: Path, problems: list[str]) -> tuple[list[str], dict[str, str
         return [], None
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        if not all(isinstance(file, str) and Path(file).name == file for file in index.values()):
-            raise ValueError("a file in it is no plain file name")
+        if not index:
+            raise ValueError("it is empty")
+        if odd := [f for f in index.values() if not (isinstance(f, str) and Path(f).name == f and f.endswith(".safetensors"))]:
+            raise ValueError(f"{odd[0]!r} in it is no plain name of a .safetensors file")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         problems.append(f"{INDEX} is no JSON object with a weight_map ({type(error).__name__}: {error})")
         return [], None
