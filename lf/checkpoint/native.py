@@ -58,9 +58,12 @@ def save(folder: str | os.PathLike[str], layout: Layout, state: State, ctx: Any,
         tensors: dict[str, dict[str, Any]] = {}
         for r in range(layout.mesh.size):
             at = layout.mesh.coords(r)
-            for leaf, x in leaves.items():
-                for p in _owned(leaf, specs[leaf], at, r):
-                    entry = tensors.setdefault(p.key, {"shape": p.shape, "dtype": CODES[x.dtype], "boxes": []})
+            owned = {path: spec.owned(at) for path, spec in layout.specs.items()}  # once for masters and moments: there may be many ranks
+            for leaf, x in leaves.items() if r == 0 or any(owned.values()) else ():
+                kind, _, path = leaf.partition("/")
+                for p in owned[path] if specs[leaf] else _owned(leaf, None, at, r):
+                    key = f"{kind}/{p.key}" if specs[leaf] else leaf
+                    entry = tensors.setdefault(key, {"shape": p.shape, "dtype": CODES[x.dtype], "boxes": []})
                     entry["boxes"].append({"file": _file(r), "box": p.box})
         config = layout.model.config
         about = {"format": FORMAT, "version": VERSION, "mesh": str(layout.mesh), "step": int(state.step)}
