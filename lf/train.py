@@ -113,7 +113,7 @@ def make(
             ok = torch.isfinite(norm) & torch.isfinite(metrics["loss"])
             # 1e-6 keeps the factor finite where the norm is 0; without clipping it is exactly 1
             scale = torch.ones_like(norm) if clip is None else (clip / (norm + 1e-6)).clamp_max(1.0)
-            state_of = optimizer.update(state.optimizer, grads, params, lr, scale, state.step, ok)
+            state_of = optimizer.update(state.optimizer, grads, params, lr, scale, state.step, ok, ctx.ops)
             new = State(compute_copy(state_of["master"], ctx), state_of, state.step + 1)
         return new, {**metrics, "lr": lr, "skipped": ~ok}
 

@@ -1,6 +1,10 @@
 """The CPU: runs everything, gloo between processes."""
 
+from __future__ import annotations
+
 import os
+import resource
+import sys
 
 import torch
 
@@ -8,6 +12,7 @@ NAME = "cpu"
 BACKEND = "gloo"
 FLOAT64 = True
 OPS = {
+    "adamw_update": "lf.kernels.adamw.adamw_update",
     "attention": "lf.kernels.sdpa.attention",
     "rms_norm": "lf.ops.norm.rms_norm",
     "rope": "lf.ops.rope.rope",
@@ -20,5 +25,29 @@ def found() -> str:
     return f"{cores} cores"
 
 
+def missing() -> str:
+    return ""
+
+
 def torch_device(local_rank: int) -> torch.device:
     return torch.device("cpu")
+
+
+def select(local_rank: int) -> None:
+    pass
+
+
+def peak_flops(dtype: torch.dtype) -> float | None:
+    """Not known: it depends on the clock, the vector units and how many of the cores are ours."""
+    return None
+
+
+def memory_peak() -> int:
+    """Bytes of memory that this process has taken up at most so far, libraries and all."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory_total() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
