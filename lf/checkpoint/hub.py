@@ -7,6 +7,7 @@ a branch or tag is looked up each time, unless HF_HUB_OFFLINE says to take it as
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import socket
@@ -22,6 +23,7 @@ from lf.runs import on_every_rank, once_per_node
 
 NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(\S+))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 @attrs.frozen
@@ -166,8 +168,8 @@ def _why(repo: Repo, error: Exception, cached: bool) -> str | None:
         return f"{repo.name!r} is no name of a repository ({words}); give org/name, or a folder that is there"
     if getattr(error, "response", None) is not None:
         return f"{hub} did not give {repo}: {words}"
-    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-        return f"cannot write {repo} into {constants.HF_HUB_CACHE} ({error.strerror}: {error.filename}); set HF_HOME to a disk with room for it"
+    if isinstance(error, OSError) and error.errno in DISK:
+        return f"cannot write {repo} into {constants.HF_HUB_CACHE} ({words}); make room, or set HF_HOME to a disk that has it"
     if isinstance(error, (OSError, errors.LocalEntryNotFoundError)) or type(error).__module__.split(".")[0] in ("requests", "httpx", "httpx2"):
         way_out = "set HF_HUB_OFFLINE=1 to take what is in the cache" if cached else "fetch it where there is a network, or give a folder"
         return f"cannot reach {hub} for {repo} from {socket.gethostname()} ({type(error).__name__}: {words}); {way_out}"

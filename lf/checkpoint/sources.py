@@ -47,7 +47,7 @@ def folder(source: Source, axes: Any = None, weights: bool = True, tokenizer: bo
     """
     meant = meaning(source)
     if isinstance(meant, Repo):
-        return hub.fetch(meant, axes or solo(), weights, tokenizer)
+        return hub.fetch(meant, solo() if axes is None else axes, weights, tokenizer)
     if isinstance(meant, str):
         raise ConfigError(f"{source!r} is a preset: a shape, without weights or tokenizer; give a folder or a repository on the hub, as org/name")
     return meant

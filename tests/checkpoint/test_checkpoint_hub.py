@@ -39,6 +39,7 @@ class Hub(ThreadingHTTPServer):
 
     repos: dict[str, dict[str, bytes]]
     asked: list[tuple[str, str]]
+    down: bool = False
 
     def counted(self, run: Callable[..., Any], *args: Any) -> tuple[Any, Counter[tuple[str, str]]]:
         self.asked.clear()
@@ -61,7 +62,7 @@ class Answers(BaseHTTPRequestHandler):
         org, name, kind, revision, *file = (path.removeprefix("/api/models") if api else path).strip("/").split("/")
         self.server.asked.append((self.command, f"{kind} {'/'.join(file) or revision}"))
         repo, files = f"{org}/{name}", self.server.repos.get(f"{org}/{name}")
-        if repo == "org/silent":
+        if repo == "org/silent" or self.server.down:
             self.close_connection = True
         elif repo == "org/broken":
             self.say(500, b"", body)
@@ -269,6 +270,29 @@ def test_without_a_network_what_is_in_the_cache_is_taken_and_nothing_else(server
         assert words in said
         assert "unset it once where there is a network, or give a folder" in said
     assert not server.asked
+
+
+def test_a_hub_that_is_away_is_not_replaced_by_the_cache_in_silence(server: Hub, online: Any, monkeypatch: Any) -> None:
+    online(folder_of, "org/tiny")
+    monkeypatch.setattr(server, "down", True)
+    assert "for org/tiny@main from " in online(refused, "org/tiny")
+    assert "set HF_HUB_OFFLINE=1 to take what is in the cache" in online(refused, "org/tiny")
+    assert online(on_one, f"org/tiny@{SHA}")  # a commit cannot have changed
+
+
+def full_disk() -> str:
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.snapshot_download", full)
+        return refused("org/shape@v1")
+
+
+def test_a_full_disk_is_no_matter_of_the_network(online: Any) -> None:
+    words = online(full_disk)
+    assert words.startswith("cannot write org/shape@v1 into ")
+    assert "No space left on device); make room, or set HF_HOME" in words
 
 
 # What a name means, and who fetches: without huggingface_hub.
