@@ -26,6 +26,8 @@ class _SwiGLU(torch.autograd.Function):
         (gate_up,) = ctx.saved_tensors
         out = torch.empty_like(gate_up)
         (gate, up), (dgate, dup) = gate_up.chunk(2, -1), out.chunk(2, -1)
-        torch.mul(dy, F.silu(gate), out=dup)
-        torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
+        room = F.silu(gate)  # one tensor serves twice
+        torch.mul(dy, room, out=dup)
+        torch.mul(dy, up, out=room)
+        torch.ops.aten.silu_backward.grad_input(room, gate, grad_input=dgate)
         return out

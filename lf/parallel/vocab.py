@@ -18,6 +18,8 @@ from lf.parallel.redistribute import I, P, Type, redistribute
 
 def vocab_embedding(ids_T: Tensor, w_VD: Tensor, first: int, axis: Any, seq: Type) -> Tensor:
     """Rows of the table for ids_T → (t, D) laid out as `seq`. This rank has the rows from `first` on; ids of other ranks give zero here."""
+    if axis.size == 1:
+        return F.embedding(ids_T, w_VD)
     local = ids_T - first
     mine = (local >= 0) & (local < w_VD.shape[0])
     if w_VD.shape[0]:
@@ -47,40 +49,42 @@ CHUNK = 1 << 22  # logits that are widened at a time: what bfloat16 ones take in
 class _Partials(torch.autograd.Function):
     """z (T, V), labels (T,) as columns of z, m (T,) → (T, 2): Σ exp(z-m), and z_label - m or 0 where the label is none of the columns.
 
-    In the dtype of m. Only z is kept for the backward, where exp is worked out again: dz = da·exp(z-m), and db more at the label.
+    In the dtype of m. Backward: dz = da·exp(z-m), and db more at the label. One tensor of the size of z is kept for it: where z is as wide as m,
+    exp(z-m), which becomes dz in place; otherwise z itself, and exp is worked out again, some rows at a time.
     """
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, labels: Tensor, m: Tensor) -> Tensor:
         mine = (labels >= 0) & (labels < z.shape[1])
-        ctx.save_for_backward(z, labels, m, mine)
-        out = m.new_zeros(len(m), 2)
-        if z.shape[1]:
-            for rows in _runs(z):
-                out[rows, 0] = _exp(z[rows], m[rows]).sum(-1)
-            at = labels.masked_fill(~mine, 0)[:, None]
-            out[:, 1] = torch.where(mine, z.gather(1, at)[:, 0].to(m.dtype) - m, 0.0)
-        return out
+        at = labels.masked_fill(~mine, 0)[:, None]
+        if z.dtype == m.dtype:
+            kept = _exp(z, m)
+            total = kept.sum(-1)
+        else:
+            kept = z
+            total = torch.cat([_exp(z[rows], m[rows]).sum(-1) for rows in _runs(z)])
+        target = torch.where(mine, z.gather(1, at)[:, 0].to(m.dtype) - m, 0.0) if z.shape[1] else torch.zeros_like(m)
+        ctx.save_for_backward(kept, at, m, mine)
+        return torch.stack([total, target], 1)
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        z, labels, m, mine = ctx.saved_tensors
-        dz = torch.empty_like(z)
-        if z.shape[1]:
-            at = labels.masked_fill(~mine, 0)[:, None]
-            for rows in _runs(z):
-                out = dz[rows] if dz.dtype == m.dtype else None
-                wide_rows = _exp(z[rows], m[rows], out).mul_(d[rows, :1])
-                wide_rows.scatter_add_(1, at[rows], d[rows, 1:] * mine[rows, None])
-                if out is None:
-                    dz[rows] = wide_rows
+        kept, at, m, mine = ctx.saved_tensors
+        db = d[:, 1:] * mine[:, None]
+        if not kept.shape[1]:
+            return torch.zeros_like(kept), None, None
+        if kept.dtype == m.dtype:  # a second backward would find it changed, and autograd says so
+            return kept.mul_(d[:, :1]).scatter_add_(1, at, db), None, None
+        dz = torch.empty_like(kept)
+        for rows in _runs(kept):
+            dz[rows] = _exp(kept[rows], m[rows]).mul_(d[rows, :1]).scatter_add_(1, at[rows], db[rows])
         return dz, None, None
 
 
-def _exp(z: Tensor, m: Tensor, out: Tensor | None = None) -> Tensor:
-    return torch.sub(z.to(m.dtype), m[:, None], out=out).exp_()
+def _exp(z: Tensor, m: Tensor) -> Tensor:
+    return (z.to(m.dtype) - m[:, None]).exp_()
 
 
 def _runs(z: Tensor) -> list[slice]:
-    step = max(1, CHUNK // z.shape[1])
-    return [slice(i, i + step) for i in range(0, len(z), step)]
+    step = max(1, CHUNK // max(z.shape[1], 1))
+    return [slice(i, i + step) for i in range(0, max(len(z), 1), step)]
