@@ -52,6 +52,7 @@ class Model:
     """`config` is what it was built from. `rules`: the layout rules that its segments are written for, where they cannot follow any.
 
     `accepts(batch)` raises BatchError for a batch that the model cannot take; it reads the plan on the host, before anything is computed.
+    `flops(batch)`: floating-point operations of forward and backward of one microbatch over the whole model, from the plan on the host.
     """
 
     config: Any
@@ -59,6 +60,7 @@ class Model:
     objectives: dict[str, Objective]
     rules: dict[str, str] | None = None
     accepts: Callable[[Batch], None] = _any_batch
+    flops: Callable[[Batch], float] | None = None
 
     def params(self) -> dict[str, Param]:
         """Every parameter once, by path 'segment/name'."""

@@ -31,7 +31,7 @@ class Config(pretrain.Config):
     seq_len: int = 256
     micro_batch: int = 4
     global_batch: int = 8
-    steps: int = 500
+    steps: int | None = 500
     lr: float = 6e-3
     warmup: int = 20
     save_every: int = 50
@@ -41,8 +41,8 @@ class Config(pretrain.Config):
 
 
 def main(config: Config) -> None:
-    _, ctx = pretrain.main(config)
-    if ctx.axes.rank:
+    state, ctx = pretrain.main(config)
+    if ctx.axes.rank or int(state.step) != config.steps:  # rank 0 speaks, unless a signal has asked it to end early
         return
     screen, out = lf.console.console(), Path(config.out)
     records = lf.runs.read_metrics(out / "metrics.jsonl")

@@ -18,7 +18,7 @@ import datasets  # noqa: F401 — loaded once here, not in every process that is
 import pytest
 import tokenizers  # noqa: F401
 import torch.fx.experimental.symbolic_shapes  # noqa: F401 — the first backward of a process wants it
-from helpers import QWEN3, ROOT, SEED, processes
+from helpers import MEASURED, QWEN3, ROOT, SEED, processes
 
 import lf
 from lf.checkpoint import atomic
@@ -79,7 +79,7 @@ def at_a_rename(axes: Any, config: pretrain.Config, save: int) -> None:
 
 def _curve(config: pretrain.Config) -> list[dict]:
     records = lf.runs.read_metrics(Path(config.out) / "metrics.jsonl")
-    return [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in records]
+    return [{k: v for k, v in r.items() if k not in MEASURED} for r in records]
 
 
 DICE = random.Random(SEED)
@@ -160,7 +160,15 @@ def test_a_start_that_never_trained_can_be_put_right(config: pretrain.Config) ->
     ("change", "words"),
     [
         ({"steps": 0}, "--steps 0: must be at least 1"),
-        ({"save_every": 0, "seq_len": -1}, "--seq-len -1, --save-every 0: must be at least 1"),
+        ({"tokens": 100}, "--steps 12 and --tokens 100 both say how long the run is"),
+        ({"steps": None, "tokens": 0}, "--tokens 0: must be at least 1"),
+        ({"global_batch": 0, "seq_len": -1}, "--seq-len -1, --global-batch 0: must be at least 1"),
+        ({"save_every": 0, "keep": 0}, "save_every=0, keep=0: must be at least 1"),
+        ({"on_nonfinite": "skip"}, "on_nonfinite='skip' should read stop, or skip:N"),
+        ({"log": "jsonl,wanddb"}, "unknown log 'wanddb'; did you mean 'wandb'"),
+        ({"schedule": "cosin"}, "unknown schedule 'cosin'; did you mean 'cosine'"),
+        ({"batch_ramp": "2:2"}, "batch_ramp '2:2' should read start:increment:rows"),
+        ({"batch_ramp": "1:1:9"}, "batch_ramp 1:1:9: steps of 1, 3 rows; .* micro_batch.dp = 2.1 = 2. The nearest that work: 2:2:9"),
         ({"global_batch": 0}, "--global-batch 0: must be at least 1"),
         ({"micro_batch": 0}, "--micro-batch 0: must be at least 1"),
         ({"steps": 2, "warmup": 100}, "warmup=100 .* steps=2"),

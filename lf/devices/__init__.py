@@ -4,6 +4,8 @@
     FLOAT64    whether float64 can be used         OPS       name of an op → where its fastest function here lives
     found()    what of this device the machine has, in words, or ''
     torch_device(local_rank) -> torch.device
+    peak_flops(dtype) -> float | None    floating-point operations a second at most, where that is known
+    memory_peak() -> int, memory_limit() -> int    bytes held at most so far, and bytes that may be held
 """
 
 from __future__ import annotations
