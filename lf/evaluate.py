@@ -21,7 +21,6 @@ import torch
 from lf.batch import IGNORE, Batch
 from lf.config import ConfigError
 from lf.data.batches import pack
-from lf.data.documents import Documents
 from lf.data.stream import Row, Rows
 from lf.layouts import Layout
 from lf.state import forward
@@ -34,23 +33,6 @@ class HeldOut:
 
     rows: Rows
     n: int
-
-
-def in_order(documents: Documents, seq_len: int) -> HeldOut:
-    """All tokens of the documents in their order, cut every `seq_len`; the last row is what is left."""
-    if seq_len < 1:
-        raise ConfigError(f"seq_len={seq_len} must be at least 1")
-    tokens, offsets = documents.tokens, documents.offsets
-
-    def row(k: int) -> Row:
-        lo, hi = k * seq_len, min((k + 1) * seq_len, len(tokens))
-        following = np.append(tokens[lo + 1 : hi + 1], [IGNORE] * (hi == len(tokens))).astype(np.int64)
-        ends = offsets[(offsets > lo) & (offsets <= hi)] - lo  # where documents end in this row
-        following[ends - 1] = IGNORE
-        starts = np.append(0, ends[ends < hi - lo])
-        return Row(np.asarray(tokens[lo:hi], np.int64), following, starts.astype(np.int64))
-
-    return HeldOut(row, -(-len(tokens) // seq_len))
 
 
 def make(layout: Layout, sets: Mapping[str, HeldOut], micro_batch: int, ctx: Any) -> Callable[[Tree], dict[str, float]]:

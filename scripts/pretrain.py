@@ -79,7 +79,7 @@ def main(config: Config) -> tuple[lf.State, lf.context.Context]:
     held_out = {}
     for name, _, path in (word.partition("=") for word in config.eval):
         texts, _ = lf.data.prepare((path,), run.folder, model.config.vocab, axes, str(tokenizer), None, config.match)
-        held_out[name] = lf.evaluate.in_order(texts, config.seq_len)
+        held_out[name] = lf.evaluate.HeldOut(*lf.data.in_order(texts, config.seq_len))
     evaluate = lf.evaluate.make(layout, held_out, config.micro_batch, ctx) if held_out else None
 
     data = {"documents": documents.fingerprint, "seq_len": config.seq_len, "seed": config.seed}

@@ -305,8 +305,8 @@ SCHEDULE = [
     words("adamw: eps under the root", OPTIM, (adamw, ".sqrt() + eps)", "+ eps).sqrt()")),
     words("adamw: a skipped step ages", OPTIM, (adamw, ".add_(ok)", ".add_(1)")),
     words("adamw: moments not gated", OPTIM, (adamw, "keep = ok.to(g.dtype)", "keep = torch.ones_like(ok, dtype=g.dtype)")),
-    words("rate: warm-up from 0", OPTIM, (lr.warmup_cosine, "(s + 1) / max(warmup, 1)", "s / max(warmup, 1)")),
-    words("rate: falls on after the end", OPTIM, (lr.warmup_cosine, ".clamp(0, 1)", "")),
+    words("rate: warm-up from 0", OPTIM, (lr._warmed, "(s + 1) / max(warmup, 1)", "s / max(warmup, 1)")),
+    words("rate: falls on after the end", OPTIM, (lr._done, ".clamp(0, 1)", "")),
 ]
 
 AXES = [
