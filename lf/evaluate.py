@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -27,12 +27,28 @@ from lf.state import forward
 from lf.tree import Tree
 
 
+NAME = re.compile(r"[\w.-]+")
+
+
 @attrs.frozen
 class HeldOut:
     """`n` rows: rows(0) … rows(n - 1). They may be of unequal length."""
 
     rows: Rows
     n: int
+
+
+def named(words: Sequence[str]) -> dict[str, str]:
+    """('held=texts/held', …) → {name: path}. Raises ConfigError for a word that does not read so, and for a name that stands twice."""
+    out: dict[str, str] = {}
+    for word in words:
+        name, _, path = word.partition("=")
+        if not path or not NAME.fullmatch(name):
+            raise ConfigError(f"--eval {word!r} should read NAME=path, with a name of letters, digits, '_', '.' and '-'")
+        if name in out:
+            raise ConfigError(f"--eval: the name {name!r} stands twice")
+        out[name] = path
+    return out
 
 
 def make(layout: Layout, sets: Mapping[str, HeldOut], micro_batch: int, ctx: Any) -> Callable[[Tree], dict[str, float]]:
@@ -42,7 +58,7 @@ def make(layout: Layout, sets: Mapping[str, HeldOut], micro_batch: int, ctx: Any
     that is none and for a set without rows.
     """
     for name, held in sets.items():
-        if not re.fullmatch(r"[\w.-]+", name):
+        if not NAME.fullmatch(name):
             raise ConfigError(f"evaluation set {name!r}: a name is made of letters, digits, '_', '.' and '-'")
         if held.n < 1:
             raise ConfigError(f"evaluation set {name!r} has no rows; give more text, or leave it out")

@@ -61,7 +61,7 @@ def _tensorboard(run: Run, first: int) -> Iterator[Write]:
     from torch.utils.tensorboard import SummaryWriter
 
     # what was written after the checkpoint is dropped by whoever reads it
-    with SummaryWriter(str(run.folder / "tensorboard"), purge_step=first + 1 if first else None) as out:
+    with SummaryWriter(str(run.folder / "tensorboard"), purge_step=first + 1) as out:
 
         def write(record: Record) -> None:
             for name, value in record.items():
@@ -95,7 +95,7 @@ def _wandb(run: Run, first: int) -> Iterator[Write]:
         raise RunError(f"cannot start Weights & Biases ({type(error).__name__}: {error}); {way_out}") from error
     code = 1
     try:
-        yield lambda record: out.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+        yield lambda record: out.log({k: v for k, v in record.items() if k != "step"}, step=record["step"], commit=True)
         code = 0
     finally:
         out.finish(exit_code=code)

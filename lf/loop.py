@@ -43,6 +43,10 @@ class Feed:
     seq_len: int
     about: dict[str, Any]
 
+    def tokens(self, step: int) -> int:
+        """Tokens that the steps before this one take."""
+        return self.consumed(step) * self.seq_len
+
 
 @attrs.frozen
 class Policy:
@@ -107,7 +111,7 @@ def run(
             if pending is None:
                 return 0
             done, pending = pending, None
-            record, stop = record_of(done, ended, feed, layout, ctx)
+            record, stop = record_of(done, ended, feed.tokens, layout, ctx)
             in_a_row = in_a_row + 1 if record["skipped"] else 0
             if record["skipped"]:
                 words = f"step {done.step}: {_not_finite(record, done.metrics()['finite'], ctx)}"
@@ -126,8 +130,9 @@ def run(
             """What is due after a step whose metrics are read. What raises here is followed by no checkpoint."""
             if drifting:
                 drift.check(layout, state, ctx)
-            if not evaluating or evaluate is None:
+            if not evaluating:
                 return {}
+            assert evaluate is not None
             values = evaluate(state.params)
             screen.print(_evaluated(int(state.step), values), soft_wrap=True)
             return values
@@ -143,7 +148,7 @@ def run(
             stop = settle(ended=began) or stop
             pending = measured
             saving = policy.due(policy.save_every, i + 1) or bool(stop)
-            evaluating = policy.due(policy.eval_every, i + 1)
+            evaluating = evaluate is not None and policy.due(policy.eval_every, i + 1)
             drifting = policy.drift_every is not None and (saving or policy.due(policy.drift_every, i + 1))
             if saving or evaluating or drifting:
                 stop = settle(partial(between, evaluating, drifting)) or stop

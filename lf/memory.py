@@ -74,7 +74,7 @@ def measure(error: OutOfMemory, layout: Layout, state: State, used: int, ctx: An
 
 
 def way_out(usage: Usage, now: Setting) -> str:
-    """The first change that fits: fewer rows in a microbatch, shorter rows, twice tp, lower precision; or several of them."""
+    """The first change that fits: fewer rows in a microbatch, shorter rows, twice tp or lower precision, ever more tp."""
     row = usage.activations / now.micro_batch
 
     def fits(lasting: float, activations: float) -> bool:
@@ -90,11 +90,14 @@ def way_out(usage: Usage, now: Setting) -> str:
         if fits(usage.lasting, row * share):
             return f"{one}--seq-len {length} instead of {now.seq_len} (about {_bytes(usage.lasting + row * share)})"
         length //= 2
+    ways = []
     if fits(usage.lasting / 2, usage.activations / 2):
-        return f"tp={2 * now.tp} instead of {now.tp}, on twice the ranks (about {_bytes((usage.lasting + usage.activations) / 2)} each)"
+        ways.append(f"tp={2 * now.tp} instead of {now.tp}, on twice the ranks (about {_bytes((usage.lasting + usage.activations) / 2)} each)")
     lower, lasting = _lower(usage.lasting, now)
     if lower and fits(lasting, usage.activations / 2):
-        return f"--precision {lower} (about {_bytes(lasting + usage.activations / 2)})"
+        ways.append(f"--precision {lower} (about {_bytes(lasting + usage.activations / 2)})")
+    if ways:
+        return "; or ".join(ways)
     for times in (2, 4, 8, 16, 32, 64):
         if fits(usage.lasting / times, row / times):
             return f"{one}tp={times * now.tp} instead of {now.tp} (about {_bytes((usage.lasting + row) / times)} each)"

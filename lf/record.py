@@ -43,12 +43,16 @@ def measure(step: int, metrics: dict[str, Tensor], batches: Sequence[Batch], beg
     return Measured(step, _to_host(metrics), ctx.axes.world.all_reduce(signs, "max", later=True), began)
 
 
-def record_of(done: Measured, ended: float | None, feed: Any, layout: Layout, ctx: Any) -> tuple[dict[str, Any], int]:
-    """(the record, the signal that some rank has got or 0). `ended`: when the next step began; None: now, when all is read."""
+def record_of(
+    done: Measured, ended: float | None, tokens: Callable[[int], int], layout: Layout, ctx: Any
+) -> tuple[dict[str, Any], int]:
+    """(the record, the signal that some rank has got or 0). `ended`: when the next step began; None: now, when all is read.
+
+    tokens(i): those that the steps before step i take from the data, over all ranks."""
     values = {k: v.item() for k, v in done.metrics().items() if k != "finite"}
     stop, held, *flops = done.signs().tolist()
     seconds, ranks = (time.perf_counter() if ended is None else ended) - done.began, ctx.axes.world.size
-    before, after = (feed.consumed(i) * feed.seq_len for i in (done.step - 1, done.step))
+    before, after = tokens(done.step - 1), tokens(done.step)
     record = {"step": done.step, "tokens": after, "loss": values["loss"]}
     record |= {k: v for k, v in values.items() if k not in NOT_LOSSES}
     record |= {"grad_norm": values["grad_norm"], "lr": values["lr"]}

@@ -49,6 +49,7 @@ def main(config: Config) -> tuple[lf.State, lf.context.Context]:
     lf.config.at_least(1, config, "seq_len", "micro_batch", "global_batch")
     ramp = lf.ramp.Ramp.parse(config.batch_ramp, config.global_batch)
     steps = lf.ramp.length(config.steps, config.tokens, config.seq_len, ramp, default=1000)
+    evals = lf.evaluate.named(config.eval)
     device = lf.devices.get(config.device)
     axes = lf.connect(lf.Mesh.parse(config.mesh), device)
     ctx = lf.Context(axes, device, config.precision)
@@ -77,7 +78,7 @@ def main(config: Config) -> tuple[lf.State, lf.context.Context]:
         return lf.data.step_batches(rows, ramp.consumed(i), ramp.at(i), config.micro_batch, dp.size, dp.index, multiple)
 
     held_out = {}
-    for name, _, path in (word.partition("=") for word in config.eval):
+    for name, path in evals.items():
         texts, _ = lf.data.prepare((path,), run.folder, model.config.vocab, axes, str(tokenizer), None, config.match)
         held_out[name] = lf.evaluate.HeldOut(*lf.data.in_order(texts, config.seq_len))
     evaluate = lf.evaluate.make(layout, held_out, config.micro_batch, ctx) if held_out else None

@@ -78,6 +78,13 @@ def test_nothing_is_learned_and_nothing_kept() -> None:
     lf.tree.map(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), params, before)
 
 
+def test_names_of_sets() -> None:
+    assert lf.evaluate.named(("a=x/y=z", "b.1=w")) == {"a": "x/y=z", "b.1": "w"}
+    for words, error in ((("x/y",), "'x/y' should read NAME=path"), (("a/b=c",), "should read NAME=path"), (("a=b", "a=c"), "'a' stands twice")):
+        with pytest.raises(lf.config.ConfigError, match=error):
+            lf.evaluate.named(words)
+
+
 @pytest.mark.parametrize(("name", "n", "words"), [("a/b", 1, "'a/b': a name is made of"), ("", 1, "'': a name"), ("a", 0, "'a' has no rows")])
 def test_a_set_that_cannot_be_is_refused(name: str, n: int, words: str) -> None:
     with pytest.raises(lf.config.ConfigError, match=words):

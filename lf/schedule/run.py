@@ -111,10 +111,11 @@ def run(
         else:
             assert a.segment is not None
             specs = bound.layers[a.stage][a.segment].specs
-            for spec in specs:  # a parameter that no loss reached: its sum over the holders is still a collective that all must join
-                if spec.path not in grads:
-                    grads[spec.path] = torch.zeros_like(leaves[spec.path], dtype=dtype, requires_grad=False)
-            waits.append(reduce_gradients(specs, grads, ctx.axes))
+            with memory_at(f"the sum of gradients of {a.segment}, action {a}", 1.0, grads):
+                for spec in specs:  # a parameter that no loss reached: its sum over the holders is still a collective that all must join
+                    if spec.path not in grads:
+                        grads[spec.path] = torch.zeros_like(leaves[spec.path], dtype=dtype, requires_grad=False)
+                waits.append(reduce_gradients(specs, grads, ctx.axes))
     for wait in waits:
         wait()
     if live:

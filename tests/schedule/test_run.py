@@ -130,9 +130,9 @@ def test_memory_that_runs_out_says_in_which_action_and_layer() -> None:
     model = attrs.evolve(tiny(), segments=(first, Segment("full", "full", {}, full), *rest))
     ctx, layout = context(solo()), lf.layout(model, lf.Mesh(dp=1))
     (actions,) = add_reduce(one_f_one_b(1), layout)
-    with pytest.raises(OutOfMemory, match="out of memory in the forward of full, action 0F0: .*allocate memory") as caught:
-        batches = parity.random_batches(tiny(), 0, 0, 1, 9)
-        run(bind(actions, layout), lf.init(layout, ctx, 0), batches, {"cross_entropy": torch.ones(())}, ctx)
+    params, batches = lf.init(layout, ctx, 0), parity.random_batches(tiny(), 0, 0, 1, 9)
+    with pytest.raises(OutOfMemory, match=r"out of memory in the forward of full, action 0F0: .*allocate memory") as caught:
+        run(bind(actions, layout), params, batches, {"cross_entropy": torch.ones(())}, ctx)
     assert caught.value.forward == 2 / 5  # embed has run, full has begun; two layers and the head have not
     assert caught.value.wanted == 4 << 60
     assert caught.value.gradients == 0
