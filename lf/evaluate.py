@@ -26,7 +26,6 @@ from lf.layouts import Layout
 from lf.state import forward
 from lf.tree import Tree
 
-
 NAME = re.compile(r"[\w.-]+")
 
 
