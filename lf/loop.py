@@ -165,7 +165,7 @@ def run(
 def _skipped_last(records: Sequence[dict[str, Any]]) -> int:
     """How many of the last steps in a row were skipped."""
     n = 0
-    while n < len(records) and records[-1 - n]["skipped"]:
+    while n < len(records) and records[-1 - n].get("skipped"):
         n += 1
     return n
 

@@ -41,10 +41,10 @@ class Config(pretrain.Config):
 
 
 def main(config: Config) -> None:
-    state, ctx = pretrain.main(config)
-    if ctx.axes.rank or int(state.step) != config.steps:  # rank 0 speaks, unless a signal has asked it to end early
-        return
+    _, ctx = pretrain.main(config)
     screen, out = lf.console.console(), Path(config.out)
+    if ctx.axes.rank or not (out / "hf").is_dir():  # rank 0 speaks, and only of a run that has come to its end
+        return
     records = lf.runs.read_metrics(out / "metrics.jsonl")
     lf.show(lf.layout(lf.hf.model(config.model), ctx.axes.mesh), png=out / "layout.png")
     first, last = records[0]["loss"], records[-1]["loss"]

@@ -62,7 +62,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return lambda seconds: now.__setitem__(threading.current_thread().name, now[threading.current_thread().name] + seconds)
 
 
-def test_a_record_has_the_keys_in_this_order_and_speed_is_that_of_the_step(tmp_path: Path, passes: Callable[[float], None], monkeypatch) -> None:
+def test_a_record_has_the_keys_in_this_order_and_speed_is_that_of_the_step(
+    tmp_path: Path, passes: Callable[[float], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     """A step takes 2 s, a checkpoint 100 s, an evaluation 50 s: every line says 4 rows of 5 tokens in 2 s, and 2 microbatches of 3e12 operations."""
     monkeypatch.setattr(lf.checkpoint, "save", lambda *args: passes(100))
 
@@ -81,6 +83,7 @@ def test_a_record_has_the_keys_in_this_order_and_speed_is_that_of_the_step(tmp_p
     assert [r["tokens"] for r in records] == list(range(20, 160, 20))
     assert {tuple(r[k] for k in keys.split()[-5:]) for r in records} == {(10, 3, 0.25, 1.5, 0)}
     assert [r["step"] for r in records if "eval/held/loss" in r] == [2, 4, 6, 7]
+    assert "step 7/7   loss 1.000   tokens/s/device 10   mfu 25.0%   left" in capsys.readouterr().out
 
 
 def test_speed_and_memory_are_those_of_all_ranks(tmp_path: Path, passes: Callable[[float], None]) -> None:
