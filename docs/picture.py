@@ -32,7 +32,7 @@ class Config:
 
 
 def model() -> lf.segment.Model:
-    layer = Layer(Attention(heads=4, kv_heads=2, head_dim=8), GatedMLP(96))
+    layer = Layer(Attention(heads=4, kv_heads=2, head_dim=8, qk_norm=True), GatedMLP(96))
     return decoder(DecoderConfig(vocab=128, dim=32, layers=(layer, layer)))
 
 

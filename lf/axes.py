@@ -161,6 +161,7 @@ def connect(mesh: Mesh, device: ModuleType, timeout_s: float = 600.0) -> Axes:
             os.environ.setdefault(name, value)
     world, timeout = int(os.environ.get("WORLD_SIZE", "1")), datetime.timedelta(seconds=timeout_s)
     mesh = mesh.fill(world)
+    device.select(int(os.environ.get("LOCAL_RANK", "0")))
     if world > 1 and not dist.is_initialized():
         dist.init_process_group(device.BACKEND, timeout=timeout)
     rank = dist.get_rank() if dist.is_initialized() else 0

@@ -10,6 +10,8 @@ For a language model the plan is, with T the length of one packed row:
 
 from __future__ import annotations
 
+from typing import Any
+
 import attrs
 from torch import Tensor
 
@@ -22,7 +24,8 @@ class BatchError(ValueError):
 
 @attrs.frozen
 class Batch:
-    """One microbatch: one packed row."""
+    """One microbatch: one packed row. `derived`: what the model works out from it once for all its layers (`Model.prepare`); never given."""
 
     plan: dict[str, Tensor]
     payload: dict[str, Tensor] = attrs.field(factory=dict)
+    derived: dict[Any, Any] = attrs.field(factory=dict)

@@ -70,7 +70,7 @@ def measure(error: OutOfMemory, layout: Layout, state: State, used: int, ctx: An
     lasting = sum(kinds.values()) + gradients
     rest = max(used - sum(kinds.values()) - error.gradients, 0)
     kinds |= {"gradients": error.gradients, "activations, buffers and the rest": rest}
-    return Usage(kinds, lasting, math.ceil(rest / error.forward), ctx.device.memory_limit())
+    return Usage(kinds, lasting, math.ceil(rest / error.forward), ctx.device.memory_total())
 
 
 def way_out(usage: Usage, now: Setting) -> str:

@@ -47,12 +47,17 @@ def _any_batch(batch: Batch) -> None:
     pass
 
 
+def _as_it_is(batch: Batch, ctx: Any) -> Batch:
+    return batch
+
+
 @attrs.frozen
 class Model:
     """`config` is what it was built from. `rules`: the layout rules that its segments are written for, where they cannot follow any.
 
     `accepts(batch)` raises BatchError for a batch that the model cannot take; it reads the plan on the host, before anything is computed.
-    `flops(batch)`: floating-point operations of forward and backward of one microbatch over the whole model, from the plan on the host.
+    `prepare(batch, ctx)` adds to `batch.derived` what several layers need of a batch that lies on the device already, once a microbatch.
+    `flops(batch)`: floating-point operations of forward and backward of one microbatch over the whole model, worked out on the host.
     """
 
     config: Any
@@ -60,6 +65,7 @@ class Model:
     objectives: dict[str, Objective]
     rules: dict[str, str] | None = None
     accepts: Callable[[Batch], None] = _any_batch
+    prepare: Callable[[Batch, Any], Batch] = _as_it_is
     flops: Callable[[Batch], float] | None = None
 
     def params(self) -> dict[str, Param]:

@@ -45,10 +45,10 @@ def init(layout: Layout, ctx: Any, seed: int) -> Tree:
     return tree.build(pairs)
 
 
-def shard_batch(batch: Batch, ctx: Any) -> Batch:
-    """This rank's view of a batch, on its device."""
+def shard_batch(batch: Batch, model: Model, ctx: Any) -> Batch:
+    """This rank's view of a batch, on its device, with what the model derives from it."""
     device = device_of(ctx)
-    return Batch({k: v.to(device, non_blocking=True) for k, v in batch.plan.items()}, batch.payload)
+    return model.prepare(Batch({k: v.to(device, non_blocking=True) for k, v in batch.plan.items()}, batch.payload), ctx)
 
 
 def compute_copy(master: Tree, ctx: Any) -> Tree:
@@ -64,6 +64,6 @@ def forward(model: Model, params: Tree, batch: Batch, ctx: Any) -> Tensor | Term
     if ctx.axes.mesh.pp > 1:
         raise LayoutError(f"lf.forward runs one stage; mesh {ctx.axes.mesh} has pp={ctx.axes.mesh.pp}: run a program with lf.schedule.run")
     model.accepts(batch)
-    x, terms = run_forward(model.segments, compute_copy(params, ctx), shard_batch(batch, ctx), ctx)
+    x, terms = run_forward(model.segments, compute_copy(params, ctx), shard_batch(batch, model, ctx), ctx)
     return terms or x
 

@@ -54,7 +54,7 @@ def gradients(layout: Layout, program: Program | Sequence[Program], ctx: Any) ->
             raise BatchError(f"the program is for {' or '.join(map(str, bound))} microbatches; {len(batches)} were given")
         for batch in batches:
             model.accepts(batch)
-        batches = [shard_batch(b, ctx) for b in batches]
+        batches = [shard_batch(b, model, ctx) for b in batches]
         counts = torch.stack([torch.stack([o.count(b) for b in batches]).sum() for o in objectives.values()])
         # A plan is the same on every rank of its dp coordinate, so each count is summed over dp alone.
         counts = ctx.axes["dp"].sum(counts).to(ctx.precision.master)
@@ -125,7 +125,7 @@ def make(
             # 1e-6 keeps the factor finite where the norm is 0; without clipping it is exactly 1
             scale = torch.ones_like(norm) if clip is None else (clip / (norm + 1e-6)).clamp_max(1.0)
             with memory_at("the update of the parameters", 1.0, dict(tree.items(grads))):
-                state_of = optimizer.update(state.optimizer, grads, params, lr, scale, state.step, ok)
+                state_of = optimizer.update(state.optimizer, grads, params, lr, scale, state.step, ok, ctx.ops)
                 new = State(compute_copy(state_of["master"], ctx), state_of, state.step + 1)
         return new, {**metrics, "lr": lr, "skipped": ~ok}
 

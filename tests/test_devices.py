@@ -18,12 +18,12 @@ import lf.ops
 from lf.config import ConfigError
 from lf.context import PRECISIONS, Precision
 
-NAMES = ("NAME", "BACKEND", "FLOAT64", "OPS", "found", "torch_device")
+NAMES = ("NAME", "BACKEND", "FLOAT64", "OPS", "found", "missing", "torch_device", "select", "peak_flops", "memory_peak", "memory_total")
 
 
 def test_every_device_has_the_same_names() -> None:
     for name in lf.devices.KNOWN:
-        device = lf.devices.get(name)
+        device = importlib.import_module(f"lf.devices.{name}")
         assert name == device.NAME
         assert all(hasattr(device, n) for n in NAMES)
 
@@ -33,11 +33,25 @@ def test_no_name_says_what_is_here() -> None:
         lf.devices.get(None)
 
 
-def test_an_accelerator_that_is_not_built_yet_is_told(monkeypatch) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where CUDA is")
+def test_an_accelerator_that_cannot_be_used_is_told(monkeypatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # what the machine has, not what this job may use
-    monkeypatch.setattr(lf.cluster.glob, "glob", lambda pattern: [f"/dev/nvidia{i}" for i in range(8)] if "nvidia" in pattern else [])
-    with pytest.raises(ConfigError, match=r"found here: cpu \(\d+ cores\), cuda \(8; not built yet\)\. Add --device cpu$"):
+    monkeypatch.setattr(lf.cluster.glob, "glob", lambda pattern: [f"/dev/x{i}" for i in range(8 if "nvidia" in pattern else 2)])
+    with pytest.raises(ConfigError, match=r"cpu \(\d+ cores\), cuda \(8; torch .*CUDA.*\), kunlun \(2; not built yet\)\. Add --device cpu$"):
         lf.devices.get(None)
+    with pytest.raises(ConfigError, match=r"device 'cuda' cannot be used here: torch .*CUDA.* Use --device cpu"):
+        lf.devices.get("cuda")
+
+
+def test_peaks_of_cards_and_none_where_unknown(monkeypatch) -> None:
+    from lf.devices import cpu, cuda
+
+    for name, peak in (("NVIDIA H100 80GB HBM3", 989.4e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA X9", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        assert cuda.peak_flops(torch.bfloat16) == peak
+        assert cuda.peak_flops(torch.float32) is None
+    assert cpu.peak_flops(torch.bfloat16) is None
+    assert 0 < cpu.memory_peak() < cpu.memory_total()
 
 
 def test_an_unknown_device_is_refused() -> None:
@@ -56,7 +70,7 @@ def test_every_op_and_every_kernel_has_a_readable_twin_of_the_same_signature() -
     twins, kernels = public(lf.ops), public(lf.kernels)
     assert kernels
     for name in lf.devices.KNOWN:
-        table = vars(lf.devices.op_table(lf.devices.get(name)))
+        table = vars(lf.devices.op_table(importlib.import_module(f"lf.devices.{name}")))
         assert all(callable(function) for function in table.values())
         for op, function in {**table, **kernels}.items():
             assert inspect.signature(function) == inspect.signature(twins[op]), op

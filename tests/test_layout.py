@@ -67,9 +67,9 @@ def test_a_tie_to_nothing_is_refused() -> None:
 
 
 def test_model_configs_that_cannot_be() -> None:
-    with pytest.raises(lf.config.ConfigError, match="layer 0: head_dim=3 must be even"):
+    with pytest.raises(lf.config.ConfigError, match="head_dim=3 must be even"):
         decoder(DecoderConfig(8, 4, (Layer(Attention(2, 1, 3), GatedMLP(4)),)))
-    with pytest.raises(lf.config.ConfigError, match="layer 0: heads=3 must be a multiple of kv_heads=2"):
+    with pytest.raises(lf.config.ConfigError, match="heads=3 must be a multiple of kv_heads=2"):
         decoder(DecoderConfig(8, 4, (Layer(Attention(3, 2, 4), GatedMLP(4)),)))
 
 

@@ -49,7 +49,7 @@ def test_the_smallest_change_that_fits(lasting: int, activations: int, change: d
 def test_what_filled_the_memory_is_counted(precision: str) -> None:
     """A device of 1 MiB: the report's bytes are those of the tensors, and all of them are what is held."""
     ctx = context(lf.solo(), precision)
-    ctx = attrs.evolve(ctx, device=SimpleNamespace(**{**vars(ctx.device), "memory_peak": lambda: 900_000, "memory_limit": lambda: 1 << 20}))
+    ctx = attrs.evolve(ctx, device=SimpleNamespace(**{**vars(ctx.device), "memory_peak": lambda: 900_000, "memory_total": lambda: 1 << 20}))
     layout = lf.layout(tiny(), lf.Mesh(dp=1))
     init, _ = lf.train.make(layout, lf.optim.adamw(1e-3), lf.schedule.one_f_one_b(1), ctx)
     state = init(lf.init(layout, ctx, 0))

@@ -23,7 +23,7 @@ AWKWARD = ["tp=2", "tp=3", "tp=5", "tp=6", "tp=7", "dp=2,tp=3", "dp=3,tp=2", "dp
 
 
 def shaped(heads: int, kv: int, dim: int = 12, vocab: int = 37, mlp: int = 10, layers: int = 1, tied: bool = True) -> lf.segment.Model:
-    return decoder(DecoderConfig(vocab, dim, (Layer(Attention(heads, kv, 4), GatedMLP(mlp)),) * layers, tied=tied))
+    return decoder(DecoderConfig(vocab, dim, (Layer(Attention(heads, kv, 4, qk_norm=True), GatedMLP(mlp)),) * layers, tied=tied))
 
 
 SHAPES = {

@@ -231,7 +231,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "expert tensor (`etp`)": (on(etp=2), r"etp=2\) is not built yet; use etp=1"),
     "recompute": (with_action("REMAT"), "unknown op 'REMAT'; there are F, B, REDUCE"),
     "offload": (with_action("OFFLOAD"), "unknown op 'OFFLOAD'; there are F, B, REDUCE"),
-    "other families": (model_of_type("llama"), "unknown model_type 'llama'"),
+    "other families": (model_of_type("gpt2"), "unknown model_type 'gpt2'"),
     "vision-language": (model_of_type("qwen3_vl"), "unknown model_type 'qwen3_vl'"),
     "diffusion": (model_of_type("flux"), "unknown model_type 'flux'"),
     "action": (model_of_type("pi0"), "unknown model_type 'pi0'"),

@@ -83,7 +83,7 @@ def assembled(model: lf.segment.Model, mesh: lf.Mesh, start) -> dict[str, torch.
 @pytest.mark.parametrize("start", [lf.init, randomised], ids=["init", "randomised"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_same_seed_is_the_same_logical_model_on_any_mesh(start, tied: bool) -> None:
-    large = Layer(Attention(6, 2, 64), GatedMLP(300))  # more than one tile
+    large = Layer(Attention(6, 2, 64, qk_norm=True), GatedMLP(300))  # more than one tile
     for model in (tiny(tied), decoder(DecoderConfig(700, 300, (large,), tied=tied))):
         one = assembled(model, lf.Mesh(dp=1), start)
         for mesh in (lf.Mesh(dp=2), lf.Mesh(tp=2, dp=1), lf.Mesh(tp=5, dp=1), lf.Mesh(dp=2, tp=3)):

@@ -31,7 +31,7 @@ from lf.tree import Tree
 
 __all__ = ["CheckpointError", "load", "model", "read_config", "save"]
 
-FREE = {"init_std": 0.02, "embed_std": 0.02, "max_len": 40960}  # fields that change nothing about what the weights mean
+FREE = {"init_std": 0.02, "embed_std": 0.02, "max_len": 40960, "family": ""}  # fields that change nothing about what the weights mean
 
 
 def model(source: str | os.PathLike[str]) -> Model:

@@ -3,9 +3,11 @@
     NAME       as given to --device                BACKEND   torch.distributed's backend
     FLOAT64    whether float64 can be used         OPS       name of an op → where its fastest function here lives
     found()    what of this device the machine has, in words, or ''
+    missing()  why it cannot be used here, or ''
     torch_device(local_rank) -> torch.device
-    peak_flops(dtype) -> float | None    floating-point operations a second at most, where that is known
-    memory_peak() -> int, memory_limit() -> int    bytes held at most so far, and bytes that may be held
+    select(local_rank)          this process works on that device from now on
+    peak_flops(dtype)           floating-point operations a second of one device at most, None where unknown
+    memory_peak()               bytes taken up at most so far by this process; memory_total(): that there are
 """
 
 from __future__ import annotations
@@ -16,20 +18,25 @@ from types import ModuleType, SimpleNamespace
 from lf.cluster import count_devices
 from lf.config import ConfigError, one_of
 
-KNOWN = ("cpu",)
-PLANNED = ("cuda", "kunlun")
+KNOWN = ("cpu", "cuda")
+PLANNED = ("kunlun",)
 
 
 def get(name: str | None) -> ModuleType:
     """The device's module. Raises ConfigError that tells what this machine has when no name, or an unknown one, is given."""
     if not name:
         found = {n: words for n in KNOWN if (words := _module(n).found())}
-        later = {n: f"{count}; not built yet" for n in PLANNED if (count := count_devices(n, {}))}  # all there are, not only those of this job
-        have = ", ".join(f"{n} ({words})" for n, words in {**found, **later}.items())
+        # all there are, not only those of this job
+        others = {n: count for n in (*KNOWN, *PLANNED) if n not in found and (count := count_devices(n, {}))}
+        unused = {n: f"{count}; {'not built yet' if n in PLANNED else _module(n).missing()}" for n, count in others.items()}
+        have = ", ".join(f"{n} ({words})" for n, words in {**found, **unused}.items())
         raise ConfigError(f"no device named; found here: {have}. Add {' or '.join(f'--device {n}' for n in found)}")
     if name in PLANNED:
-        raise ConfigError(f"device {name!r} is not built yet; use --device cpu")
-    return _module(one_of("device", name, KNOWN))
+        raise ConfigError(f"device {name!r} is not built yet; use {' or '.join(f'--device {n}' for n in KNOWN)}")
+    device = _module(one_of("device", name, KNOWN))
+    if why := device.missing():
+        raise ConfigError(f"device {name!r} cannot be used here: {why}. Use --device cpu, or an environment whose torch is made for it (LF_PYTHON)")
+    return device
 
 
 def op_table(device: ModuleType) -> SimpleNamespace:

@@ -1,5 +1,7 @@
 """The CPU: runs everything, gloo between processes."""
 
+from __future__ import annotations
+
 import os
 import resource
 import sys
@@ -10,10 +12,11 @@ NAME = "cpu"
 BACKEND = "gloo"
 FLOAT64 = True
 OPS = {
+    "adamw_update": "lf.kernels.adamw.adamw_update",
     "attention": "lf.kernels.sdpa.attention",
-    "rms_norm": "lf.ops.norm.rms_norm",
-    "rope": "lf.ops.rope.rope",
-    "swiglu": "lf.ops.swiglu.swiglu",
+    "rms_norm": "lf.kernels.norm.rms_norm",
+    "rope": "lf.kernels.rope.rope",
+    "swiglu": "lf.kernels.swiglu.swiglu",
 }
 
 
@@ -22,22 +25,31 @@ def found() -> str:
     return f"{cores} cores"
 
 
+def missing() -> str:
+    return ""
+
+
 def torch_device(local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
+def select(local_rank: int) -> None:
+    pass
+
+
 def peak_flops(dtype: torch.dtype) -> float | None:
-    """Floating-point operations a second at most: not known for a CPU."""
+    """Not known: it depends on the clock, the vector units and how many of the cores are ours."""
     return None
 
 
 def memory_peak() -> int:
-    """Bytes that this process has held at most so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """Bytes of memory that this process has taken up at most so far, libraries and all."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
-def memory_limit() -> int:
-    """Bytes that this process may hold: the machine's memory, or less where the process has been given a limit."""
+def memory_total() -> int:
+    """Bytes of memory of this machine, or fewer where this process has been given a limit."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return there if limit == resource.RLIM_INFINITY else min(limit, there)

@@ -1,5 +1,7 @@
 """Packed causal attention through torch's fused scaled_dot_product_attention, for devices whose host can read cu_seqlens freely (the CPU)."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,8 +11,9 @@ from lf.ops.attention import causal_mask
 BLOCK = 256  # tokens: shorter documents share a call, so that hundreds of tiny ones do not mean hundreds of calls
 
 
-def attention(q_thd: Tensor, k_tkd: Tensor, v_tkd: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The same as `lf.ops.attention.attention`, in time and memory that grow with the squares of the documents, not of the row.
+def attention(q_thd: Tensor, k_tkd: Tensor, v_tkd: Tensor, cu_seqlens: Tensor, window: int | None = None) -> Tensor:
+    """The same as `lf.ops.attention.attention`, in time and memory that grow with the squares of the documents, not of the row, and beyond a
+    window with their lengths alone.
 
     The row is cut between documents into blocks. A block of one document needs no mask; one of several short ones has a mask of at most
     BLOCK² booleans.
@@ -22,17 +25,40 @@ def attention(q_thd: Tensor, k_tkd: Tensor, v_tkd: Tensor, cu_seqlens: Tensor) -
     # A copy per query head instead of enable_gqa: with it torch's CPU path is not the fused one.
     k_thd, v_thd = (x if group == 1 else x.repeat_interleave(group, 1) for x in (k_tkd, v_tkd))
     blocks = _blocks(cu_seqlens.tolist(), tokens)
+    n = blocks[0][-1]
+    if window is None and len(blocks) > 1 and blocks == [[i, i + n] for i in range(0, tokens, n)]:  # documents of one length: one call
+        out = F.scaled_dot_product_attention(*(x.unflatten(0, (-1, n)).transpose(1, 2) for x in (q_thd, k_thd, v_thd)), is_causal=True)
+        return out.transpose(1, 2).flatten(0, 1)
     sizes = [starts[-1] - starts[0] for starts in blocks]
     pieces = zip(*(x.transpose(0, 1)[None].split(sizes, 2) for x in (q_thd, k_thd, v_thd)))
-    out = [_block(q, k, v, starts) for (q, k, v), starts in zip(pieces, blocks)]
-    return torch.cat(out, 2)[0].transpose(0, 1)
+    out = [_block(q, k, v, starts, window)[0].transpose(0, 1) for (q, k, v), starts in zip(pieces, blocks)]
+    return torch.cat(out) if len(out) > 1 else out[0]
 
 
-def _block(q: Tensor, k: Tensor, v: Tensor, starts: list[int]) -> Tensor:
+def _block(q: Tensor, k: Tensor, v: Tensor, starts: list[int], window: int | None) -> Tensor:
+    tokens = q.shape[2]
+    longest = max(b - a for a, b in itertools.pairwise(starts))
+    if window is not None and longest <= window:
+        window = None
     if len(starts) == 2:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if window is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if tokens > BLOCK:
+            return _windowed(q, k, v, window)
     edges = torch.tensor(starts, device=q.device) - starts[0]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(edges, q.shape[2]))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(edges, tokens, window))
+
+
+def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """One document, longer than its window: queries in runs, each with the keys that it can see."""
+    tokens, step, out = q.shape[2], max(window, BLOCK), []
+    for at in range(0, tokens, step):
+        stop, first = min(at + step, tokens), max(at - window + 1, 0)
+        place = torch.arange(first, stop, device=q.device)
+        back = torch.arange(at, stop, device=q.device)[:, None] - place[None, :]  # how far behind its query each key lies
+        mask = (back >= 0) & (back < window)
+        out.append(F.scaled_dot_product_attention(q[:, :, at:stop], k[:, :, first:stop], v[:, :, first:stop], attn_mask=mask))
+    return torch.cat(out, 2)
 
 
 def _blocks(edges: list[int], tokens: int) -> list[list[int]]:

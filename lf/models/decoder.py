@@ -22,22 +22,44 @@ from lf.batch import IGNORE, Batch, BatchError
 from lf.config import ConfigError
 from lf.layouts import RULES
 from lf.mesh import shares
-from lf.ops.rope import rope_table
+from lf.ops.attention import document_of
+from lf.ops.rope import Rope, rope_table
 from lf.parallel.linear import column_linear, row_linear
 from lf.parallel.redistribute import I, S, Type, redistribute
 from lf.parallel.vocab import vocab_cross_entropy, vocab_embedding
 from lf.segment import Model, Objective, Segment, Terms
-from lf.spec import Param, Part, Tied, constant, normal
+from lf.spec import Init, Param, Part, Tied, constant, normal
 
 
 @attrs.frozen
 class Attention:
-    """Grouped-query attention with rotary positions and, as Qwen3 has it, an RMS norm over each head of q and k."""
+    """Grouped-query attention with rotary positions.
+
+    qk_norm: an RMS norm over each head of q and k before they turn (Qwen3). qkv_bias (Qwen2), out_bias: of the matrices in and out. window: a
+    query sees itself and the window - 1 tokens before it, None all of them. There may be several mixers in a model (sliding windows in some
+    layers).
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
-    rope_theta: float = 10000.0
+    rope: Rope = attrs.field(factory=Rope)
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    window: int | None = None
+
+    def __attrs_post_init__(self) -> None:
+        if min(self.heads, self.kv_heads, self.head_dim) < 1:
+            raise ConfigError(f"heads={self.heads}, kv_heads={self.kv_heads} and head_dim={self.head_dim} must each be at least 1")
+        if self.heads % self.kv_heads:
+            raise ConfigError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}: each kv head serves as many query heads")
+        if (self.rope.dim or self.head_dim) % 2:
+            raise ConfigError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs")
+        if (self.rope.dim or 0) > self.head_dim:
+            raise ConfigError(f"rotary positions cannot turn dim={self.rope.dim} dims of a head of head_dim={self.head_dim}")
+        if self.window is not None and self.window < 1:
+            raise ConfigError(f"window={self.window} must be at least 1: a token sees itself; None for no window")
 
 
 @attrs.frozen
@@ -55,9 +77,10 @@ class Layer:
 
 @attrs.frozen
 class DecoderConfig:
-    """`tied`: the head is the embedding table. Matrices start as N(0, init_std²), the embedding as N(0, embed_std²).
+    """`tied`: the head is the embedding table. Matrices start as N(0, init_std²), the embedding as N(0, embed_std²), biases as 0.
 
-    `max_len`, the longest text that the model is meant for, is only passed on to files: the mathematics has no limit.
+    Two fields are only passed on to files: `max_len`, the longest text that the model is meant for (the mathematics has no limit), and `family`,
+    whose format they are written in (see lf.models.families; "": the first that can say it).
     """
 
     vocab: int
@@ -68,14 +91,7 @@ class DecoderConfig:
     init_std: float = 0.02
     embed_std: float = 0.02
     max_len: int = 40960
-
-    def __attrs_post_init__(self) -> None:
-        for i, layer in enumerate(self.layers):
-            a = layer.mixer
-            if a.head_dim % 2:
-                raise ConfigError(f"layer {i}: head_dim={a.head_dim} must be even: rotary positions turn pairs")
-            if a.heads % a.kv_heads:
-                raise ConfigError(f"layer {i}: heads={a.heads} must be a multiple of kv_heads={a.kv_heads}")
+    family: str = ""
 
 
 def decoder(config: DecoderConfig) -> Model:
@@ -90,44 +106,37 @@ def decoder(config: DecoderConfig) -> Model:
     mlp = partial(mlp_block, config.norm_eps)
     segments = [Segment("embed", "embed", {"weight": table}, partial(embed, config))]
     for i, layer in enumerate(config.layers):
-        name = f"layers.{i}"
-        a, inner = layer.mixer, layer.ffn.dim
-        q, k, v = qkv_parts(a)
-        segments.append(
-            Segment(
-                f"{name}.attn",
-                name,
-                {
-                    "norm": norm,
-                    "qkv": Param((q.rows + k.rows + v.rows, config.dim), ("heads", "embed"), matrix, (q, k, v)),
-                    "q_norm": Param((a.head_dim,), (None,), gain),
-                    "k_norm": Param((a.head_dim,), (None,), gain),
-                    "out": Param((config.dim, q.rows), ("embed", "heads"), added, (attrs.evolve(q, name=""),), part_dim=1),
-                },
-                attn[a],
-            )
-        )
-        segments.append(
-            Segment(
-                f"{name}.mlp",
-                name,
-                {
-                    "norm": norm,
-                    "gate_up": Param((2 * inner, config.dim), ("mlp", "embed"), matrix, (Part("gate", inner), Part("up", inner))),
-                    "down": Param((config.dim, inner), ("embed", "mlp"), added, part_dim=1),
-                },
-                mlp,
-            )
-        )
+        name, a, inner = f"layers.{i}", layer.mixer, layer.ffn.dim
+        down = Param((config.dim, inner), ("embed", "mlp"), added, part_dim=1)
+        gate_up = Param((2 * inner, config.dim), ("mlp", "embed"), matrix, (Part("gate", inner), Part("up", inner)))
+        segments.append(Segment(f"{name}.attn", name, {"norm": norm, **attention_params(a, config.dim, matrix, added)}, attn[a]))
+        segments.append(Segment(f"{name}.mlp", name, {"norm": norm, "gate_up": gate_up, "down": down}, mlp))
     weight = Tied("embed/weight") if config.tied else attrs.evolve(table, init=matrix)
     segments.append(Segment("head", "head", {"norm": norm, "weight": weight}, partial(head, config)))
-    return Model(config, tuple(segments), {"cross_entropy": Objective(1.0, valid_labels)}, RULES, partial(accepts, config))
+    objectives = {"cross_entropy": Objective(1.0, valid_labels)}
+    ropes = tuple(dict.fromkeys((layer.mixer.rope, layer.mixer.head_dim) for layer in config.layers))
+    return Model(config, tuple(segments), objectives, RULES, partial(accepts, config), partial(tables, ropes), partial(flops, config))
 
 
 def vocab_part(vocab: int) -> Part:
     """Shares of a large vocabulary are whole blocks of 64 rows, which matrix units like; the rows of a tiny one are dealt out singly."""
     unit = 64 if vocab >= 4096 else 1
     return Part("", -(-vocab // unit), unit, rows=vocab)
+
+
+def attention_params(a: Attention, dim: int, matrix: Init, added: Init) -> dict[str, Param | Tied]:
+    """The parameters of the mixer; a bias is cut like the rows that it is added to."""
+    q, k, v = qkv_parts(a)
+    rows = q.rows + k.rows + v.rows
+    out: dict[str, Param | Tied] = {"qkv": Param((rows, dim), ("heads", "embed"), matrix, (q, k, v))}
+    if a.qkv_bias:
+        out["qkv_bias"] = Param((rows,), ("heads",), constant(0.0), (q, k, v))
+    if a.qk_norm:
+        out["q_norm"] = out["k_norm"] = Param((a.head_dim,), (None,), constant(1.0))
+    out["out"] = Param((dim, q.rows), ("embed", "heads"), added, (attrs.evolve(q, name=""),), part_dim=1)
+    if a.out_bias:
+        out["out_bias"] = Param((dim,), ("embed",), constant(0.0))
+    return out
 
 
 def qkv_parts(a: Attention) -> tuple[Part, Part, Part]:
@@ -166,6 +175,14 @@ def embed(config: DecoderConfig, p: dict[str, Tensor], x: Any, batch: Batch, ctx
     return vocab_embedding(batch.plan["tokens"], p["weight"], first, tp, token_shares(batch, tp)), {}
 
 
+def tables(ropes: tuple[tuple[Rope, int], ...], batch: Batch, ctx: Any) -> Batch:
+    """The batch with cos and sin of its positions for each kind of rotary position in the model, under ("rope", Rope, head dim)."""
+    positions, edges = batch.plan["positions"], batch.plan["cu_seqlens"]
+    lengths = edges.diff()[document_of(edges, positions.shape[0]) - 1]
+    found = {("rope", r, d): rope_table(positions, lengths, d, r, ctx.precision.compute) for r, d in ropes}
+    return attrs.evolve(batch, derived={**batch.derived, **found})
+
+
 def attention_block(a: Attention, eps: float, p: dict[str, Tensor], x_tD: Tensor, batch: Batch, ctx: Any) -> tuple[Tensor, Terms]:
     tp, ops = ctx.axes["tp"], ctx.ops
     seq = token_shares(batch, tp)
@@ -173,24 +190,30 @@ def attention_block(a: Attention, eps: float, p: dict[str, Tensor], x_tD: Tensor
     (q0, q1), (k0, k1) = q_part.units(tp.index, tp.size), k_part.units(tp.index, tp.size)
 
     qkv = column_linear(ops.rms_norm(x_tD, p["norm"], eps), p["qkv"], tp, seq)
+    if a.qkv_bias:
+        qkv = qkv + p["qkv_bias"]
     q_Thd, k_Tkd, v_Tkd = rearrange(qkv, "T (h d) -> T h d", d=a.head_dim).split([q1 - q0, k1 - k0, k1 - k0], 1)
-    cos, sin = rope_table(batch.plan["positions"], a.head_dim, a.rope_theta, x_tD.dtype)
-    q_Thd = ops.rope(ops.rms_norm(q_Thd, p["q_norm"], eps), cos, sin)
-    k_Tkd = ops.rope(ops.rms_norm(k_Tkd, p["k_norm"], eps), cos, sin)
+    if a.qk_norm:
+        q_Thd, k_Tkd = ops.rms_norm(q_Thd, p["q_norm"], eps), ops.rms_norm(k_Tkd, p["k_norm"], eps)
+    cos, sin = batch.derived["rope", a.rope, a.head_dim]
+    q_Thd, k_Tkd = ops.rope(q_Thd, cos, sin), ops.rope(k_Tkd, cos, sin)
 
     group = a.heads // a.kv_heads
     if q0 % group or q1 % group:  # a share that starts or ends inside a group: give each query head its own copy
         index = torch.arange(q0, q1, device=x_tD.device) // group - k0
         k_Tkd, v_Tkd = k_Tkd[:, index], v_Tkd[:, index]
-    o_Thd = ops.attention(q_Thd, k_Tkd, v_Tkd, batch.plan["cu_seqlens"])
-    return x_tD + row_linear(rearrange(o_Thd, "T h d -> T (h d)"), p["out"], tp, seq), {}
+    o_Thd = ops.attention(q_Thd, k_Tkd, v_Tkd, batch.plan["cu_seqlens"], a.window)
+    y_tD = row_linear(rearrange(o_Thd, "T h d -> T (h d)"), p["out"], tp, seq)
+    if a.out_bias:  # each token lies on one rank by now, so it is added once
+        y_tD = y_tD + p["out_bias"]
+    return x_tD + y_tD, {}
 
 
 def mlp_block(eps: float, p: dict[str, Tensor], x_tD: Tensor, batch: Batch, ctx: Any) -> tuple[Tensor, Terms]:
     tp, ops = ctx.axes["tp"], ctx.ops
     seq = token_shares(batch, tp)
-    gate_TF, up_TF = column_linear(ops.rms_norm(x_tD, p["norm"], eps), p["gate_up"], tp, seq).chunk(2, -1)
-    return x_tD + row_linear(ops.swiglu(gate_TF, up_TF), p["down"], tp, seq), {}
+    gate_up = column_linear(ops.rms_norm(x_tD, p["norm"], eps), p["gate_up"], tp, seq)  # F columns of each
+    return x_tD + row_linear(ops.swiglu(gate_up), p["down"], tp, seq), {}
 
 
 def head(config: DecoderConfig, p: dict[str, Tensor], x_tD: Tensor, batch: Batch, ctx: Any) -> tuple[Any, Terms]:
@@ -202,3 +225,22 @@ def head(config: DecoderConfig, p: dict[str, Tensor], x_tD: Tensor, batch: Batch
         return redistribute(z_TV, tp, S(1, part.sizes(tp.size)), I), {}
     first, _ = part.bounds(tp.index, tp.size)
     return {}, {"losses": {"cross_entropy": vocab_cross_entropy(z_TV, batch.plan["labels"], first, tp, seq)}}
+
+
+def flops(config: DecoderConfig, batch: Batch) -> float:
+    """Floating-point operations of one microbatch, forward and backward, over the whole model; reads the plan on the host.
+
+    A product of n tokens with a matrix of a·b elements is 2·n·a·b operations, and its backward twice that; the embedding is a lookup. A query
+    that sees c keys makes 2·2·c·heads·head_dim (scores, weighted values); a causal document of n tokens has n(n+1)/2 such pairs, within a window
+    fewer. As in PaLM (Chowdhery et al. 2022, appendix B), but with the lengths of the documents; nothing recomputed counts.
+    """
+    edges = batch.plan["cu_seqlens"].numpy().astype(np.float64)
+    lengths = np.diff(edges, append=edges[-1:])
+    total = 0.0
+    for layer in config.layers:
+        a, n = layer.mixer, edges[-1]
+        matrices = (2 * a.heads + 2 * a.kv_heads) * a.head_dim * config.dim + 3 * layer.ffn.dim * config.dim
+        seen = np.minimum(lengths, a.window or np.inf)
+        pairs = (seen * (seen + 1) / 2 + (lengths - seen) * seen).sum()
+        total += 2 * n * matrices + 4 * pairs * a.heads * a.head_dim
+    return 3 * (total + 2 * edges[-1] * config.dim * config.vocab)

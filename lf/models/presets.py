@@ -1,26 +1,101 @@
-"""Models by name. Shapes as in the config.json of each release on the Hugging Face hub (Qwen/Qwen3-0.6B, …)."""
+"""Models by name. Shapes as in the config.json of each release on the Hugging Face hub (Qwen/Qwen3-0.6B, meta-llama/Llama-3.1-8B, …)."""
 
 from __future__ import annotations
 
-import attrs
+from typing import Any
 
 from lf.models.decoder import Attention, DecoderConfig, GatedMLP, Layer
+from lf.ops.rope import Rope
+
+
+def _dense(
+    family: str, dim: int, inner: int, layers: int, heads: int, kv: int, vocab: int, eps: float, max_len: int, theta: float, **more: Any
+) -> DecoderConfig:
+    """more: fields of Attention, `rope` (of Rope; theta is given) and `tied`, `embed_std` (of the model)."""
+    model = {name: more.pop(name) for name in ("tied", "embed_std") if name in more}
+    rope = Rope(theta, **more.pop("rope", {}))
+    layer = Layer(Attention(heads, kv, more.pop("head_dim", dim // heads), rope, **more), GatedMLP(inner))
+    return DecoderConfig(vocab, dim, (layer,) * layers, norm_eps=eps, max_len=max_len, family=family, **{"tied": False, **model})
+
+
+def llama2(dim: int, inner: int, layers: int, heads: int, kv: int) -> DecoderConfig:
+    return _dense("llama", dim, inner, layers, heads, kv, 32000, 1e-5, 4096, 10000.0)
+
+
+def llama3(dim: int, inner: int, layers: int, heads: int, factor: float = 0, tied: bool = False) -> DecoderConfig:
+    """factor: of the rotary positions from Llama 3.1 on; 0 for Llama 3."""
+    scaled = {"kind": "llama3", "factor": factor, "low_freq": 1.0, "high_freq": 4.0, "original_len": 8192} if factor else {}
+    return _dense("llama", dim, inner, layers, heads, 8, 128256, 1e-5, 131072 if factor else 8192, 500000.0, rope=scaled, tied=tied)
+
+
+def qwen2(
+    dim: int, inner: int, layers: int, heads: int, kv: int, vocab: int = 151936, eps: float = 1e-6, max_len: int = 32768, tied: bool = False
+) -> DecoderConfig:
+    return _dense("qwen2", dim, inner, layers, heads, kv, vocab, eps, max_len, 1e6, qkv_bias=True, tied=tied)
 
 
 def qwen3(
-    dim: int, inner: int, layers: int, heads: int, kv_heads: int = 8, head_dim: int = 128, vocab: int = 151936, tied: bool = False
+    dim: int, inner: int, layers: int, heads: int, kv: int = 8, head_dim: int = 128, vocab: int = 151936, tied: bool = False, **more: Any
 ) -> DecoderConfig:
-    layer = Layer(Attention(heads, kv_heads, head_dim, rope_theta=1e6), GatedMLP(inner))
-    return DecoderConfig(vocab, dim, (layer,) * layers, tied=tied)
+    return _dense("qwen3", dim, inner, layers, heads, kv, vocab, 1e-6, 40960, 1e6, head_dim=head_dim, qk_norm=True, tied=tied, **more)
+
+
+def mistral(
+    dim: int, inner: int, layers: int, vocab: int, theta: float, max_len: int = 32768, window: int | None = None, head_dim: int = 128
+) -> DecoderConfig:
+    return _dense("mistral", dim, inner, layers, 32, 8, vocab, 1e-5, max_len, theta, head_dim=head_dim, window=window)
+
+
+def internlm2(dim: int, inner: int, layers: int, heads: int, factor: float) -> DecoderConfig:
+    rope = {"kind": "dynamic", "factor": factor, "original_len": 32768}
+    return _dense("internlm2", dim, inner, layers, heads, 8, 92544, 1e-5, 32768, 1e6, rope=rope)
 
 
 PRESETS = {
+    "llama-2-7b": llama2(4096, 11008, 32, 32, 32),
+    "llama-2-13b": llama2(5120, 13824, 40, 40, 40),
+    "llama-2-70b": llama2(8192, 28672, 80, 64, 8),
+    "llama-3-8b": llama3(4096, 14336, 32, 32),
+    "llama-3-70b": llama3(8192, 28672, 80, 64),
+    "llama-3.1-8b": llama3(4096, 14336, 32, 32, factor=8.0),
+    "llama-3.1-70b": llama3(8192, 28672, 80, 64, factor=8.0),
+    "llama-3.1-405b": llama3(16384, 53248, 126, 128, factor=8.0),
+    "llama-3.2-1b": llama3(2048, 8192, 16, 32, factor=32.0, tied=True),
+    "llama-3.2-3b": llama3(3072, 8192, 28, 24, factor=32.0, tied=True),
+    "qwen1.5-0.5b": qwen2(1024, 2816, 24, 16, 16, tied=True),
+    "qwen1.5-1.8b": qwen2(2048, 5504, 24, 16, 16),
+    "qwen1.5-4b": qwen2(2560, 6912, 40, 20, 20),
+    "qwen1.5-7b": qwen2(4096, 11008, 32, 32, 32),
+    "qwen1.5-14b": qwen2(5120, 13696, 40, 40, 40, vocab=152064),
+    "qwen1.5-32b": qwen2(5120, 27392, 64, 40, 8, vocab=152064),
+    "qwen1.5-72b": qwen2(8192, 24576, 80, 64, 64, vocab=152064),
+    "qwen1.5-110b": qwen2(8192, 49152, 80, 64, 8, vocab=152064),
+    "qwen2-0.5b": qwen2(896, 4864, 24, 14, 2, max_len=131072, tied=True),
+    "qwen2-1.5b": qwen2(1536, 8960, 28, 12, 2, max_len=131072, tied=True),
+    "qwen2-7b": qwen2(3584, 18944, 28, 28, 4, vocab=152064, max_len=131072),
+    "qwen2-72b": qwen2(8192, 29568, 80, 64, 8, vocab=152064, eps=1e-5, max_len=131072),
+    "qwen2.5-0.5b": qwen2(896, 4864, 24, 14, 2, tied=True),
+    "qwen2.5-1.5b": qwen2(1536, 8960, 28, 12, 2, max_len=131072, tied=True),
+    "qwen2.5-3b": qwen2(2048, 11008, 36, 16, 2, tied=True),
+    "qwen2.5-7b": qwen2(3584, 18944, 28, 28, 4, vocab=152064, max_len=131072),
+    "qwen2.5-14b": qwen2(5120, 13824, 48, 40, 8, vocab=152064, eps=1e-5, max_len=131072),
+    "qwen2.5-32b": qwen2(5120, 27648, 64, 40, 8, vocab=152064, eps=1e-5, max_len=131072),
+    "qwen2.5-72b": qwen2(8192, 29568, 80, 64, 8, vocab=152064, eps=1e-5, max_len=131072),
     "qwen3-0.6b": qwen3(1024, 3072, 28, 16, tied=True),
     "qwen3-1.7b": qwen3(2048, 6144, 28, 16, tied=True),
     "qwen3-4b": qwen3(2560, 9728, 36, 32, tied=True),
     "qwen3-8b": qwen3(4096, 12288, 36, 32),
     "qwen3-14b": qwen3(5120, 17408, 40, 40),
     "qwen3-32b": qwen3(5120, 25600, 64, 64),
+    "mistral-7b-v0.1": mistral(4096, 14336, 32, vocab=32000, theta=10000.0, window=4096),
+    "mistral-7b-v0.2": mistral(4096, 14336, 32, vocab=32000, theta=1e6),
+    "mistral-7b-v0.3": mistral(4096, 14336, 32, vocab=32768, theta=1e6),
+    "mistral-nemo-12b": mistral(5120, 14336, 40, vocab=131072, theta=1e6, max_len=131072),
+    "mistral-small-24b": mistral(5120, 32768, 40, vocab=131072, theta=1e8),
+    "mimo-7b": _dense("mimo", 4096, 11008, 36, 32, 8, 151680, 1e-5, 32768, 640000.0, head_dim=128, qkv_bias=True),  # without its further heads
+    "internlm2.5-1.8b": internlm2(2048, 8192, 24, 16, factor=2.0),
+    "internlm2.5-7b": internlm2(4096, 14336, 32, 32, factor=2.0),
+    "internlm2.5-20b": internlm2(6144, 16384, 48, 48, factor=2.0),
     # Of no release: a CPU learns something with it in a few minutes. A wide embedding lets it see its tokens through fresh layers from the start.
-    "qwen3-demo": attrs.evolve(qwen3(128, 384, 3, heads=4, kv_heads=2, head_dim=32, vocab=1024), embed_std=0.5),
+    "qwen3-demo": qwen3(128, 384, 3, heads=4, kv=2, head_dim=32, vocab=1024, tied=True, embed_std=0.5),
 }

@@ -12,7 +12,7 @@ from lf.segment import Model
 
 def tiny(tied: bool = True, **changes: Any) -> Model:
     """A decoder in the shape of Qwen3, small enough for a sweep and awkward to split: 3 kv heads, 37 words, odd widths."""
-    layer = Layer(Attention(heads=6, kv_heads=3, head_dim=4), GatedMLP(10))
+    layer = Layer(Attention(heads=6, kv_heads=3, head_dim=4, qk_norm=True), GatedMLP(10))
     return decoder(attrs.evolve(DecoderConfig(vocab=37, dim=15, layers=(layer, layer), tied=tied), **changes))
 
 
@@ -28,7 +28,10 @@ def shrunk(config: DecoderConfig) -> DecoderConfig:
     def small(layer: Layer) -> Layer:
         a = layer.mixer
         k = max(1, round(a.kv_heads * factor))
-        mixer = attrs.evolve(a, heads=k * (a.heads // a.kv_heads), kv_heads=k, head_dim=min(a.head_dim, 8))
+        d = min(a.head_dim, 8)
+        rope = a.rope if a.rope.dim is None else attrs.evolve(a.rope, dim=max(2, a.rope.dim * d // a.head_dim // 2 * 2))
+        window = None if a.window is None else min(a.window, 5)  # shorter than the documents of a test, or it would mean nothing
+        mixer = attrs.evolve(a, heads=k * (a.heads // a.kv_heads), kv_heads=k, head_dim=d, rope=rope, window=window)
         return attrs.evolve(layer, mixer=mixer, ffn=attrs.evolve(layer.ffn, dim=narrow(layer.ffn.dim)))
 
     keep = [i for i, layer in enumerate(config.layers) if config.layers[:i].count(layer) < 2]

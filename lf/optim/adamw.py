@@ -1,8 +1,9 @@
-"""AdamW: Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2)."""
+"""AdamW: Adam with decoupled weight decay. The mathematics is in lf/ops/adamw.py."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def adamw(
     weight_decay: float = 0.1,
     decays: Callable[[Param], bool] = is_matrix,
 ) -> Optimizer:
-    """m ← β1·m + (1-β1)·g, v ← β2·v + (1-β2)·g², w ← w - lr·(m̂ / (√v̂ + eps) + weight_decay·w), with m̂, v̂ divided by 1-βᵗ."""
+    """The update of `lf.ops.adamw`, with `weight_decay` where `decays(param)` and none elsewhere."""
     b1, b2 = betas
     if not (0 <= b1 < 1 and 0 <= b2 < 1):
         raise ConfigError(f"betas={betas} must lie between 0 and 1, 1 itself excluded")
@@ -42,18 +43,14 @@ def adamw(
         # t counts the updates that were made: a skipped one must not change the bias correction
         return {"master": master, "m": tree.map(zeros, master), "v": tree.map(zeros, master), "t": {"t": _count(master)}}
 
-    def update(state: Tree, grads: Tree, params: dict[str, Param], lr: Tensor, scale: Tensor, step: Tensor, ok: Tensor) -> Tree:
+    def update(
+        state: Tree, grads: Tree, params: dict[str, Param], lr: Tensor, scale: Tensor, step: Tensor, ok: Tensor, ops: Any
+    ) -> Tree:
         t = state["t"]["t"].add_(ok)
-        correct1, correct2 = 1 - b1 ** t.to(lr.dtype), 1 - b2 ** t.to(lr.dtype)
-        for path, w in tree.items(state["master"]):
-            g, m, v = (tree.get(x, path) for x in (grads, state["m"], state["v"]))
-            g = torch.where(ok, g * scale.to(g.dtype), 0.0)
-            keep = ok.to(g.dtype)  # 0 leaves m, v and w exactly as they are
-            m.lerp_(g, keep * (1 - b1))
-            v.lerp_(g.square(), keep * (1 - b2))
-            decay = weight_decay if decays(params[path]) else 0.0
-            change = (m / correct1.to(m.dtype)) / ((v / correct2.to(v.dtype)).sqrt() + eps) + decay * w
-            w.sub_(torch.where(ok, change * lr.to(w.dtype), 0.0))
+        for decay, chosen in ((weight_decay, True), (0.0, False)):
+            paths = [path for path in params if decays(params[path]) == chosen]
+            ws, gs, ms, vs = ([tree.get(x, path) for path in paths] for x in (state["master"], grads, state["m"], state["v"]))
+            ops.adamw_update(ws, gs, ms, vs, t, lr, scale, ok, betas, eps, decay)
         return state
 
     return Optimizer(init, update, rate)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ def sgd(lr: float | Rate) -> Optimizer:
     def init(master: Tree) -> Tree:
         return {"master": master}
 
-    def update(state: Tree, grads: Tree, params: dict[str, Param], lr: Tensor, scale: Tensor, step: Tensor, ok: Tensor) -> Tree:
+    def update(state: Tree, grads: Tree, params: dict[str, Param], lr: Tensor, scale: Tensor, step: Tensor, ok: Tensor, ops: Any) -> Tree:
         for path, w in tree.items(state["master"]):
             g = tree.get(grads, path)
             w.sub_(torch.where(ok, g * (lr * scale).to(g.dtype), 0.0))

@@ -59,6 +59,5 @@ def owned_square_sum(owned: Sequence[tuple[str, Piece]], grads: dict[str, Tensor
 
     owned: (path, piece) for all that `Spec.owned` gives this rank.
     """
-    squares = [piece.view(grads[path]).square().sum() for path, piece in owned]
-    like = next(iter(grads.values()))
-    return torch.stack(squares).sum() if squares else like.new_zeros(())
+    views = [piece.view(grads[path]) for path, piece in owned]
+    return torch.stack(torch._foreach_norm(views)).square().sum() if views else next(iter(grads.values())).new_zeros(())

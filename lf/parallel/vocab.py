@@ -34,16 +34,51 @@ def vocab_cross_entropy(z_TV: Tensor, labels_T: Tensor, first: int, axis: Any, s
     loss on one rank. That is half the traffic of two all-reduces, and the loss is a plain sum. m, the largest logit over all ranks, drops out
     of log Σexp(z-m) - (z_label-m), so it needs no gradient.
     """
-    z = z_TV.to(wide(z_TV.dtype))
-    columns = z.shape[1]
-    m_T = axis.max(z.detach().amax(-1) if columns else z.new_full(z.shape[:1], -torch.inf))
-    z = z - m_T[:, None]
-    local = labels_T - first
-    mine = (local >= 0) & (local < columns)
-    if columns:
-        target_T = z.gather(1, local.masked_fill(~mine, 0)[:, None])[:, 0] * mine
-    else:
-        target_T = z.sum(-1)
-    pair = redistribute(torch.stack([z.exp().sum(-1), target_T], 1), axis, P, seq)
+    wider = wide(z_TV.dtype)
+    m_T = axis.max(z_TV.detach().amax(-1).to(wider) if z_TV.shape[1] else z_TV.new_full(z_TV.shape[:1], -torch.inf, dtype=wider))
+    pair = redistribute(_Partials.apply(z_TV, labels_T - first, m_T), axis, P, seq)
     own = redistribute(labels_T, axis, I, seq)
     return torch.where(own == IGNORE, 0.0, pair[:, 0].log() - pair[:, 1]).sum()
+
+
+CHUNK = 1 << 22  # logits that are widened at a time: what bfloat16 ones take in float32 stays small beside them
+
+
+class _Partials(torch.autograd.Function):
+    """z (T, V), labels (T,) as columns of z, m (T,) → (T, 2): Σ exp(z-m), and z_label - m or 0 where the label is none of the columns.
+
+    In the dtype of m. Only z is kept for the backward, where exp is worked out again: dz = da·exp(z-m), and db more at the label.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, labels: Tensor, m: Tensor) -> Tensor:
+        mine = (labels >= 0) & (labels < z.shape[1])
+        ctx.save_for_backward(z, labels, m, mine)
+        out = m.new_zeros(len(m), 2)
+        if z.shape[1]:
+            for rows in _runs(z):
+                out[rows, 0] = _exp(z[rows], m[rows]).sum(-1)
+            at = labels.masked_fill(~mine, 0)[:, None]
+            out[:, 1] = torch.where(mine, z.gather(1, at)[:, 0].to(m.dtype) - m, 0.0)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        z, labels, m, mine = ctx.saved_tensors
+        dz = torch.empty_like(z)
+        if z.shape[1]:
+            at = labels.masked_fill(~mine, 0)[:, None]
+            for rows in _runs(z):
+                wide_rows = _exp(z[rows], m[rows]).mul_(d[rows, :1])
+                wide_rows.scatter_add_(1, at[rows], (d[rows, 1:] * mine[rows, None]))
+                dz[rows] = wide_rows
+        return dz, None, None
+
+
+def _exp(z: Tensor, m: Tensor) -> Tensor:
+    return (z.to(m.dtype) - m[:, None]).exp_()
+
+
+def _runs(z: Tensor) -> list[slice]:
+    step = max(1, CHUNK // z.shape[1])
+    return [slice(i, i + step) for i in range(0, len(z), step)]

@@ -223,8 +223,8 @@ SINGLE: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "no config": (lambda d: (d / "config.json").unlink(), ["cannot read", "config.json"]),
     "broken config": (lambda d: (d / "config.json").write_text('{"model_type": '), ["cannot read", "config.json"]),
     "other config": (lambda d: rewrite(d, rms_norm_eps=1e-3), ["config.json has norm_eps=0.001, the layout's model 1e-05; build it with"]),
-    "other theta": (lambda d: rewrite(d, rope_theta=7, rope_parameters=None), ["layers.1.mixer.rope_theta=7.0"]),
-    "unsupported config": (lambda d: rewrite(d, attention_bias=True), ["attention_bias=True is not supported"]),
+    "other theta": (lambda d: rewrite(d, rope_theta=7, rope_parameters=None), ["layers.1.mixer.rope.theta=7.0"]),
+    "unsupported config": (lambda d: rewrite(d, mlp_bias=True), ["mlp_bias=True is not supported"]),
     "unknown family": (lambda d: rewrite(d, model_type="gpt5"), ["unknown model_type 'gpt5'", "qwen3"]),
     "both": (lambda d: (d / export.INDEX).write_text("{}"), ["are both there; remove the one"]),
 }

@@ -17,6 +17,7 @@ from lf.models import families
 from lf.models.decoder import Attention, GatedMLP, Layer
 from lf.models.families import qwen3
 from lf.models.presets import PRESETS
+from lf.ops.rope import Rope
 from lf.parity import random_batches
 
 MESHES = ["", "tp=2", "tp=4", "tp=3,dp=2", "tp=2,dp=2"]
@@ -76,18 +77,13 @@ def test_old_keys_are_read() -> None:
 
 
 REFUSED = {
-    "attention_bias=True": {"attention_bias": True},
     "attention_dropout=0.1": {"attention_dropout": 0.1},
-    "use_sliding_window=True": {"use_sliding_window": True, "sliding_window": 4096},
     "hidden_act='gelu'": {"hidden_act": "gelu"},
     "is_causal=False": {"is_causal": False},
-    "partial_rotary_factor=0.5": {"partial_rotary_factor": 0.5},
     "quantization_config={'quant_method': 'fp8'}": {"quantization_config": {"quant_method": "fp8"}},
     "'sliding_attention'": {"layer_types": ["full_attention", "sliding_attention"]},
     "layer_types lists 3": {"layer_types": ["full_attention"] * 3},
-    "rope_scaling={'rope_type': 'yarn'": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
     "rope_scaling='linear' should be an object": {"rope_scaling": "linear"},
-    "rope_parameters={'rope_type': 'llama3'": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 50000.0}},
     "these should be equal": {"rope_theta": 1e6},
     "architectures=['Qwen3ForSequenceClassification']": {"architectures": ["Qwen3ForSequenceClassification"]},
     "vocab_size='37' should be a whole number": {"vocab_size": "37"},
@@ -98,7 +94,13 @@ REFUSED = {
     "head_dim=5 must be even": {"head_dim": 5},
     "heads=6 must be a multiple of kv_heads=4": {"num_key_value_heads": 4},
     "did you mean 'qwen3'": {"model_type": "qwen3_"},
-    "unknown model_type 'llama'": {"model_type": "llama"},
+    "unknown model_type 'gpt2'. Known: internlm2, llama, mimo, mistral, qwen2, qwen3": {"model_type": "gpt2"},
+    "rope_type='longrope' is not supported; default, linear, dynamic, llama3, yarn are": {"rope_parameters": {"rope_type": "longrope"}},
+    "rotary positions of kind 'yarn' have no low_freq_factor=1": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "low_freq_factor": 1}},
+    "kind 'llama3' need low_freq_factor": {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}},
+    "factor=0.5 at least 1": {"rope_parameters": {"rope_type": "linear", "factor": 0.5}},
+    "partial_rotary_factor=1.5 should lie above 0": {"partial_rotary_factor": 1.5},
+    "use_sliding_window=True, and sliding_window=None should be a whole number": {"use_sliding_window": True, "sliding_window": None},
 }
 
 
@@ -111,37 +113,20 @@ def test_what_is_not_supported_is_refused_by_name(words: str) -> None:
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        families.read({"model_type": "qwen3", "vocab_size": 37, "attention_bias": True})
-    for word in (*qwen3.COUNTS[1:], "rms_norm_eps", "rope_theta", "attention_bias=True"):
+        families.read({"model_type": "qwen3", "vocab_size": 37, "mlp_bias": True})
+    for word in ("hidden_size is", "intermediate_size is", "num_hidden_layers is", "num_attention_heads is", "rms_norm_eps is", "mlp_bias=True"):
         assert word in str(caught.value)
-    with pytest.raises(ConfigError, match="no model_type; known: qwen3"):
+    with pytest.raises(ConfigError, match=r"no model_type; known: .*llama.*qwen3"):
         families.read({})
 
 
 def test_a_model_that_no_family_has_cannot_be_written() -> None:
     config = oracle_config()
-    odd = attrs.evolve(config, layers=(config.layers[0], Layer(Attention(2, 1, 4), GatedMLP(10))))
+    odd = attrs.evolve(config, layers=(config.layers[0], Layer(Attention(2, 1, 4, qk_norm=True), GatedMLP(10))))
     with pytest.raises(ConfigError, match="qwen3: its layers must all be alike"):
         families.of(odd)
     with pytest.raises(ConfigError, match="is no DecoderConfig"):
         families.of(3)
-
-
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [
-        ("qwen3-0.6b", 596_049_920),
-        ("qwen3-1.7b", 1_720_574_976),
-        ("qwen3-4b", 4_022_468_096),
-        ("qwen3-8b", 8_190_735_360),
-        ("qwen3-14b", 14_768_307_200),
-        ("qwen3-32b", 32_762_123_264),
-    ],
-)
-def test_presets_have_the_parameters_of_the_releases(name: str, count: int) -> None:
-    model = lf.hf.model(name)
-    assert sum(torch.Size(p.shape).numel() for p in model.params().values()) == count
-    assert families.read(qwen3.write(model.config)) == model.config == PRESETS[name]
 
 
 def test_unknown_sources(tmp_path: Any) -> None:
@@ -158,5 +143,5 @@ def test_unknown_sources(tmp_path: Any) -> None:
 
 
 def oracle_config() -> Any:
-    layer = Layer(Attention(6, 3, 4, 50000.0), GatedMLP(10))
+    layer = Layer(Attention(6, 3, 4, Rope(50000.0), qk_norm=True), GatedMLP(10))
     return attrs.evolve(PRESETS["qwen3-demo"], vocab=37, dim=15, layers=(layer, layer), norm_eps=1e-5, embed_std=0.02)

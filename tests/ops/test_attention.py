@@ -20,24 +20,24 @@ def inputs(heads: int, kv: int, tokens: int = 11, dim: int = 4) -> list[torch.Te
     return [draw(name, shape=(tokens, n, dim)).requires_grad_() for name, n in (("q", heads), ("k", kv), ("v", kv))]
 
 
-def by_hand(q, k, v, starts: list[int]) -> torch.Tensor:
+def by_hand(q, k, v, starts: list[int], window: int = 99) -> torch.Tensor:
     out = torch.zeros_like(q)
     for lo, hi in zip(starts, [*starts[1:], len(q)]):
         for h in range(q.shape[1]):
             kv = h * k.shape[1] // q.shape[1]
             for t in range(lo, hi):
-                weights = ((k[lo : t + 1, kv] @ q[t, h]) / q.shape[2] ** 0.5).softmax(0)
-                out[t, h] = weights @ v[lo : t + 1, kv]
+                seen = slice(max(lo, t + 1 - window), t + 1)
+                out[t, h] = ((k[seen, kv] @ q[t, h]) / q.shape[2] ** 0.5).softmax(0) @ v[seen, kv]
     return out
 
 
 @pytest.mark.parametrize("attention", [twin.attention, sdpa.attention], ids=["twin", "sdpa"])
 @pytest.mark.parametrize("documents", STARTS)
-@pytest.mark.parametrize(("heads", "kv"), [(4, 4), (4, 2), (3, 1)])
-def test_against_the_definition(attention, documents: str, heads: int, kv: int) -> None:
+@pytest.mark.parametrize(("heads", "kv", "window"), [(4, 4, None), (4, 2, None), (3, 1, None), (4, 2, 1), (3, 1, 3), (2, 2, 20)])
+def test_against_the_definition(attention, documents: str, heads: int, kv: int, window: int | None) -> None:
     q, k, v = inputs(heads, kv)
     dy = draw("dy", shape=(11, heads, 4))
-    got, want = attention(q, k, v, cu_seqlens(STARTS[documents], 11)), by_hand(q, k, v, STARTS[documents])
+    got, want = attention(q, k, v, cu_seqlens(STARTS[documents], 11), window), by_hand(q, k, v, STARTS[documents], window or 99)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     for a, b in zip(torch.autograd.grad(got, (q, k, v), dy), torch.autograd.grad(want, (q, k, v), dy)):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -52,12 +52,13 @@ def test_a_rank_without_heads(attention) -> None:
     assert dq.shape == q.shape
 
 
-@pytest.mark.parametrize("starts", [[0], [0, 10, 300, 650], [0, 256, 512], [0, 255, 257], list(range(0, 700, 7))])
-def test_kernel_and_twin_agree_on_long_rows(starts: list[int]) -> None:
+@pytest.mark.parametrize("starts", [[0], [0, 10, 300, 650], [0, 256, 512], [0, 255, 257], [0, 350], list(range(0, 700, 7))])
+@pytest.mark.parametrize("window", [None, 1, 9, 300, 699])
+def test_kernel_and_twin_agree_on_long_rows(starts: list[int], window: int | None) -> None:
     """Longer than what the kernel takes at once."""
     (q, k, v), cu = inputs(2, 1, tokens=700), cu_seqlens(starts, 700)
     dy = draw("dy", shape=(700, 2, 4))
-    a, b = (f(q, k, v, cu) for f in (twin.attention, sdpa.attention))
+    a, b = (f(q, k, v, cu, window) for f in (twin.attention, sdpa.attention))
     torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
     for x, y in zip(torch.autograd.grad(a, (q, k, v), dy), torch.autograd.grad(b, (q, k, v), dy)):
         torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-12)

@@ -8,7 +8,10 @@ import pytest
 import torch
 from helpers import draw
 
+import lf
 from lf import optim, tree
+from lf.kernels import adamw as kernel
+from lf.ops import adamw as twin
 from lf.spec import Init, Param
 
 PARAMS = {
@@ -27,7 +30,8 @@ def scalar(x: float) -> torch.Tensor:
 
 
 def update(optimizer, state, grads, step: int, lr: float = 0.1, scale: float = 1.0, ok: bool = True):
-    return optimizer.update(state, grads, PARAMS, scalar(lr), scalar(scale), torch.tensor(step), torch.tensor(ok))
+    ops = lf.devices.op_table(lf.devices.get("cpu"))
+    return optimizer.update(state, grads, PARAMS, scalar(lr), scalar(scale), torch.tensor(step), torch.tensor(ok), ops)
 
 
 def test_adamw_is_torch_adamw() -> None:
@@ -54,6 +58,32 @@ def test_what_decays_can_be_chosen() -> None:
     state = update(all_decay, all_decay.init(numbers("w")), tree.map(torch.zeros_like, numbers("g")), 0)
     for path, w in tree.items(numbers("w")):
         torch.testing.assert_close(tree.get(state["master"], path), w * (1 - 0.1 * 0.5))
+
+
+def four(step: int) -> list[list[torch.Tensor]]:
+    """Weights, gradients and both moments of three tensors, float32."""
+    kinds = [[draw(kind, i, shape=shape, dtype=torch.float32) for i, shape in enumerate([(5, 7), (3,), ()])] for kind in ("w", f"g{step}", "m", "v")]
+    return [*kinds[:3], [v.square() for v in kinds[3]]]
+
+
+def test_kernel_and_twin_make_the_same_update() -> None:
+    a, b = four(0), four(0)
+    for t in range(1, 5):
+        for (ws, _, ms, vs), f in ((a, twin.adamw_update), (b, kernel.adamw_update)):
+            f(ws, four(t)[1], ms, vs, torch.tensor(t), torch.tensor(0.1 / t), torch.tensor(0.3), torch.tensor(True), (0.8, 0.95), 1e-5, 0.3)
+        for kind, x, y in zip("wgmv", a, b):
+            for i, j in zip(x, y):
+                torch.testing.assert_close(i, j, rtol=2e-6, atol=1e-7, msg=lambda m, kind=kind, t=t: f"{kind} after {t}: {m}")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gated_kernel_leaves_every_bit(value: float) -> None:
+    ws, _, ms, vs = four(0)
+    bad = [torch.full_like(w, value) for w in ws]
+    x = torch.tensor(value)
+    kernel.adamw_update(ws, bad, ms, vs, torch.tensor(0), x, x, torch.tensor(False), (0.8, 0.95), 1e-5, 0.3)
+    for kind, want in zip((ws, ms, vs), (four(0)[0], four(0)[2], four(0)[3])):
+        assert all(torch.equal(i, j) for i, j in zip(kind, want))
 
 
 @pytest.mark.parametrize("make", [optim.adamw, optim.sgd])

@@ -38,7 +38,7 @@ def test_gradients_are_those_of_plain_autograd(tied: bool, order: str) -> None:
     ctx = context(solo())
     layout = lf.layout(tiny(tied), lf.Mesh(dp=1))
     params = parity.randomised(layout, ctx, seed=3)
-    batches = parity.random_batches(layout.model, 3, 0, 3, 17)
+    batches = [lf.shard_batch(b, layout.model, ctx) for b in parity.random_batches(layout.model, 3, 0, 3, 17)]
     backward = range(3) if order != "backwards the other way" else reversed(range(3))
     program = one_f_one_b(3) if order == "one by one" else (tuple([Action("F", 0, i) for i in range(3)] + [Action("B", 0, i) for i in backward]),)
     program = add_reduce(program, layout)
@@ -59,10 +59,10 @@ def test_forward_leaves_nothing_to_differentiate() -> None:
     layout = lf.layout(tiny(), lf.Mesh(dp=1))
     params = parity.randomised(layout, ctx, seed=0)
     (batch,) = parity.random_batches(layout.model, 0, 0, 1, 9)
-    _, terms = run_forward(layout.model.segments, params, batch, ctx)
+    _, terms = run_forward(layout.model.segments, params, lf.shard_batch(batch, layout.model, ctx), ctx)
     assert not terms["losses"]["cross_entropy"].requires_grad
     plan = {k: v for k, v in batch.plan.items() if k != "labels"}
-    logits, terms = run_forward(layout.model.segments, params, lf.Batch(plan), ctx)
+    logits, terms = run_forward(layout.model.segments, params, lf.shard_batch(lf.Batch(plan), layout.model, ctx), ctx)
     assert logits.shape == (len(plan["tokens"]), layout.model.config.vocab)
     assert terms == {}
 
@@ -73,7 +73,8 @@ def test_params_are_not_changed_by_a_run() -> None:
     params = parity.randomised(layout, ctx, seed=0)
     before = tree.map(torch.clone, params)
     (actions,) = add_reduce(one_f_one_b(1), layout)
-    run(bind(actions, layout), params, parity.random_batches(layout.model, 0, 0, 1, 9), {"cross_entropy": torch.ones(())}, ctx)
+    batches = [lf.shard_batch(b, layout.model, ctx) for b in parity.random_batches(layout.model, 0, 0, 1, 9)]
+    run(bind(actions, layout), params, batches, {"cross_entropy": torch.ones(())}, ctx)
     tree.map(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), params, before)
     assert all(w.grad is None for w in tree.leaves(params))
 
@@ -114,7 +115,7 @@ def test_the_microbatch_that_is_not_finite_is_known(where: str) -> None:
     model = attrs.evolve(tiny(), segments=(first, Segment("spoil", "spoil", {}, spoil), *rest))
     ctx, layout = context(solo()), lf.layout(model, lf.Mesh(dp=1))
     rows = parity.random_batches(tiny(), 0, 0, 3, 9)
-    batches = [lf.Batch({**b.plan, "bad": torch.tensor(i == 1)}) for i, b in enumerate(rows)]
+    batches = [lf.shard_batch(lf.Batch({**b.plan, "bad": torch.tensor(i == 1)}), model, ctx) for i, b in enumerate(rows)]
     (actions,) = add_reduce(one_f_one_b(3), layout)
     grads, terms, finite = run(bind(actions, layout), parity.randomised(layout, ctx, 0), batches, {"cross_entropy": torch.ones(())}, ctx)
     assert finite.tolist() == [True, False, True]

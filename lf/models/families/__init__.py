@@ -5,6 +5,7 @@
     names(config) -> dict           {key of a piece (`Spec.pieces`): name of the tensor on disk}
     copies(config) -> dict          {name of a tensor that may be on disk as well: name of the one that it must equal}, as a tied head
     derived(name) -> bool           whether a tensor on disk follows from the config and is not read
+    unused(name) -> str             why a tensor on disk is not part of the model on purpose, or ''; a module without it has none
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from types import ModuleType
 from typing import Any
 
 from lf.config import ConfigError, one_of
-from lf.models.families import qwen3
+from lf.models.families import llama, mimo, mistral, qwen2, qwen3
 
-FAMILIES: dict[str, ModuleType] = {"qwen3": qwen3}
+FAMILIES: dict[str, ModuleType] = {"llama": llama, "mimo": mimo, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3}
 """`model_type` of a config.json → its family."""
 
 
@@ -27,9 +28,14 @@ def read(values: dict[str, Any]) -> Any:
 
 
 def of(config: Any) -> ModuleType:
-    """The first family that can write a model with this config. Raises ConfigError with the reason of each when none can."""
+    """The family that writes a model with this config: its own (`config.family`), or the first that can.
+
+    Raises ConfigError with the reason of each that was asked when none can.
+    """
     reasons = []
-    for name, family in FAMILIES.items():
+    own = getattr(config, "family", "")
+    for name in [one_of("family", own, FAMILIES)] if own else FAMILIES:
+        family = FAMILIES[name]
         try:
             family.write(config)
         except ConfigError as error:

@@ -1,0 +1,70 @@
+"""NVIDIA GPUs through torch.cuda; NCCL between them, and gloo for the few words that ranks exchange on the host."""
+
+from __future__ import annotations
+
+import torch
+
+NAME = "cuda"
+BACKEND = "cpu:gloo,cuda:nccl"
+FLOAT64 = True
+OPS = {
+    "adamw_update": "lf.kernels.adamw.adamw_update",
+    "attention": "lf.kernels.varlen.attention",
+    "rms_norm": "lf.kernels.norm.rms_norm",
+    "rope": "lf.kernels.rope.rope",
+    "swiglu": "lf.kernels.swiglu.swiglu",
+}
+
+PEAKS = {
+    # NVIDIA's datasheets, dense bfloat16 and float16 tensor-core FLOP/s (half of what they give "with sparsity"), SXM unless named
+    "B200": 2.25e15,  # Blackwell architecture technical brief (2024)
+    "H200": 989.4e12,  # H200 datasheet (2024)
+    "H100 PCIe": 756e12,  # H100 datasheet (2023)
+    "H100 NVL": 835e12,  # H100 NVL product brief (2024)
+    "H100": 989.4e12,  # H100 datasheet (2023)
+    "A100": 312e12,  # A100 datasheet (2021)
+}
+"""Part of a card's name → its peak; the first that fits counts."""
+
+
+def found() -> str:
+    if not torch.cuda.is_available():
+        return ""
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ", ".join(f"{names.count(n)} × {n}" for n in dict.fromkeys(names))
+
+
+def missing() -> str:
+    """Why it cannot be used here, or ''."""
+    if torch.cuda.is_available():
+        return ""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return "torch finds no CUDA device that it can use (is there one, is its driver new enough, is CUDA_VISIBLE_DEVICES empty?)"
+
+
+def torch_device(local_rank: int) -> torch.device:
+    return torch.device("cuda", local_rank)
+
+
+def select(local_rank: int) -> None:
+    """Makes the rank's card the one that this process works on: NCCL takes the current one."""
+    torch.cuda.set_device(local_rank)
+
+
+def peak_flops(dtype: torch.dtype) -> float | None:
+    """Floating-point operations a second at most, of products in this dtype; None where it is not known."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for part, peak in PEAKS.items() if all(word in name for word in part.split())), None)
+
+
+def memory_peak() -> int:
+    """Bytes that tensors have taken up at most so far on this process's card."""
+    return torch.cuda.max_memory_allocated()
+
+
+def memory_total() -> int:
+    """Bytes of this process's card."""
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory

@@ -1,0 +1,17 @@
+"""Mistral, dense: Llama with a sliding window in every layer or in none (Jiang et al. 2023, arXiv 2310.06825)."""
+
+from functools import partial
+
+from lf.models.families import common
+
+DIALECT = common.Dialect(
+    "mistral",
+    "MistralForCausalLM",
+    qk_norm=False,
+    bias=common.no_bias,
+    write_bias=common.write_fixed_bias,
+    windows=common.all_layers_slide,
+    write_windows=common.write_all_layers_slide,
+)
+read, write = partial(common.read, DIALECT), partial(common.write, DIALECT)
+names, copies, derived = common.names, common.copies, common.derived

@@ -1,0 +1,17 @@
+"""Qwen1.5, Qwen2 and Qwen2.5, which share one model_type: biases on q, k and v (Qwen team 2024, arXiv 2407.10671)."""
+
+from functools import partial
+
+from lf.models.families import common
+
+DIALECT = common.Dialect(
+    "qwen2",
+    "Qwen2ForCausalLM",
+    qk_norm=False,
+    bias=common.qkv_bias,
+    write_bias=partial(common.write_fixed_bias, wanted=(True, False)),
+    windows=common.last_layers_slide,
+    write_windows=common.write_last_layers_slide,
+)
+read, write = partial(common.read, DIALECT), partial(common.write, DIALECT)
+names, copies, derived = common.names, common.copies, common.derived

@@ -1,0 +1,115 @@
+"""On a card: kernels against their twins, a step against the same step on the CPU, law 1 in float64, and that the host does not wait in a step."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from helpers import draw
+
+import lf
+from lf import parity, tree
+from lf.models.small import tiny
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+CUDA = torch.device("cuda")
+
+
+def on(device: str, precision: str) -> lf.Context:
+    return lf.Context(lf.solo(), lf.devices.get(device), precision)
+
+
+@pytest.mark.parametrize("window", [None, 1, 50])
+@pytest.mark.parametrize(("heads", "kv"), [(4, 4), (6, 2)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_attention_and_twin(dtype: torch.dtype, heads: int, kv: int, window: int | None) -> None:
+    from lf.kernels import varlen
+    from lf.ops import attention as twin
+
+    starts, tokens = [0, 1, 130, 131, 400], 700
+    cu = torch.tensor([*starts, *[tokens] * 11], dtype=torch.int32, device=CUDA)
+    inputs = [draw(name, shape=(tokens, n, 64)).to(CUDA, dtype) for name, n in (("q", heads), ("k", kv), ("v", kv))]
+    dy = draw("dy", shape=(tokens, heads, 64)).to(CUDA, dtype)
+    results = []
+    for f, wide in ((varlen.attention, False), (twin.attention, True)):
+        leaves = [x.double() if wide else x.clone() for x in inputs]
+        leaves = [x.requires_grad_() for x in leaves]
+        y = f(*leaves, cu, window)
+        results.append([y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))])
+    tolerance = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 2e-5, torch.float64: 1e-12}[dtype]
+    for a, b in zip(*results):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * max(b.abs().max().item(), 1))
+
+
+def test_adamw_and_twin() -> None:
+    from lf.kernels import adamw as kernel
+    from lf.ops import adamw as twin
+
+    def fresh() -> list[list[torch.Tensor]]:
+        kinds = [[draw(k, i, shape=s, dtype=torch.float32).to(CUDA) for i, s in enumerate([(50, 70), (3,)])] for k in "wgmv"]
+        return [*kinds[:3], [v.square() for v in kinds[3]]]
+
+    a, b = fresh(), fresh()
+    for f, x in ((kernel.adamw_update, a), (twin.adamw_update, b)):
+        for ok in (True, False, True):
+            f(*x[:1], [g.clone() for g in fresh()[1]], *x[2:], *(torch.tensor(n, device=CUDA) for n in (3, 0.1, 0.3, ok)), (0.8, 0.95), 1e-5, 0.3)
+    for kind in (0, 2, 3):
+        for i, j in zip(a[kind], b[kind]):
+            torch.testing.assert_close(i, j, rtol=3e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("mesh", ["tp=2,dp=2", "tp=5", "dp=3"])
+def test_law_1_in_float64(mesh: str) -> None:
+    """Ranks simulated on one card."""
+    with torch.autograd.set_multithreading_enabled(False):
+        report = parity.compare(tiny(), lf.Mesh.parse(mesh), device="cuda", steps=2, padding=3)
+    assert report.ok, str(report)
+
+
+def stepped(device: str, precision: str, config: Any, tokens: int) -> tuple[dict[str, torch.Tensor], ...]:
+    """Metrics, gradients and parameters of one step from the same model and rows, on the CPU and wide."""
+    ctx, model = on(device, precision), lf.models.decoder.decoder(config)
+    layout = lf.layout(model, ctx.axes.mesh)
+    params = lf.init(layout, ctx, seed=0)
+    batches = parity.random_batches(model, 0, 0, 1, tokens)
+    program = lf.schedule.one_f_one_b(1)
+    grads, _ = lf.train.gradients(layout, program, ctx)(tree.map(lambda w: w.to(ctx.precision.compute), params), batches)
+    init, step = lf.train.make(layout, lf.optim.adamw(1e-3), program, ctx)
+    state, metrics = step(init(params), batches)
+    return tuple({k: v.detach().cpu().double() for k, v in x} for x in (metrics.items(), tree.items(grads), tree.items(state.optimizer["master"])))
+
+
+@pytest.mark.parametrize("name", ["qwen3-demo", "qwen3-0.6b"])
+def test_one_step_equals_the_cpu_within_bfloat16(name: str) -> None:
+    """The CPU in float32 is what both mean; in bfloat16 a gradient may be off by its rounding, 2⁻⁸ of a sum's largest terms."""
+    config = lf.models.presets.PRESETS[name]
+    want, want_grads, want_params = stepped("cpu", "fp32", config, 64)
+    for precision, loose, of_loss in (("fp32", 2e-3, 1e-5), ("bf16", 6e-2, 1e-3)):
+        got, grads, params = stepped("cuda", precision, config, 64)
+        assert abs(got["loss"] - want["loss"]) <= of_loss * want["loss"]
+        assert abs(got["grad_norm"] - want["grad_norm"]) <= loose * want["grad_norm"]
+        for path, g in want_grads.items():
+            assert (grads[path] - g).norm() <= loose * g.norm(), f"{precision} {path}"
+        for path, w in want_params.items():
+            assert (params[path] - w).abs().max() <= 2.1e-3, "an update of Adam is the learning rate at most"
+
+
+def test_the_host_never_waits_inside_a_step() -> None:
+    """Law 9: torch raises at any operation that makes the host wait for the device."""
+    ctx, model = on("cuda", "bf16"), lf.models.decoder.decoder(lf.models.presets.PRESETS["qwen3-demo"])
+    layout = lf.layout(model, ctx.axes.mesh)
+    init, step = lf.train.make(layout, lf.optim.adamw(lf.optim.warmup_cosine(1e-3, 2, 10)), lf.schedule.one_f_one_b(2), ctx)
+    state = init(lf.init(layout, ctx, seed=0))
+    state, _ = step(state, parity.random_batches(model, 0, 0, 2, 300))  # the first one loads kernels
+    batches = parity.random_batches(model, 0, 1, 2, 300)
+    batches = [lf.Batch({k: v.pin_memory() for k, v in b.plan.items()}) for b in batches]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        state, metrics = step(state, batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(metrics["loss"])
+    assert importlib.import_module("lf.devices.cuda").memory_peak() > 0
