@@ -137,6 +137,11 @@ class Axes:
         """All ranks."""
         return self["pp", "dp", "cp", "tp"]
 
+    @property
+    def first_of_node(self) -> bool:
+        """Whether this rank does what is done once on each node; a launcher that does not number the ranks of a node makes each one the first."""
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+
     def _axis(self, ranks: tuple[int, ...], name: str) -> Any:
         if len(ranks) > 1 and ranks not in self._groups:
             world = dist.group.WORLD

@@ -167,6 +167,10 @@ class SimAxes:
     def world(self) -> SimAxis:
         return self["pp", "dp", "cp", "tp"]
 
+    @property
+    def first_of_node(self) -> bool:
+        return self.rank == 0
+
 
 def spmd(mesh: Mesh, fn: Callable[..., Any], *args: Any) -> list[Any]:
     """fn(axes, *args) once per rank of `mesh`; the results in the order of the ranks.

@@ -5,6 +5,7 @@ A script says what the launcher must know with literals at module level, read wi
     MESH = "tp=2,dp=2"      its mesh without --mesh; without either, one rank, or with --device cuda every device that is visible
     RANKS = 1               it simulates its ranks in one process, so --mesh does not set their number
     OUT = "runs/demo"       its run folder without --out; without either, runs/NAME
+    LOGS = "runs/export"    where its logs go when --out is not the folder of a run
 
 --mesh, --device and --out are also read from the JSON of --config FILE. Where a cluster fixes the number of ranks (lf/cluster.py), the mesh
 must match it. Each rank runs in lf/worker.py; lf/supervise.py watches them. Nothing here imports torch: an answer comes at once.
@@ -74,7 +75,7 @@ def resolve(name: str) -> Path:
 
 
 def facts(script: Path) -> dict[str, object]:
-    """The module-level literals MESH, RANKS and OUT, and `doc`: the first line of the docstring."""
+    """The module-level literals MESH, RANKS, OUT and LOGS, and `doc`: the first line of the docstring."""
     try:
         tree = ast.parse(script.read_bytes(), str(script))
     except SyntaxError as error:
@@ -83,7 +84,7 @@ def facts(script: Path) -> dict[str, object]:
     for node in tree.body:
         if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.value, ast.Constant):
             for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                if isinstance(target, ast.Name) and target.id in ("MESH", "RANKS", "OUT"):
+                if isinstance(target, ast.Name) and target.id in ("MESH", "RANKS", "OUT", "LOGS"):
                     out[target.id] = node.value.value
     return out
 
@@ -145,7 +146,7 @@ def plan(script: Path, args: Sequence[str], nproc: int | None = None, env: Mappi
         Mesh.parse(want["mesh"] or ""), want["device"], ranks if isinstance(ranks, int) else None, nproc, cluster, env
     )
     here = range(cluster.first, cluster.first + (size if cluster.here is None else cluster.here))
-    logs = Path(want["out"] or f"runs/{script.stem}") / "logs" / (cluster.job or time.strftime("%Y%m%d-%H%M%S"))
+    logs = Path(str(known.get("LOGS") or want["out"] or f"runs/{script.stem}")) / "logs" / (cluster.job or time.strftime("%Y%m%d-%H%M%S"))
     if cluster.job is None and cluster.rank is None:
         base, n = logs, 1
         while logs.exists():
@@ -158,12 +159,13 @@ def plan(script: Path, args: Sequence[str], nproc: int | None = None, env: Mappi
     if (SCRIPTS / "launch").exists():  # a checkout need not be installed; scripts/launch may have put it there already, a shell has not
         paths = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", str(HOME))]
         add["PYTHONPATH"] = os.pathsep.join([str(HOME), *paths])
-    run = ("-m", "lf.worker", str(script), *args)
+    run = ("lf.worker", str(script), *args)
     if cluster.rank is not None:
-        return Plan((sys.executable, *run), add, logs, here, False, f"{title}: rank {cluster.rank} of {size}")
+        return Plan((sys.executable, "-m", *run), add, logs, here, False, f"{title}: rank {cluster.rank} of {size}")
     torchrun = ("-m", "torch.distributed.run", *cluster.torchrun, "--nproc-per-node", str(len(here)))
     torchrun += ("--log-dir", str(logs / f"torchrun{here.start}"))
-    return Plan((sys.executable, *torchrun, *run), add, logs, here, True, f"{title}: {size} rank{'s' * (size > 1)}")
+    # without -- torchrun takes a script's --run for the beginning of options of its own
+    return Plan((sys.executable, *torchrun, "-m", "--", *run), add, logs, here, True, f"{title}: {size} rank{'s' * (size > 1)}")
 
 
 def text(made: Plan) -> str:

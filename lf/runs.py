@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from pathlib import Path
 from threading import Thread
@@ -77,33 +78,52 @@ def open_run(folder: str | Path, config: Any, axes: Any) -> Run:
 
 
 def on_first_rank(work: Callable[[], Any], axes: Any) -> Any:
-    """Rank 0 runs `work`; every rank returns its answer (JSON), or raises what it raised, be it SystemExit.
+    """Rank 0 runs `work`; every rank returns its answer (JSON), or raises what it raised, be it SystemExit."""
+    return _answers(work if axes.rank == 0 else None, axes)[0]
 
-    However long it takes: the others do not sit in one collective until it times out, they meet rank 0 a few times a second.
+
+def once_per_node(work: Callable[[], Any], axes: Any) -> list[Any]:
+    """One rank of each node runs `work`; every rank returns the answers (JSON) of all nodes, or raises what the first that failed has raised."""
+    return _answers(work if axes.first_of_node else None, axes)
+
+
+def on_every_rank(work: Callable[[], Any], axes: Any) -> list[Any]:
+    """Every rank runs `work` and returns the answers (JSON) of all, or raises what the first that failed has raised."""
+    return _answers(work, axes)
+
+
+def _answers(work: Callable[[], Any] | None, axes: Any) -> list[Any]:
+    """What those ranks answer that have work, in their order. Collective.
+
+    However long it takes: the others do not sit in one collective until it times out, they meet the workers a few times a second. One that
+    fails ends the waiting for all.
     """
     world = axes.world
     if world.size == 1:
-        return work()
+        return [work()] if work else []
+    future = _started(work) if work else None
+    at_work, failed = True, False
+    while at_work and not failed:
+        done = future is None or bool(wait([future], timeout=0.2).done)
+        lost = future is not None and done and future.exception() is not None
+        at_work, failed = map(bool, world.sum(torch.tensor([not done, lost], dtype=torch.int64)))
     problem: BaseException | None = None
     words = b""
-    if axes.rank == 0:
-        future = _started(work)
-        while not _met(wait([future], timeout=0.2).done, world):
-            pass
+    if future is not None and future.done():
         try:
             words = json.dumps({"answer": future.result()}).encode()
-        except BaseException as error:  # whatever ends rank 0 must reach the others: they are waiting for it
+        except BaseException as error:  # whatever ends this rank must reach the others: they are waiting for it
             problem, kind = error, type(error).__name__
-            words = json.dumps({"error": str(error) if isinstance(error, Exception) else f"rank 0: {kind} {error}", "kind": kind}).encode()
-    else:
-        while not _met((), world):
-            pass
-    said = json.loads(_from_first(words, world))
+            by = f"rank {axes.rank}: " if axes.rank else ""
+            text = f"{by}{error}" if isinstance(error, Exception) else f"rank {axes.rank}: {kind} {error}"
+            words = json.dumps({"error": text, "kind": kind}).encode()
+    said = _exchanged(words, world)
     if problem is not None:
         raise problem
-    if "error" in said:
-        raise _KINDS.get(said["kind"], RunError)(said["error"])
-    return said["answer"]
+    for answer in said:
+        if "error" in answer:
+            raise _KINDS.get(answer["kind"], RunError)(answer["error"])
+    return [answer["answer"] for answer in said]
 
 
 def _started(work: Callable[[], Any]) -> Future[Any]:
@@ -120,16 +140,17 @@ def _started(work: Callable[[], Any]) -> Future[Any]:
     return future
 
 
-def _met(done: Collection[Any], world: Any) -> bool:
-    """Whether rank 0 is done: the same answer on every rank."""
-    return bool(world.sum(torch.tensor([len(done)])))
-
-
-def _from_first(words: bytes, world: Any) -> bytes:
-    length = int(world.sum(torch.tensor([len(words)])))
-    padded = torch.zeros(length, dtype=torch.int64)
-    padded[: len(words)] = torch.tensor(list(words), dtype=torch.int64)
-    return bytes(world.sum(padded).tolist())
+def _exchanged(words: bytes, world: Any) -> list[Any]:
+    """The JSON of every rank that has said something, in the order of the ranks."""
+    mine = torch.zeros(world.size, dtype=torch.int64)
+    mine[world.index] = len(words)
+    lengths = world.sum(mine).tolist()
+    start = sum(lengths[: world.index])
+    letters = torch.zeros(sum(lengths), dtype=torch.int64)
+    letters[start : start + len(words)] = torch.tensor(list(words), dtype=torch.int64)
+    text = bytes(world.sum(letters).tolist())
+    ends = list(itertools.accumulate(lengths))
+    return [json.loads(text[end - n : end]) for end, n in zip(ends, lengths) if n]
 
 
 def _locked(lock: TextIO, folder: Path) -> None:

@@ -64,7 +64,7 @@ def main(config: Config) -> None:
 def continuation(folder: Path, config: Config) -> str:
     """What the exported model writes after PROMPT, sampled on one rank from the files alone."""
     ctx = lf.Context(lf.solo(), lf.devices.get(config.device), config.precision)
-    model = lf.hf.model(str(folder))
+    model = lf.hf.model(folder)
     params = lf.hf.load(folder, lf.layout(model, ctx.axes.mesh), ctx)
     tokenizer = lf.data.load_tokenizer(folder)
     ids = tokenizer.encode([PROMPT])[0]

@@ -13,9 +13,10 @@ import lf
 @attrs.frozen
 class Config:
     data: tuple[str, ...]  # text files, folders or globs; one document a file
-    model: str = "qwen3-0.6b"  # a preset, or a folder with a config.json
-    weights: str | None = None  # a Hugging Face folder to start from; random without
-    tokenizer: str | None = None  # a Hugging Face tokenizer folder; without one a BPE is trained on the data
+    model: str = "qwen3-0.6b"  # a preset, a folder with a config.json, or a repository on the hub: org/name[@revision]
+    weights: str | None = None  # a Hugging Face folder or a repository to start from; random without
+    weights_dtype: str | None = None  # fp32, bf16, fp16, fp64: rounds the weights to it on the way; without one nothing is rounded
+    tokenizer: str | None = None  # a folder or a repository with a tokenizer; without one a BPE is trained on the data
     bpe_vocab: int | None = None  # its tokens at most; None: the model's vocabulary, up to 32768
     match: str = "*.txt"  # which files of a folder
     mesh: str = ""  # as tp=2,dp=2; dp fills what is left of the ranks
@@ -42,6 +43,7 @@ class Config:
     drift_every: int | None = None  # steps between two checks that replicas are equal
     on_nonfinite: str = "stop"  # or skip:N, at most N steps in a row
     log: str = "jsonl"  # and tensorboard, wandb, with commas
+    export_dtype: str | None = None  # of the Hugging Face folder that is written at the end; as in training without
     out: str = "runs/pretrain"
 
 
@@ -50,10 +52,11 @@ def main(config: Config) -> tuple[lf.State, lf.context.Context]:
     ramp = lf.ramp.Ramp.parse(config.batch_ramp, config.global_batch)
     steps = lf.ramp.length(config.steps, config.tokens, config.seq_len, ramp, default=1000)
     evals = lf.evaluate.named(config.eval)
+    weights_dtype, export_dtype = lf.hf.float_dtype("--weights-dtype", config.weights_dtype), lf.hf.float_dtype("--export-dtype", config.export_dtype)
     device = lf.devices.get(config.device)
     axes = lf.connect(lf.Mesh.parse(config.mesh), device)
     ctx = lf.Context(axes, device, config.precision)
-    model = lf.hf.model(config.model)
+    model = lf.hf.model(config.model, axes)
     layout = lf.layout(model, axes.mesh)
     policy = lf.loop.Policy(
         steps, config.save_every, config.keep, config.eval_every, config.drift_every, config.on_nonfinite, config.log,
@@ -70,7 +73,8 @@ def main(config: Config) -> tuple[lf.State, lf.context.Context]:
     screen.print(lf.runs.summary(config.model, layout, ctx, config.seq_len, config.micro_batch, counts[-1]), soft_wrap=True)
     if config.batch_ramp:
         screen.print(f"at first fewer: {ramp}", soft_wrap=True)
-    documents, tokenizer = lf.data.prepare(config.data, run.folder, model.config.vocab, axes, config.tokenizer, config.bpe_vocab, config.match)
+    given = str(lf.hf.folder(config.tokenizer, axes, weights=False)) if config.tokenizer else None
+    documents, tokenizer = lf.data.prepare(config.data, run.folder, model.config.vocab, axes, given, config.bpe_vocab, config.match)
     rows = lf.data.rows(documents, config.seq_len, config.seed)
 
     def batches(i: int) -> list[lf.Batch]:
@@ -89,11 +93,11 @@ def main(config: Config) -> tuple[lf.State, lf.context.Context]:
         lf.runs.same_data(saved, data)
         screen.print(f"{config.out} goes on after step {int(state.step)} of {steps}")
     else:
-        state = init(lf.hf.load(config.weights, layout, ctx) if config.weights else lf.init(layout, ctx, config.seed))
+        state = init(lf.hf.load(config.weights, layout, ctx, weights_dtype) if config.weights else lf.init(layout, ctx, config.seed))
     state = lf.loop.run(run, layout, step, state, lf.loop.Feed(batches, ramp.consumed, config.seq_len, data), ctx, policy, evaluate)
     if int(state.step) < steps:  # a signal has asked it to end; all is saved
         return state, ctx
-    lf.hf.save(run.folder / "hf", layout, state, ctx, tokenizer=tokenizer)
+    lf.hf.save(run.folder / "hf", layout, state, ctx, tokenizer, export_dtype)
     if axes.rank == 0:
         lf.pictures.loss_curve(lf.runs.read_metrics(run.metrics), run.folder / "loss.png", f"{config.model} on {axes.mesh}")
     return state, ctx

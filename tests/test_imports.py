@@ -94,7 +94,7 @@ def test_import_lf_loads_nothing_heavy() -> None:
 def test_training_code_loads_no_library_of_others() -> None:
     loaded = loaded_after("import lf; lf.train, lf.parity, lf.data, lf.hf, lf.optim, lf.checkpoint, lf.show, lf.models")
     assert "lf.train" in loaded
-    assert not loaded & {"transformers", "datasets", "tokenizers", "matplotlib", "transformer_engine", "pandas"}
+    assert not loaded & {"transformers", "datasets", "tokenizers", "huggingface_hub", "matplotlib", "transformer_engine", "pandas"}
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

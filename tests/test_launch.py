@@ -51,7 +51,7 @@ def test_dry_run_prints_a_command_that_a_shell_takes_and_starts_nothing(script, 
     out = capsys.readouterr().out
     assert "--standalone" in out
     assert "--nproc-per-node 4" in out
-    assert "-m lf.worker job.py --name 'two words'" in out
+    assert "-m -- lf.worker job.py --name 'two words'" in out
     assert "OMP_NUM_THREADS=" in out
     assert "LF_RANK_LOGS=" + str(Path("here/logs").absolute()) in out
     assert not Path("here").exists()
@@ -60,10 +60,10 @@ def test_dry_run_prints_a_command_that_a_shell_takes_and_starts_nothing(script, 
 def test_dry_run_may_come_last_unless_it_is_the_scripts_own(script, capsys):
     script("print(1)")
     assert launch.main(["job.py", "--name", "x", "--dry-run"]) == 0
-    assert capsys.readouterr().out.rstrip().endswith("-m lf.worker job.py --name x")
+    assert capsys.readouterr().out.rstrip().endswith("-m -- lf.worker job.py --name x")
     script("dry_run = False")
     assert launch.main(["--dry-run", "job.py", "--dry-run"]) == 0
-    assert capsys.readouterr().out.rstrip().endswith("-m lf.worker job.py --dry-run")
+    assert capsys.readouterr().out.rstrip().endswith("-m -- lf.worker job.py --dry-run")
 
 
 def test_the_printed_command_runs_by_hand(script, capsys):
@@ -98,12 +98,23 @@ def test_the_mesh_says_how_many_ranks(script, text, args, ranks):
     assert made.command[made.command.index("--nproc-per-node") + 1] == str(ranks)
 
 
+def test_a_scripts_options_are_its_own(script):
+    from torch.distributed.run import parse_args
+
+    script()
+    args = ["--run", "x", "--role", "y", "--", "--no", "-m"]  # of torchrun there are --run-path, --role, --no-python, -m
+    found = parse_args(list(launch.plan(Path("job.py"), args, env={}).command[3:]))
+    assert (found.module, found.training_script, found.training_script_args) == (True, "lf.worker", ["job.py", *args])
+
+
 def test_the_run_folder(script):
     script('OUT = "runs/mine"')
     assert launch.plan(Path("job.py"), [], env={}).logs.parent == Path("runs/mine/logs")
     assert launch.plan(Path("job.py"), ["--out", "x"], env={}).logs.parent == Path("x/logs")
     script()
     assert launch.plan(Path("job.py"), [], env={}).logs.parent == Path("runs/job/logs")
+    script('LOGS = "runs/export"')
+    assert launch.plan(Path("job.py"), ["--out", "x"], env={}).logs.parent == Path("runs/export/logs")
 
 
 def test_threads_are_shared_out_unless_set(script):

@@ -235,7 +235,6 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "vision-language": (model_of_type("qwen3_vl"), "unknown model_type 'qwen3_vl'"),
     "diffusion": (model_of_type("flux"), "unknown model_type 'flux'"),
     "action": (model_of_type("pi0"), "unknown model_type 'pi0'"),
-    "fetching from a hub": (lambda folder: lf.hf.model("Qwen/Qwen3-0.6B"), "nothing is fetched from a hub"),
     "adapters": (adapter, "cannot read .*config.json"),
     "CUDA": (lambda folder: lf.devices.get("cuda"), "device 'cuda' is not built yet"),
     "Kunlun": (lambda folder: lf.devices.get("kunlun"), "device 'kunlun' is not built yet"),

@@ -4,14 +4,16 @@ import errno
 import fcntl
 import json
 import os
+from threading import Event
 
 import attrs
 import pytest
 from helpers import context, processes
 
 import lf
+from lf.axes_sim import SimAxes
 from lf.config import ConfigError
-from lf.runs import RunError, cut_metrics, on_first_rank, open_run, read_metrics, same_data
+from lf.runs import RunError, cut_metrics, on_every_rank, on_first_rank, once_per_node, open_run, read_metrics, same_data
 
 
 @attrs.frozen
@@ -105,6 +107,23 @@ def test_work_on_the_first_rank_reaches_all():
         for good, bad in lf.sim.spmd(mesh, body):
             assert good == {"by": 0, "word": "größer"}
             assert "zero" in bad
+
+
+def test_work_once_per_node_reaches_all(monkeypatch):
+    monkeypatch.setattr(SimAxes, "first_of_node", property(lambda axes: axes.rank in (0, 3)))
+
+    def body(axes):
+        good = once_per_node(lambda: {"by": axes.rank}, axes)
+        everybody = on_every_rank(lambda: axes.rank, axes)
+        stop = Event()
+        with pytest.raises((RunError, ZeroDivisionError), match="zero") as caught:
+            once_per_node(lambda: 1 // (3 - axes.rank) and stop.wait(), axes)  # rank 0 is never done: nobody waits for it
+        stop.set()
+        return good, everybody, str(caught.value)
+
+    for rank, said in enumerate(lf.sim.spmd(lf.Mesh(dp=5), body)):
+        by = "" if rank == 3 else "rank 3: "
+        assert said == ([{"by": 0}, {"by": 3}], [0, 1, 2, 3, 4], f"{by}integer division or modulo by zero"), rank
 
 
 @pytest.mark.parametrize("end", [SystemExit, KeyboardInterrupt])

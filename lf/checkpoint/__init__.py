@@ -2,6 +2,6 @@
 
 from lf.checkpoint.atomic import CheckpointError
 from lf.checkpoint.manifests import Manifest, latest, manifest, prune
-from lf.checkpoint.native import load, save
+from lf.checkpoint.native import load, masters, model, save
 
-__all__ = ["CheckpointError", "Manifest", "latest", "load", "manifest", "prune", "save"]
+__all__ = ["CheckpointError", "Manifest", "latest", "load", "manifest", "masters", "model", "prune", "save"]

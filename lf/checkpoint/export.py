@@ -11,7 +11,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from torch import Tensor
 from lf import tree
 from lf.box import shape
 from lf.checkpoint.atomic import CheckpointError, agree, attempt, publish, sync, write_json, write_tensors
-from lf.checkpoint.files import CODES
+from lf.checkpoint.files import float_dtype
 from lf.layouts import Layout
 from lf.models import families
+from lf.models.families.place import Place, places
 from lf.spec import Piece, Spec
-from lf.state import State
+from lf.state import State, device_of
 from lf.tree import Tree
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -39,53 +41,69 @@ TOKENIZER = (
 
 
 @attrs.frozen
-class Entry:
-    """A tensor of a shard: its name on disk, and part `index` of `spec`."""
+class Source:
+    """Part `index` of `spec`, and where on disk it goes."""
 
-    name: str
     spec: Spec
     index: int
+    place: Place
+
+
+@attrs.frozen
+class Entry:
+    """A tensor of a shard: its name and shape on disk, and the parts that it is made of."""
+
+    name: str
     shape: tuple[int, ...]
+    sources: tuple[Source, ...]
 
 
 def save(
     folder: str | os.PathLike[str],
     layout: Layout,
-    state: State | Tree,
+    state: State | Tree | Callable[[str], Tensor],
     ctx: Any,
     tokenizer: str | os.PathLike[str] | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
-    """Writes a Hugging Face folder from a State (its masters) or a tree of parameters, and returns its path. Collective.
+    """Writes a Hugging Face folder from a State (its masters), a tree of parameters, or a function that gives the one at a path when it is needed.
 
-    tokenizer: a folder whose tokenizer files are copied along. dtype: of the tensors on disk (None: as they are). No file is larger than
-    `max_shard_bytes`, unless one tensor is. An export that is there is replaced, once the new one is complete; a folder with anything else in it
-    is refused. Raises CheckpointError or ConfigError on every rank, and leaves nothing half-written under the name.
+    Collective; returns the path of the folder. tokenizer: a folder whose tokenizer files are copied along. dtype: of the tensors on disk, as
+    "bf16" (None: as they are). No file is larger than `max_shard_bytes`, unless one tensor is. An export that is there is replaced, once the new
+    one is complete; a folder with anything else in it is refused. Raises CheckpointError or ConfigError on every rank, and leaves nothing
+    half-written under the name.
     """
     params = state.optimizer["master"] if isinstance(state, State) else state
-    dtype = dtype or tree.leaves(params)[0].dtype
-    if not dtype.is_floating_point or dtype not in CODES:
-        raise CheckpointError(f"dtype={dtype} cannot be saved; use torch.float32, torch.bfloat16, torch.float16 or torch.float64")
+    get = params if callable(params) else partial(tree.get, params)
+    dtype = float_dtype("dtype", dtype)
     if max_shard_bytes < 1:
         raise CheckpointError(f"max_shard_bytes={max_shard_bytes} must be at least 1")
     family, errors = families.of(layout.model.config), list[Exception]()
     copied = attempt(errors, _tokenizer_files, tokenizer) if ctx.axes.rank == 0 else []
+    dtype = dtype or attempt(errors, lambda: get(next(iter(layout.specs))).dtype)
     agree(errors, f"saving {folder}", ctx)
+    assert dtype is not None
     shards = deal(layout, family.names(layout.model.config), dtype, max_shard_bytes)
     name_of = {f: SINGLE if len(shards) == 1 else f"model-{f + 1:05d}-of-{len(shards):05d}.safetensors" for f in range(len(shards))}
     axes = ctx.axes
 
     def write(partial: Path, errors: list[Exception]) -> None:
         writer = not any(at for axis, at in axes.coords.items() if axis in ("pp", "cp", "tp"))
+
+        @lru_cache(maxsize=1)  # the parts of one parameter follow one another
+        def local(path: str) -> Tensor:
+            found = attempt(errors, get, path)  # one that cannot be read must not keep the others waiting
+            return torch.zeros(layout.specs[path].local_shape(axes.coords), device=device_of(ctx)) if found is None else found
+
         for f, entries in enumerate(shards):
             if axes.coords["dp"] != f % axes.mesh["dp"]:
                 continue
             held: dict[str, Tensor] = {}
             for entry in entries:
-                whole = gather(entry, tree.get(params, entry.spec.path), dtype, axes)
+                whole = assemble(entry, local, dtype, axes)
                 if writer:
-                    held[entry.name] = whole.cpu()
+                    held[entry.name] = whole
             if writer:
                 attempt(errors, write_tensors, partial / name_of[f], held)
 
@@ -106,7 +124,7 @@ def save(
     return publish(folder, ctx, _ours, write, finish)
 
 
-def deal(layout: Layout, names: dict[str, str], dtype: torch.dtype, limit: int) -> list[list[Entry]]:
+def deal(layout: Layout, names: dict[str, str | Place], dtype: torch.dtype, limit: int) -> list[list[Entry]]:
     """The tensors of each shard, in the order of the model, none larger than `limit` bytes unless one tensor is: the same on every rank."""
     shards: list[list[Entry]] = [[]]
     room = limit
@@ -120,9 +138,23 @@ def deal(layout: Layout, names: dict[str, str], dtype: torch.dtype, limit: int) 
     return shards
 
 
-def gather(entry: Entry, local: Tensor, dtype: torch.dtype, axes: Any) -> Tensor:
-    """The logical tensor, from the rows that each rank along the axes of its spec owns. Collective over these axes."""
-    spec, i = entry.spec, entry.index
+def assemble(entry: Entry, local: Callable[[str], Tensor], dtype: torch.dtype, axes: Any) -> Tensor:
+    """The tensor on disk, in the host's memory, of its parts; local(path): what this rank holds. Collective over the axes of their specs."""
+    out: Tensor | None = None
+    for source in entry.sources:
+        part = gather(source, local(source.spec.path), dtype, axes).cpu()
+        if not source.place.runs:
+            return part
+        out = torch.empty(entry.shape, dtype=dtype) if out is None else out
+        for at, there, n in source.place.runs:
+            out.narrow(source.place.dim, there, n).copy_(part.narrow(source.place.dim, at, n))
+    assert out is not None
+    return out
+
+
+def gather(source: Source, local: Tensor, dtype: torch.dtype, axes: Any) -> Tensor:
+    """A logical part, from the rows that each rank along the axes of its spec owns. Collective over these axes."""
+    spec, i = source.spec, source.index
     mine = spec.pieces(axes.coords)[i]
     owned = _owned(spec, i, axes.coords)
     out = (owned.view(local) if owned else mine.view(local).narrow(mine.dim, 0, 0)).to(dtype)
@@ -140,10 +172,15 @@ def _owned(spec: Spec, index: int, coords: dict[str, int]) -> Piece | None:
     return next((p for p in spec.owned(first) if p.key == key), None)
 
 
-def _entries(layout: Layout, names: dict[str, str]) -> Iterator[Entry]:
+def _entries(layout: Layout, names: dict[str, str | Place]) -> list[Entry]:
+    """The tensors on disk, in the order in which the model first has a part of them."""
+    at, out = places(names), dict[str, Entry]()
     for spec in layout.specs.values():
         for i, piece in enumerate(spec.pieces(layout.mesh.coords(0))):
-            yield Entry(names[piece.key], spec, i, piece.shape)
+            place = at[piece.key]
+            entry = out.get(place.name) or Entry(place.name, place.shape(piece.shape), ())
+            out[place.name] = attrs.evolve(entry, sources=(*entry.sources, Source(spec, i, place)))
+    return list(out.values())
 
 
 def _ours(name: str) -> bool:

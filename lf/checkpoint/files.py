@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lf import box as boxes
 from lf.box import Box
+from lf.config import one_of
 
 DTYPES = {
     "F64": torch.float64,
@@ -27,13 +28,24 @@ DTYPES = {
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
+FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+"""What the weights of a model may be read or written as, by the names that a user gives."""
+
+
+def float_dtype(what: str, value: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype of weights from its name or itself; None stays None. Raises ConfigError, with the near name, for everything else."""
+    if value is None or value in FLOATS.values():
+        return value  # type: ignore[return-value]
+    return FLOATS[one_of(what, str(value).removeprefix("torch."), FLOATS)]
+
 
 def opened(path: Path, stack: ExitStack, problems: list[str]) -> Any:
     """An open safetensors file, closed with `stack`; None and a line in `problems` when it is not there, cut short or something else."""
     try:
         return stack.enter_context(safe_open(path, framework="pt"))
     except FileNotFoundError:
-        problems.append(f"{path.name} is not there")
+        link = f" a link to {path.readlink()}, which is" if path.is_symlink() else ""
+        problems.append(f"{path.name} is{link} not there")
     except (OSError, SafetensorError) as error:
         problems.append(f"{path.name} is cut short, or no safetensors file ({error})")
     return None

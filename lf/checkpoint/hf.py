@@ -18,37 +18,42 @@ from lf import box as boxes
 from lf import tree
 from lf.checkpoint.atomic import CheckpointError, agree, attempt, listing
 from lf.checkpoint.export import INDEX, SINGLE, save
-from lf.checkpoint.files import DTYPES, dtype_of, flat, opened, read_box, shape_of
+from lf.checkpoint.files import DTYPES, FLOATS, dtype_of, flat, float_dtype, opened, read_box, shape_of
+from lf.checkpoint.sources import Source, folder, meaning
 from lf.config import ConfigError, differing, one_of, to_dict
+from lf.console import console
 from lf.layouts import Layout
 from lf.models import families
 from lf.models.decoder import decoder
+from lf.models.families.place import Place, places
 from lf.models.presets import PRESETS
 from lf.segment import Model
 from lf.spec import Piece
 from lf.state import device_of
 from lf.tree import Tree
 
-__all__ = ["CheckpointError", "load", "model", "read_config", "save"]
+__all__ = ["CheckpointError", "float_dtype", "folder", "load", "model", "read_config", "save"]
 
 FREE = {"init_std": 0.02, "embed_std": 0.02, "max_len": 40960, "family": ""}  # fields that change nothing about what the weights mean
 
 
-def model(source: str | os.PathLike[str]) -> Model:
-    """A model by the name of a preset ("qwen3-0.6b") or from a folder with a config.json. Reads no weights.
+def model(source: Source, axes: Any = None) -> Model:
+    """A model by the name of a preset ("qwen3-0.6b"), or from the config.json of a folder or of a repository on the hub ("org/name[@revision]").
 
-    Raises ConfigError for a name that is neither, with the near one, and for everything in config.json that is not supported.
+    Reads no weights. axes: of the ranks that call, so that the hub is asked once on each node (None: this process alone). Raises ConfigError for
+    a name that is none of these, with the near one, or two of them, and for everything in config.json that is not supported.
     """
-    if str(source) in PRESETS:
-        return decoder(PRESETS[str(source)])
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return decoder(read_config(folder))
+    meant = meaning(source)
+    if isinstance(meant, str):
+        return decoder(PRESETS[meant])
+    where = folder(source, axes, weights=False, tokenizer=False)
+    if where.is_dir():
+        return decoder(read_config(where))
     try:
         one_of("model", str(source), PRESETS)
     except ConfigError as error:
-        raise ConfigError(f"{error}; or a folder with a config.json (nothing is fetched from a hub: download it and give the folder)") from None
-    raise AssertionError(source)
+        raise ConfigError(f"{error}; or a folder with a config.json, or a repository on the hub: org/name[@revision]") from None
+    raise ConfigError(f"there is no folder {where}")
 
 
 def read_config(folder: str | os.PathLike[str]) -> Any:
@@ -66,60 +71,74 @@ def read_config(folder: str | os.PathLike[str]) -> Any:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def load(folder: str | os.PathLike[str], layout: Layout, ctx: Any) -> Tree:
-    """This rank's parameters from a Hugging Face folder: {segment: {name: Tensor}} in the master dtype on the device, like `lf.init`. Collective.
+def load(source: Source, layout: Layout, ctx: Any, dtype: str | torch.dtype | None = None) -> Tree:
+    """This rank's parameters, {segment: {name: Tensor}} in the master dtype on the device, like `lf.init`. Collective.
 
-    Raises CheckpointError that lists everything that is wrong with the folder: another config than the layout's model, tensors that are missing,
-    too many, of another shape or dtype, shards that are missing or cut short. A tied tensor that is on disk twice must be the same both times.
+    source: a Hugging Face folder, or a repository on the hub ("org/name[@revision]"), which is fetched once on each node. dtype: what the values
+    on disk are rounded to on the way ("bf16", torch.float32, …). None: nothing is rounded, and a file that the masters cannot hold exactly is
+    refused.
+
+    Raises ConfigError for what the hub does not give, and CheckpointError that lists everything that is wrong with the folder: another config
+    than the layout's model, tensors that are missing, too many, of another shape or dtype, shards that are missing or cut short. A tied tensor
+    that is on disk twice must be the same both times.
     """
-    folder, errors = Path(folder).expanduser(), list[Exception]()
+    dtype, master = float_dtype("dtype", dtype), ctx.precision.master
+    if dtype is not None and torch.promote_types(dtype, master) != master:
+        raise ConfigError(f"dtype={dtype} cannot be held by masters of {master}; use precision='fp64', or a dtype that {master} holds exactly")
+    where, errors = folder(source, ctx.axes), list[Exception]()
     with ExitStack() as stack:
-        found = attempt(errors, _inspect, folder, layout, ctx, stack)
-        agree(errors, f"loading {folder}", ctx)
-        params = attempt(errors, _read, folder, layout, ctx, found)
-        agree(errors, f"loading {folder}", ctx)
+        found = attempt(errors, _inspect, where, layout, ctx, dtype, stack)
+        agree(errors, f"loading {where}", ctx)
+        params = attempt(errors, _read, where, layout, ctx, dtype, found)
+        agree(errors, f"loading {where}", ctx)
     assert params is not None
     return params
 
 
-def _inspect(folder: Path, layout: Layout, ctx: Any, stack: ExitStack) -> dict[str, Any]:
+def _inspect(folder: Path, layout: Layout, ctx: Any, dtype: torch.dtype | None, stack: ExitStack) -> dict[str, Any]:
     """{tensor: open file}; raises CheckpointError with all problems."""
     problems: list[str] = []
-    config = layout.model.config
+    config = stored = layout.model.config
     try:
-        have, want = (dict(flat(to_dict(attrs.evolve(c, **FREE)))) for c in (read_config(folder), config))
+        stored = read_config(folder)
+        have, want = (dict(flat(to_dict(attrs.evolve(c, **FREE)))) for c in (stored, config))
         for field, (theirs, ours) in differing(have, want).items():
             problems.append(f"config.json has {field}={theirs!r}, the layout's model {ours!r}; build it with lf.hf.model({str(folder)!r})")
     except ConfigError as error:
         problems.append(str(error))
     found, lost = _tensors(folder, stack, problems)
-    family = families.of(config)
-    names, copies, wanted = family.names(config), family.copies(config), dict[str, tuple[int, ...]]()
-    for spec in layout.specs.values():
-        for piece in spec.pieces(ctx.axes.coords):
-            name = names[piece.key]
-            wanted[name] = piece.shape
-            if name in found:
-                problems += _misfit(name, found[name], piece.shape, ctx.precision.master)
-            elif not lost(name):
-                problems.append(f"{name} {list(piece.shape)} is missing")
+    family = families.of(stored)
+    at, copies, unused = places(family.names(config)), family.copies(config), getattr(family, "unused", lambda name: "")
+    pieces = [piece for spec in layout.specs.values() for piece in spec.pieces(ctx.axes.coords)]
+    wanted = {at[piece.key].name: at[piece.key].shape(piece.shape) for piece in pieces}
+    for name, shape in wanted.items():
+        if name in found:
+            problems += _misfit(name, found[name], shape, dtype, ctx.precision.master)
+        elif not lost(name):
+            problems.append(f"{name} {list(shape)} is missing")
+    alone: dict[str, int] = {}
     for name in found.keys() - wanted.keys():
         if name in copies:
-            problems += _misfit(name, found[name], wanted[copies[name]], ctx.precision.master)
+            problems += _misfit(name, found[name], wanted[copies[name]], dtype, ctx.precision.master)
+        elif why := unused(name):
+            alone[why] = alone.get(why, 0) + 1
         elif not family.derived(name):
             problems.append(f"{name} {list(shape_of(found[name], name))} is no tensor of this model")
     listing(f"cannot load {folder}", sorted(problems))
+    for why, n in sorted(alone.items()):
+        console(ctx.axes.rank).print(f"{folder}: {n} tensors are left alone: {why}", soft_wrap=True)
     return found
 
 
-def _misfit(name: str, file: Any, shape: tuple[int, ...], master: torch.dtype) -> list[str]:
+def _misfit(name: str, file: Any, shape: tuple[int, ...], dtype: torch.dtype | None, master: torch.dtype) -> list[str]:
     out, have, code = [], shape_of(file, name), dtype_of(file, name)
     if have != shape:
         out.append(f"{name} has shape {list(have)}, the model {list(shape)}")
     if code not in DTYPES or not DTYPES[code].is_floating_point:
         out.append(f"{name} has dtype {code}; F32, BF16, F16 and F64 can be loaded, no quantised weights")
-    elif torch.promote_types(DTYPES[code], master) != master:
-        out.append(f"{name} has dtype {code}, which {master} cannot hold exactly; use precision='fp64', or convert the file")
+    elif dtype is None and torch.promote_types(DTYPES[code], master) != master:
+        rounded = next(k for k, v in FLOATS.items() if v == master)
+        out.append(f"{name} has dtype {code}, which {master} cannot hold exactly; use precision='fp64', or ask for dtype={rounded!r} to round it")
     return out
 
 
@@ -146,10 +165,11 @@ def _tensors(folder: Path, stack: ExitStack, problems: list[str]) -> tuple[dict[
 
 def _shards(folder: Path, problems: list[str]) -> tuple[list[str], dict[str, str] | None]:
     """The files with weights, and the index ({tensor: file}) if there is one."""
-    if (folder / SINGLE).exists() and (folder / INDEX).exists():
+    single = (folder / SINGLE).exists() or (folder / SINGLE).is_symlink()
+    if single and (folder / INDEX).exists():
         problems.append(f"{SINGLE} and {INDEX} are both there; remove the one that is out of date")
         return [], None
-    if (folder / SINGLE).exists():
+    if single:
         return [SINGLE], None
     if not (folder / INDEX).exists():
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
@@ -158,37 +178,41 @@ def _shards(folder: Path, problems: list[str]) -> tuple[list[str], dict[str, str
         return [], None
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        if not all(isinstance(file, str) and Path(file).name == file for file in index.values()):
-            raise ValueError("a file in it is no plain file name")
+        if not index:
+            raise ValueError("it is empty")
+        if odd := [f for f in index.values() if not (isinstance(f, str) and Path(f).name == f and f.endswith(".safetensors"))]:
+            raise ValueError(f"{odd[0]!r} in it is no plain name of a .safetensors file")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         problems.append(f"{INDEX} is no JSON object with a weight_map ({type(error).__name__}: {error})")
         return [], None
     return sorted(set(index.values())), index
 
 
-def _read(folder: Path, layout: Layout, ctx: Any, found: dict[str, Any]) -> Tree:
+def _read(folder: Path, layout: Layout, ctx: Any, dtype: torch.dtype | None, found: dict[str, Any]) -> Tree:
     config, pairs = layout.model.config, []
-    family = families.of(config)
-    names, copies = family.names(config), [(copy, name) for copy, name in family.copies(config).items() if copy in found]
+    family = families.of(read_config(folder))
+    at, copies = places(family.names(config)), [(copy, name) for copy, name in family.copies(config).items() if copy in found]
     for path, spec in layout.specs.items():
         local = torch.empty(spec.local_shape(ctx.axes.coords), dtype=ctx.precision.master)
         for piece in spec.pieces(ctx.axes.coords):
             if boxes.volume(piece.box):
-                piece.view(local).copy_(_slice(found, names[piece.key], piece))
+                place = at[piece.key]
+                part = _part(found, place, piece)
+                piece.view(local).copy_(part if dtype is None else part.to(dtype))
                 for copy, name in copies:
-                    if name == names[piece.key]:
-                        _check_copy(folder, found, copy, name, piece)
+                    if name == place.name and not torch.equal(_part(found, attrs.evolve(place, name=copy), piece), part):
+                        raise CheckpointError(
+                            f"cannot load {folder}: its config.json ties them (tie_word_embeddings), but {copy} differs from {name}; "
+                            f"set tie_word_embeddings to false to train both, or remove {copy} to use {name}"
+                        )
         pairs.append((path, local.to(device_of(ctx))))
     return tree.build(pairs)
 
 
-def _slice(found: dict[str, Any], name: str, piece: Piece) -> torch.Tensor:
-    return read_box(found[name], name, piece.box, boxes.whole(piece.shape))
-
-
-def _check_copy(folder: Path, found: dict[str, Any], copy: str, name: str, piece: Piece) -> None:
-    if not torch.equal(_slice(found, copy, piece), _slice(found, name, piece)):
-        raise CheckpointError(
-            f"cannot load {folder}: its config.json ties them (tie_word_embeddings), but {copy} differs from {name}; "
-            f"set tie_word_embeddings to false to train both, or remove {copy} to use {name}"
-        )
+def _part(found: dict[str, Any], place: Place, piece: Piece) -> torch.Tensor:
+    """This rank's box of a part, in the dtype of the file; of the rows that others share with it only its own are read."""
+    file, origin, d = found[place.name], boxes.whole(place.shape(piece.shape)), place.dim
+    if not piece.box:
+        return read_box(file, place.name, (), ())
+    runs = [read_box(file, place.name, (*piece.box[:d], run, *piece.box[d + 1 :]), origin) for run in place.disk(*piece.box[d])]
+    return runs[0] if len(runs) == 1 else torch.cat(runs, d)

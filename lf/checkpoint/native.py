@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ from lf.box import Box
 from lf.checkpoint.atomic import CheckpointError, agree, attempt, listing, publish, write_json, write_tensors
 from lf.checkpoint.files import CODES, DTYPES, dtype_of, flat, opened, read_box, shape_of
 from lf.checkpoint.manifests import FORMAT, MANIFEST, VERSION, Manifest, Stored, manifest
-from lf.config import differing, to_dict
+from lf.config import differing, from_dict, to_dict
 from lf.layouts import Layout
+from lf.models.decoder import DecoderConfig, decoder
+from lf.segment import Model
 from lf.spec import Piece, Spec
 from lf.state import State, compute_copy, device_of
 
@@ -56,9 +58,12 @@ def save(folder: str | os.PathLike[str], layout: Layout, state: State, ctx: Any,
         tensors: dict[str, dict[str, Any]] = {}
         for r in range(layout.mesh.size):
             at = layout.mesh.coords(r)
-            for leaf, x in leaves.items():
-                for p in _owned(leaf, specs[leaf], at, r):
-                    entry = tensors.setdefault(p.key, {"shape": p.shape, "dtype": CODES[x.dtype], "boxes": []})
+            owned = {path: spec.owned(at) for path, spec in layout.specs.items()}  # once for masters and moments: there may be many ranks
+            for leaf, x in leaves.items() if r == 0 or any(owned.values()) else ():
+                kind, _, path = leaf.partition("/")
+                for p in owned[path] if specs[leaf] else _owned(leaf, None, at, r):
+                    key = f"{kind}/{p.key}" if specs[leaf] else leaf
+                    entry = tensors.setdefault(key, {"shape": p.shape, "dtype": CODES[x.dtype], "boxes": []})
                     entry["boxes"].append({"file": _file(r), "box": p.box})
         config = layout.model.config
         about = {"format": FORMAT, "version": VERSION, "mesh": str(layout.mesh), "step": int(state.step)}
@@ -79,7 +84,7 @@ def load(folder: str | os.PathLike[str], layout: Layout, ctx: Any) -> tuple[Stat
     doing = f"loading {folder}"
     with ExitStack() as stack:
         about = attempt(errors, manifest, folder)
-        found = attempt(errors, lambda: _inspect(folder, about, layout, ctx, stack))  # type: ignore[arg-type]
+        found = attempt(errors, lambda: _inspect(folder, about, layout, ctx, stack, None, ctx.precision.master))  # type: ignore[arg-type]
         agree(errors, doing, ctx)
         assert about is not None
         assert found is not None
@@ -87,12 +92,37 @@ def load(folder: str | os.PathLike[str], layout: Layout, ctx: Any) -> tuple[Stat
         span = ctx.axes.world.max(torch.tensor([about.step, -about.step], device=device_of(ctx))).tolist()
         if span != [about.step, -about.step]:
             raise CheckpointError(f"{doing}: this rank reads step {about.step}, others read {-span[1]} to {span[0]}; give all ranks one folder")
-        values = attempt(errors, _read, found, layout, ctx)
+        values = attempt(errors, lambda: {leaf: _leaf(found, leaf, layout, ctx) for leaf in found[1]})
         agree(errors, doing, ctx)
     assert values is not None
     step = values.pop(STEP)
     optimizer = tree.build(list(values.items()))
     return State(compute_copy(optimizer["master"], ctx), optimizer, step), about.extra
+
+
+def model(folder: str | os.PathLike[str]) -> Model:
+    """The model that a checkpoint is of, from what it says about itself. Raises CheckpointError when it is of a kind that is not known."""
+    about = manifest(folder)
+    if about.kind != DecoderConfig.__name__:
+        raise CheckpointError(f"{folder} is of a model of kind {about.kind!r}; known: {DecoderConfig.__name__}")
+    return decoder(from_dict(DecoderConfig, about.config, f"{folder}/{MANIFEST}: config"))
+
+
+@contextmanager
+def masters(folder: str | os.PathLike[str], layout: Layout, ctx: Any) -> Iterator[Callable[[str], Tensor]]:
+    """A function that reads what this rank holds of the parameter at a path, in the dtype that was saved, each time it is asked. Collective.
+
+    The moments of the optimizer are neither needed nor read, and no more than one parameter is held here: `lf.hf.save` takes the function.
+    Raises CheckpointError as `load` does.
+    """
+    folder, errors = Path(folder).expanduser(), list[Exception]()
+    with ExitStack() as stack:
+        about = attempt(errors, manifest, folder)
+        wanted = [f"master/{path}" for path in layout.specs]
+        found = attempt(errors, lambda: _inspect(folder, about, layout, ctx, stack, wanted, None))  # type: ignore[arg-type]
+        agree(errors, f"loading {folder}", ctx)
+        assert found is not None
+        yield lambda path: _leaf(found, f"master/{path}", layout, ctx)
 
 
 def _file(rank: int) -> str:
@@ -143,8 +173,13 @@ def _refuse(leaves: dict[str, Tensor], specs: dict[str, Spec | None], coords: di
 Reads = dict[str, list[tuple[Any, str, Box, Box, Piece]]]
 
 
-def _inspect(folder: Path, about: Manifest, layout: Layout, ctx: Any, stack: ExitStack) -> tuple[Manifest, Reads]:
-    """What to read for each leaf: (file, tensor, box to read, box that the file has, the piece it goes to). Raises with all problems."""
+def _inspect(
+    folder: Path, about: Manifest, layout: Layout, ctx: Any, stack: ExitStack, wanted: list[str] | None, master: torch.dtype | None
+) -> tuple[Manifest, Reads]:
+    """What to read for each leaf (None: all): (file, tensor, box to read, box that the file has, the piece it goes to).
+
+    Raises with all problems. `master`: the dtype that masters must have (None: any).
+    """
     config, problems = layout.model.config, list[str]()
     ours = json.loads(json.dumps({"kind": type(config).__name__, "config": to_dict(config)}))
     changed = differing(dict(flat({"kind": about.kind, "config": about.config})), dict(flat(ours)))
@@ -153,14 +188,14 @@ def _inspect(folder: Path, about: Manifest, layout: Layout, ctx: Any, stack: Exi
         problems += [f"master/{path} is missing" for path in layout.specs if f"master/{path}" not in about.leaves]
     files: dict[str, Any] = {}
     reads: Reads = {}
-    for leaf in (*about.leaves, STEP) if not changed else ():
+    for leaf in (wanted or (*about.leaves, STEP)) if not changed else ():
         spec = _spec(layout, leaf)
         reads[leaf] = []
         for piece in _pieces(leaf, spec, ctx.axes.coords):
             if (stored := about.tensors.get(piece.key)) is None:
                 problems.append(f"{piece.key} is missing")
                 continue
-            problems += _misfit(piece, stored, leaf, ctx.precision.master)
+            problems += _misfit(piece, stored, leaf, master)
             if stored.shape != piece.shape or stored.dtype not in DTYPES:
                 continue
             covered = 0
@@ -182,12 +217,12 @@ def _inspect(folder: Path, about: Manifest, layout: Layout, ctx: Any, stack: Exi
     return about, reads
 
 
-def _misfit(piece: Piece, stored: Stored, leaf: str, master: torch.dtype) -> Iterator[str]:
+def _misfit(piece: Piece, stored: Stored, leaf: str, master: torch.dtype | None) -> Iterator[str]:
     if stored.shape != piece.shape:
         yield f"{piece.key} has shape {list(stored.shape)}, the model {list(piece.shape)}"
     if stored.dtype not in DTYPES:
         yield f"{piece.key} has dtype {stored.dtype}; known: {', '.join(DTYPES)}"
-    elif leaf.startswith("master/") and DTYPES[stored.dtype] != master:
+    elif leaf.startswith("master/") and master not in (None, DTYPES[stored.dtype]):
         yield f"{piece.key} has dtype {stored.dtype}; this run's masters are {master}: use the precision that it was saved with"
 
 
@@ -199,15 +234,13 @@ def _other(file: Any, key: str, box: Box, dtype: str) -> str:
     return "" if have == (boxes.shape(box), dtype) else f"{key} is {have[1]} {list(have[0])}, {MANIFEST} has {dtype} {list(boxes.shape(box))}"
 
 
-def _read(found: tuple[Manifest, Reads], layout: Layout, ctx: Any) -> dict[str, Tensor]:
+def _leaf(found: tuple[Manifest, Reads], leaf: str, layout: Layout, ctx: Any) -> Tensor:
+    """What this rank holds of a leaf, on its device."""
     about, reads = found
-    out = {}
-    for leaf, parts in reads.items():
-        spec, coords = _spec(layout, leaf), ctx.axes.coords
-        dtype = DTYPES[about.tensors[_pieces(leaf, spec, coords)[0].key].dtype]
-        local = torch.empty(spec.local_shape(coords) if spec else (), dtype=dtype)
-        for file, key, common, origin, piece in parts:
-            target = piece.view(local)[boxes.slices(common, piece.box)] if piece.shape else local
-            target.copy_(read_box(file, key, common, origin))
-        out[leaf] = local.to(device_of(ctx))
-    return out
+    spec, coords = _spec(layout, leaf), ctx.axes.coords
+    dtype = DTYPES[about.tensors[_pieces(leaf, spec, coords)[0].key].dtype]
+    local = torch.empty(spec.local_shape(coords) if spec else (), dtype=dtype)
+    for file, key, common, origin, piece in reads[leaf]:
+        target = piece.view(local)[boxes.slices(common, piece.box)] if piece.shape else local
+        target.copy_(read_box(file, key, common, origin))
+    return local.to(device_of(ctx))

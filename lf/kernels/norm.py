@@ -14,7 +14,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class _RmsNorm(torch.autograd.Function):
-    """n = x·r, r = 1/√(mean x² + eps), y = w·n. With dn = w·dy: dx = r·(dn - n·mean(dn·n)), dw = Σ rows dy·n."""
+    """y = w·x·r with r = 1/√(mean x² + eps). With g = w·dy: dx = r·g - x·r³·mean(g·x), dw = Σ over rows of r·dy·x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -26,10 +26,12 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, r = ctx.saved_tensors
-        n, dy = x.to(r.dtype) * r, dy.to(r.dtype)
-        dw = (dy * n).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        if not ctx.needs_input_grad[0]:
-            return None, dw, None
-        dn = dy * weight
-        mean = torch.linalg.vecdot(dn, n).unsqueeze(-1).div_(x.shape[-1])
-        return dn.addcmul_(n, mean, value=-1).mul_(r).to(x.dtype), dw, None
+        h, dy = x.to(r.dtype), dy.to(r.dtype)
+        dx = dw = None
+        if ctx.needs_input_grad[1]:
+            dw = torch.mv((dy * h).flatten(0, -2).T, r.flatten()).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            g = dy * weight
+            scaled = torch.linalg.vecdot(g, h).unsqueeze(-1).mul_(r.pow(3)).div_(-x.shape[-1])
+            dx = g.mul_(r).addcmul_(h, scaled).to(x.dtype)
+        return dx, dw, None

@@ -69,14 +69,16 @@ class _Partials(torch.autograd.Function):
         if z.shape[1]:
             at = labels.masked_fill(~mine, 0)[:, None]
             for rows in _runs(z):
-                wide_rows = _exp(z[rows], m[rows]).mul_(d[rows, :1])
-                wide_rows.scatter_add_(1, at[rows], (d[rows, 1:] * mine[rows, None]))
-                dz[rows] = wide_rows
+                out = dz[rows] if dz.dtype == m.dtype else None
+                wide_rows = _exp(z[rows], m[rows], out).mul_(d[rows, :1])
+                wide_rows.scatter_add_(1, at[rows], d[rows, 1:] * mine[rows, None])
+                if out is None:
+                    dz[rows] = wide_rows
         return dz, None, None
 
 
-def _exp(z: Tensor, m: Tensor) -> Tensor:
-    return (z.to(m.dtype) - m[:, None]).exp_()
+def _exp(z: Tensor, m: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.sub(z.to(m.dtype), m[:, None], out=out).exp_()
 
 
 def _runs(z: Tensor) -> list[slice]:

@@ -226,6 +226,24 @@ SINGLE: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "other theta": (lambda d: rewrite(d, rope_theta=7, rope_parameters=None), ["layers.1.mixer.rope.theta=7.0"]),
     "unsupported config": (lambda d: rewrite(d, mlp_bias=True), ["mlp_bias=True is not supported"]),
     "unknown family": (lambda d: rewrite(d, model_type="gpt5"), ["unknown model_type 'gpt5'", "qwen3"]),
+    "config is a list": (lambda d: (d / "config.json").write_text("[]"), ["config.json should be a JSON object, is a list"]),
+    "config no text": (lambda d: (d / "config.json").write_bytes(b'{"a": "\xff"}'), ["cannot read", "'utf-8' codec can't decode"]),
+    "a layer more": (lambda d: rewrite(d, num_hidden_layers=3), ["config.json has layers.2.ffn.dim=10, the layout's model None"]),
+    "link to nothing": (
+        lambda d: ((d / "model.safetensors").unlink(), (d / "model.safetensors").symlink_to("../blobs/4a")),
+        ["model.safetensors is a link to ../blobs/4a, which is not there", ": 1 problem\n"],
+    ),
+    "header too long": (lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 7 + b"\0{}"), ["no safetensors file (", "header too large"]),
+    "scalar": (lambda d: edit(d, lambda t: t.update({"model.norm.weight": torch.tensor(1.0)})), ["model.norm.weight has shape [], the model [15]"]),
+    "padded vocabulary": (
+        lambda d: edit(d, lambda t: t.update({"model.embed_tokens.weight": torch.zeros(64, 15)})),
+        ["model.embed_tokens.weight has shape [64, 15], the model [37, 15]"],
+    ),
+    "packed": (lambda d: edit(d, lambda t: t.update({Q: t[Q].to(torch.uint8)})), [f"{Q} has dtype U8;", "no quantised weights"]),
+    "names without model.": (
+        lambda d: edit(d, lambda t: [t.update({k.removeprefix("model."): t.pop(k)}) for k in list(t)]),
+        ["48 problems", "embed_tokens.weight [37, 15] is no tensor of this model"],
+    ),
     "both": (lambda d: (d / export.INDEX).write_text("{}"), ["are both there; remove the one"]),
 }
 SHARDED: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
@@ -240,7 +258,19 @@ SHARDED: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "index without map": (lambda d: reindex(d, lambda i: i.pop("weight_map")), ["no JSON object with a weight_map (KeyError"]),
     "map is a list": (lambda d: reindex(d, lambda i: i.update(weight_map=["a"])), ["no JSON object with a weight_map"]),
     "index is a list": (lambda d: (d / export.INDEX).write_text("[]"), ["no JSON object with a weight_map"]),
-    "map leaves the folder": (lambda d: reindex(d, lambda i: i["weight_map"].update(x="../y.safetensors")), ["no plain file name"]),
+    "map leaves the folder": (
+        lambda d: reindex(d, lambda i: i["weight_map"].update(x="../y.safetensors")),
+        ["'../y.safetensors' in it is no plain name of a .safetensors file"],
+    ),
+    "map is empty": (lambda d: reindex(d, lambda i: i["weight_map"].clear()), ["weight_map (ValueError: it is empty)", ": 1 problem\n"]),
+    "map names the folder": (lambda d: reindex(d, lambda i: i["weight_map"].update(x="..")), ["'..' in it is no plain name"]),
+    "map names a number": (lambda d: reindex(d, lambda i: i["weight_map"].update(x=3)), ["3 in it is no plain name"]),
+    "map names a pickle": (lambda d: reindex(d, lambda i: i["weight_map"].update(x="a.bin")), ["'a.bin' in it is no plain name of a .safetensors"]),
+    "index no text": (lambda d: (d / export.INDEX).write_bytes(b"\xff\xfe"), ["no JSON object with a weight_map (UnicodeDecodeError"]),
+    "one shard twice": (
+        lambda d: shutil.copyfile(d / shard(d, 0), d / shard(d, 1)),
+        ["model.embed_tokens.weight stands in two shards", "k_proj.weight [12, 15] is missing"],
+    ),
     "index in error": (lambda d: reindex(d, lambda i: i["weight_map"].update({DOWN: shard(d, -1)})), [f"{DOWN} is in model-0", "has it in model-0"]),
     "not in the index": (lambda d: reindex(d, lambda i: i["weight_map"].pop(DOWN)), [f"{DOWN} is in model-0", "has it in no file"]),
     "in two shards": (
@@ -420,8 +450,10 @@ def test_a_link_to_a_folder_stays_one(clean: Path, tmp_path: Path) -> None:
 
 
 def test_odd_requests_are_refused(tmp_path: Path) -> None:
-    for options, words in (({"dtype": torch.int8}, "dtype=torch.int8 cannot be saved"), ({"max_shard_bytes": -1}, "max_shard_bytes=-1")):
-        with pytest.raises(CheckpointError, match=words):
+    for options, words in (
+        ({"dtype": torch.int8}, "unknown dtype 'int8'"), ({"dtype": "bf61"}, "did you mean 'bf16'"), ({"max_shard_bytes": -1}, "max_shard_bytes=-1")
+    ):  # fmt: skip
+        with pytest.raises((CheckpointError, ConfigError), match=words):
             lf.sim.spmd(lf.Mesh(), lambda axes, o=options: export_of(MODEL, axes, tmp_path / "x", **o))
     config = tiny().config
     config = attrs.evolve(config, layers=(config.layers[0], attrs.evolve(config.layers[1], ffn=lf.models.decoder.GatedMLP(12))))

@@ -2,10 +2,10 @@
 
     read(values) -> DecoderConfig   from a parsed config.json; ConfigError that names every field that is missing or cannot be built
     write(config) -> dict           the config.json of a model; ConfigError where the family cannot say it
-    names(config) -> dict           {key of a piece (`Spec.pieces`): name of the tensor on disk}
+    names(config) -> dict           {key of a piece (`Spec.pieces`): name of the tensor on disk, or `Place` where it shares one with others}
     copies(config) -> dict          {name of a tensor that may be on disk as well: name of the one that it must equal}, as a tied head
     derived(name) -> bool           whether a tensor on disk follows from the config and is not read
-    unused(name) -> str             why a tensor on disk is not part of the model on purpose, or ''; a module without it has none
+    unused(name) -> str             why lf leaves a tensor on disk alone on purpose, or ''; load says so. A module without it leaves none
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from types import ModuleType
 from typing import Any
 
 from lf.config import ConfigError, one_of
-from lf.models.families import llama, mimo, mistral, qwen2, qwen3
+from lf.models.families import internlm2, llama, mimo, mistral, qwen2, qwen3
 
-FAMILIES: dict[str, ModuleType] = {"llama": llama, "mimo": mimo, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3}
+FAMILIES: dict[str, ModuleType] = {
+    "llama": llama, "internlm2": internlm2, "mimo": mimo, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3,
+}  # fmt: skip
 """`model_type` of a config.json → its family."""
 
 

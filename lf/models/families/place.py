@@ -26,3 +26,12 @@ class Place:
             start, stop = max(lo, at), min(hi, at + n)
             if start < stop:
                 yield there + start - at, there + stop - at
+
+    def shape(self, part: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the tensor on disk for a part of shape `part`."""
+        return tuple(self.rows if self.runs and d == self.dim else n for d, n in enumerate(part))
+
+
+def places(names: dict[str, str | Place]) -> dict[str, Place]:
+    """What a family's `names` give, where a str is short for the Place of that name."""
+    return {key: Place(value) if isinstance(value, str) else value for key, value in names.items()}
