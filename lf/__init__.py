@@ -9,7 +9,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers; the table below is what runs
-    from lf import checkpoint, cli, config, console, context, data, devices, models, optim, parity, pictures, runs, schedule, sim, train, tree
+    from lf import (
+        checkpoint,
+        cli,
+        config,
+        console,
+        context,
+        data,
+        devices,
+        drift,
+        evaluate,
+        log,
+        loop,
+        memory,
+        models,
+        optim,
+        parity,
+        pictures,
+        ramp,
+        record,
+        runs,
+        schedule,
+        signals,
+        sim,
+        train,
+        tree,
+    )
     from lf.axes import connect, solo
     from lf.batch import IGNORE, Batch
     from lf.checkpoint import hf
@@ -21,8 +46,8 @@ if TYPE_CHECKING:  # for editors and type checkers; the table below is what runs
     from lf.state import State, forward, init, shard_batch
 
 _MODULES = (
-    *("checkpoint", "cli", "config", "console", "context", "data", "devices", "models", "optim", "parity", "pictures", "runs", "schedule", "sim"),
-    *("train", "tree"),
+    *("checkpoint", "cli", "config", "console", "context", "data", "devices", "drift", "evaluate", "log", "loop", "memory", "models", "optim"),
+    *("parity", "pictures", "ramp", "record", "runs", "schedule", "signals", "sim", "train", "tree"),
 )
 _NAMES = {
     "lf.axes": ("connect", "solo"),

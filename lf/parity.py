@@ -158,7 +158,7 @@ def trace(
     state, metrics = start(randomised(where, ctx, seed)), []
     for row in batches:
         state, new = step(state, [b for i, b in enumerate(row) if i % dp == d])
-        metrics.append({k: v.cpu() for k, v in new.items()})
+        metrics.append({k: v.cpu() for k, v in new.items() if not v.dim()})  # but finite, which is a rank's own
     return Trace(axes.coords, metrics, seen, {p: w.cpu() for p, w in tree.items(state.optimizer["master"])})
 
 

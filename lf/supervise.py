@@ -1,4 +1,8 @@
-"""Watches the ranks of one machine: shows rank 0 as it runs, keeps every log, finds the rank that failed first, ends them all. No torch."""
+"""Watches the ranks of one machine: shows rank 0 as it runs, keeps every log, finds the rank that failed first, ends them all. No torch.
+
+SIGTERM and SIGUSR2 are passed on to the ranks themselves (torchrun would not pass on the second), which may save and end in order; a second
+signal ends all at once. SIGINT and SIGHUP go to torchrun, which ends the ranks.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +27,16 @@ from pathlib import Path
 
 from lf import worker
 
-GRACE = 30.0  # seconds for the ranks to end by themselves (a checkpoint, perhaps) before they are killed
+GRACE = 30.0  # seconds for the ranks to end by themselves before they are killed
+SAVING = 600.0  # the same where they were asked to save first
 ANSI = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
 # What a rank says when another one has gone: never the first cause when any rank says something else.
 LOST_PEER = re.compile(
     r"Connection (?:closed|reset|refused|timed out|was likely closed)|Broken pipe|Socket Timeout|DistNetworkError|recvValue failed|"
     r"gloo/transport|ncclRemoteError|remote process exited|failed to recv|Timed out waiting|wait timeout"
 )
-STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PASSED_ON = (signal.SIGTERM, signal.SIGUSR2)
+STOP = (signal.SIGINT, signal.SIGHUP, *PASSED_ON)
 
 
 def channel(fd: int, folder: str) -> tuple[int, str, list[int]]:
@@ -75,10 +81,13 @@ def show(fd: int, data: bytes) -> None:
 
 
 def attend(command: Sequence[str], env: dict[str, str], logs: Path, ranks: range, torchrun: bool) -> int:
-    """Runs the command that runs these ranks, to its end. Returns the exit code: 0, the failing rank's, or 128 + the signal that ended us."""
+    """Runs the command that runs these ranks, to its end. Returns the exit code: 0, the failing rank's, or 128 + the signal that ended us.
+
+    SIGUSR2 asks for an early end and nothing else: when the ranks end well it is 0."""
     logs.mkdir(parents=True, exist_ok=True)
     for rank in ranks:
-        (logs / f"rank{rank}.error").unlink(missing_ok=True)
+        for name in (f"rank{rank}.error", f"rank{rank}.pid"):
+            (logs / name).unlink(missing_ok=True)
     folder = tempfile.mkdtemp(prefix="lf-")
     stop: list[int] = []
     before = {number: signal.signal(number, lambda got, frame: stop.append(got)) for number in STOP}
@@ -93,6 +102,8 @@ def attend(command: Sequence[str], env: dict[str, str], logs: Path, ranks: range
     if (stop or code) and os.isatty(1):
         sys.stdout.write("\x1b[?25h")  # a progress bar that was cut short has hidden the cursor
         sys.stdout.flush()
+    if stop == [signal.SIGUSR2] and code == 0:
+        return 0
     if stop and stop[0] != signal.SIGPIPE:
         print(f"\nlf: ended by {signal.Signals(stop[0]).name}; logs in {logs}", file=sys.stderr)
     if stop:
@@ -153,8 +164,9 @@ def _run(command: Sequence[str], env: dict[str, str], logs: Path, ranks: range, 
                     ends.clear()
                 if stop and not told:
                     told = time.monotonic()
-                    child.terminate()
-                elif stop and (len(stop) > 1 or time.monotonic() - told > GRACE):
+                    if stop[0] not in PASSED_ON or not pass_on(stop[0], logs, ranks):
+                        child.terminate()
+                elif stop and (len(stop) > 1 or time.monotonic() - told > (SAVING if stop[0] in PASSED_ON else GRACE)):
                     child.kill()  # and every rank with it
             with contextlib.suppress(BrokenPipeError):
                 drain()
@@ -164,6 +176,16 @@ def _run(command: Sequence[str], env: dict[str, str], logs: Path, ranks: range, 
             if log and rest and reader in ends:
                 log.write(plain(b"\n", rest)[0])
     return child.returncode
+
+
+def pass_on(number: int, logs: Path, ranks: range) -> int:
+    """Sends a signal to every rank that has said which process it is; returns how many there are."""
+    sent = 0
+    for rank in ranks:
+        with contextlib.suppress(OSError, ValueError):  # not started yet, or at its end
+            os.kill(int((logs / f"rank{rank}.pid").read_text()), number)
+            sent += 1
+    return sent
 
 
 def root_cause(records: Sequence[dict], torchrun: str, ranks: range) -> dict | None:

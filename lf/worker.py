@@ -1,8 +1,9 @@
 """Runs a script as one rank: `python -m lf.worker script.py args`. lf.launch starts every rank so.
 
-The rank ends when its parent does, writes where the launcher reads, and leaves a record of why it failed. From the environment:
+The rank ends when its parent does, writes where the launcher reads, says which process it is, so that a signal can be sent to it, and leaves a
+record of why it failed. From the environment:
 
-    LF_RANK_LOGS        folder for rankN.log and rankN.error; without it the script runs as under plain python
+    LF_RANK_LOGS        folder for rankN.log, rankN.pid and rankN.error; without it the script runs as under plain python
     LF_RANK0_STDOUT     where rank 0 writes: a pipe with a name, or a terminal of its own when the launcher has one, so that a progress
     LF_RANK0_STDERR     bar sees a terminal; without them rank 0 writes where its parent does
     LF_LAUNCHER         process id of the launcher: a rank that starts after the launcher's end stops at once
@@ -93,6 +94,7 @@ def main(argv: list[str]) -> int:
         return 0
     os.makedirs(logs, exist_ok=True)
     redirect(rank, logs)
+    Path(logs, f"rank{rank}.pid").write_text(str(os.getpid()))
     faulthandler.enable()  # a crash in native code says where Python was
     try:
         run(script, args)

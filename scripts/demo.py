@@ -31,7 +31,7 @@ class Config(pretrain.Config):
     seq_len: int = 256
     micro_batch: int = 4
     global_batch: int = 8
-    steps: int = 500
+    steps: int | None = 500
     lr: float = 6e-3
     warmup: int = 20
     save_every: int = 50
@@ -42,9 +42,9 @@ class Config(pretrain.Config):
 
 def main(config: Config) -> None:
     _, ctx = pretrain.main(config)
-    if ctx.axes.rank:
-        return
     screen, out = lf.console.console(), Path(config.out)
+    if ctx.axes.rank or not (out / "hf").is_dir():  # rank 0 speaks, and only of a run that has come to its end
+        return
     records = lf.runs.read_metrics(out / "metrics.jsonl")
     lf.show(lf.layout(lf.hf.model(config.model), ctx.axes.mesh), png=out / "layout.png")
     first, last = records[0]["loss"], records[-1]["loss"]

@@ -3,6 +3,8 @@
 scripts/launch pretrain --device cpu --model qwen3-0.6b --data my/texts --mesh tp=2,dp=2
 """
 
+import math
+
 import attrs
 
 import lf
@@ -23,50 +25,78 @@ class Config:
     seq_len: int = 1024
     micro_batch: int = 1  # rows of seq_len in one microbatch
     global_batch: int = 16  # rows in one step, over all ranks
-    steps: int = 1000
+    batch_ramp: str | None = None  # start:increment:rows, fewer rows a step at first
+    steps: int | None = None  # 1000, unless tokens are given
+    tokens: int | None = None  # instead of steps: as many as it takes to consume so many
     lr: float = 3e-4
-    warmup: int = 100
+    schedule: str = "cosine"  # or linear, wsd, constant
+    warmup: int = 100  # steps
+    final: float = 0.1  # of lr, at the last step
+    decay: float = 0.1  # how long wsd falls: a share of the steps, or from 1 on their number
     weight_decay: float = 0.1
     clip: float = 1.0
     seed: int = 0
     save_every: int = 100  # steps
+    keep: int = 2  # checkpoints
+    eval: tuple[str, ...] = ()  # held-out text, as NAME=path
+    eval_every: int = 100  # steps
+    drift_every: int | None = None  # steps between two checks that replicas are equal
+    on_nonfinite: str = "stop"  # or skip:N, at most N steps in a row
+    log: str = "jsonl"  # and tensorboard, wandb, with commas
     export_dtype: str | None = None  # of the Hugging Face folder that is written at the end; as in training without
     out: str = "runs/pretrain"
 
 
 def main(config: Config) -> tuple[lf.State, lf.context.Context]:
-    lf.config.at_least(1, config, "seq_len", "micro_batch", "global_batch", "steps", "save_every")
+    lf.config.at_least(1, config, "seq_len", "micro_batch", "global_batch")
+    ramp = lf.ramp.Ramp.parse(config.batch_ramp, config.global_batch)
+    steps = lf.ramp.length(config.steps, config.tokens, config.seq_len, ramp, default=1000)
+    evals = lf.evaluate.named(config.eval)
     weights_dtype, export_dtype = lf.hf.float_dtype("--weights-dtype", config.weights_dtype), lf.hf.float_dtype("--export-dtype", config.export_dtype)
     device = lf.devices.get(config.device)
     axes = lf.connect(lf.Mesh.parse(config.mesh), device)
     ctx = lf.Context(axes, device, config.precision)
     model = lf.hf.model(config.model, axes)
     layout = lf.layout(model, axes.mesh)
-    microbatches = lf.data.microbatches(config.global_batch, config.micro_batch, axes.mesh["dp"])
-    program = lf.schedule.one_f_one_b(microbatches)
-    rate = lf.optim.warmup_cosine(config.lr, config.warmup, config.steps)
-    init, step = lf.train.make(layout, lf.optim.adamw(rate, weight_decay=config.weight_decay), program, ctx, config.clip)
+    policy = lf.loop.Policy(
+        steps, config.save_every, config.keep, config.eval_every, config.drift_every, config.on_nonfinite, config.log,
+        first_loss=None if config.weights else math.log(model.config.vocab),
+    )  # fmt: skip
+    counts = ramp.microbatches(config.micro_batch, axes.mesh["dp"])
+    programs = [lf.schedule.one_f_one_b(n) for n in counts]  # what a step does, for each number of microbatches
+    rate = lf.optim.schedule(config.schedule, config.lr, config.warmup, steps, config.final, config.decay)
+    init, step = lf.train.make(layout, lf.optim.adamw(rate, weight_decay=config.weight_decay), programs, ctx, config.clip)
 
     screen = lf.console.console(axes.rank)
     run = lf.runs.open_run(config.out, config, axes)  # the same command goes on with an unfinished run
     last = lf.checkpoint.latest(run.checkpoints)
-    screen.print(lf.runs.summary(config.model, layout, ctx, config.seq_len, config.micro_batch, microbatches), soft_wrap=True)
+    screen.print(lf.runs.summary(config.model, layout, ctx, config.seq_len, config.micro_batch, counts[-1]), soft_wrap=True)
+    if config.batch_ramp:
+        screen.print(f"at first fewer: {ramp}", soft_wrap=True)
     given = str(lf.hf.folder(config.tokenizer, axes, weights=False)) if config.tokenizer else None
     documents, tokenizer = lf.data.prepare(config.data, run.folder, model.config.vocab, axes, given, config.bpe_vocab, config.match)
     rows = lf.data.rows(documents, config.seq_len, config.seed)
 
     def batches(i: int) -> list[lf.Batch]:
         dp, multiple = axes["dp"], 2 * axes.mesh["cp"] * axes.mesh["tp"]
-        return lf.data.step_batches(rows, i * config.global_batch, config.global_batch, config.micro_batch, dp.size, dp.index, multiple)
+        return lf.data.step_batches(rows, ramp.consumed(i), ramp.at(i), config.micro_batch, dp.size, dp.index, multiple)
+
+    held_out = {}
+    for name, path in evals.items():
+        texts, _ = lf.data.prepare((path,), run.folder, model.config.vocab, axes, str(tokenizer), None, config.match)
+        held_out[name] = lf.evaluate.HeldOut(*lf.data.in_order(texts, config.seq_len))
+    evaluate = lf.evaluate.make(layout, held_out, config.micro_batch, ctx) if held_out else None
 
     data = {"documents": documents.fingerprint, "seq_len": config.seq_len, "seed": config.seed}
     if last:
         state, saved = lf.checkpoint.load(last, layout, ctx)
         lf.runs.same_data(saved, data)
-        screen.print(f"{config.out} goes on after step {int(state.step)} of {config.steps}")
+        screen.print(f"{config.out} goes on after step {int(state.step)} of {steps}")
     else:
         state = init(lf.hf.load(config.weights, layout, ctx, weights_dtype) if config.weights else lf.init(layout, ctx, config.seed))
-    state = lf.train.loop(run, layout, step, state, batches, config.steps, ctx, config.save_every, data)
+    state = lf.loop.run(run, layout, step, state, lf.loop.Feed(batches, ramp.consumed, config.seq_len, data), ctx, policy, evaluate)
+    if int(state.step) < steps:  # a signal has asked it to end; all is saved
+        return state, ctx
     lf.hf.save(run.folder / "hf", layout, state, ctx, tokenizer, export_dtype)
     if axes.rank == 0:
         lf.pictures.loss_curve(lf.runs.read_metrics(run.metrics), run.folder / "loss.png", f"{config.model} on {axes.mesh}")

@@ -24,6 +24,7 @@ from lf.axes import connect
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = int(os.environ["LF_TEST_SEED"])
+MEASURED = ("tokens_per_s_per_device", "tflops_per_device", "mfu", "memory_gib")  # what of a record no two runs have in common
 QWEN3 = {  # the config.json of a model that takes milliseconds
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 290, "hidden_size": 16, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "intermediate_size": 24, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,

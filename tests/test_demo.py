@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import QWEN3, ROOT, SEED, processes
+from helpers import MEASURED, QWEN3, ROOT, SEED, processes
 
 import lf
 
@@ -25,7 +25,7 @@ import demo
 
 
 def curve(out: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in lf.runs.read_metrics(out / "metrics.jsonl")]
+    return [{k: v for k, v in r.items() if k not in MEASURED} for r in lf.runs.read_metrics(out / "metrics.jsonl")]
 
 
 def opens_in_transformers(folder: Path) -> None:

@@ -1,8 +1,8 @@
 """`import lf` is quick, and imports run downwards only.
 
 The levels are those of the design, with what it leaves open put where the code needs it: `state` runs a forward, so it stands above `schedule`;
-a checkpoint holds a state; the loop saves checkpoints, so `train` stands above them. The launcher's modules (cluster, worker, supervise,
-launch) and the command line (cli, console, runs) need little of the rest and stand low.
+a checkpoint holds a state; the loop saves checkpoints and makes steps, so it stands above `checkpoint` and `train`. The launcher's modules
+(cluster, worker, supervise, launch) and the command line (cli, console, runs) need little of the rest and stand low.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import pytest
 from helpers import ROOT
 
 LEVELS = (
-    ("tree", "box", "mesh", "config", "batch", "console", "worker", "cluster"),
+    ("tree", "box", "mesh", "config", "batch", "console", "worker", "cluster", "signals"),
     ("spec", "axes", "devices", "runs", "cli", "supervise"),
-    ("rng", "axes_sim", "context", "segment", "launch"),
+    ("rng", "axes_sim", "context", "segment", "launch", "log"),
     ("layouts", "ops"),
     ("kernels", "parallel"),
     ("models",),
     ("schedule", "optim", "data"),
-    ("state",),
-    ("checkpoint",),
+    ("state", "ramp", "record"),
+    ("checkpoint", "evaluate", "drift", "memory"),
     ("train", "sim", "pictures"),
-    ("parity",),
+    ("parity", "loop"),
 )
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 

@@ -287,6 +287,56 @@ def test_ctrl_c_ends_quietly(script):
     assert job.returncode == 130
 
 
+SAVES = """
+import os, signal, sys, time
+from lf import signals
+signals.SAME = 0.0
+with signals.asked() as asked:
+    print("up", flush=True)
+    while not asked():
+        time.sleep(0.01)
+    print("saving", flush=True)
+    time.sleep(float(sys.argv[1]))
+    print("saved", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR2, 0)])
+def test_a_rank_that_is_asked_to_end_may_save_first(script, number, code):
+    script(SAVES)
+    job = start("job.py", "0.1", RANK="0", WORLD_SIZE="1")
+    assert job.stdout is not None
+    assert job.stdout.readline() == "up\n"
+    job.send_signal(number)
+    out, err = job.communicate(timeout=30)
+    assert out == "saving\nsaved\n"
+    assert ("ended by SIGTERM" in err) == (code == 143)
+    assert "Traceback" not in err
+    assert job.returncode == code
+
+
+def test_a_second_signal_ends_a_rank_that_saves(script):
+    script(SAVES)
+    job = start("job.py", "60", RANK="0", WORLD_SIZE="1")
+    assert job.stdout is not None
+    assert job.stdout.readline() == "up\n"
+    job.send_signal(signal.SIGUSR2)
+    assert job.stdout.readline() == "saving\n"
+    job.send_signal(signal.SIGTERM)
+    assert "saved" not in job.communicate(timeout=30)[0]
+    assert job.returncode == 128 + signal.SIGUSR2
+
+
+def test_a_script_that_does_not_listen_is_ended(script):
+    script("import time\nprint('up', flush=True)\ntime.sleep(60)")
+    job = start("job.py", RANK="0", WORLD_SIZE="1")
+    assert job.stdout is not None
+    assert job.stdout.readline() == "up\n"
+    job.send_signal(signal.SIGUSR2)
+    assert "ended by SIGUSR2" in job.communicate(timeout=30)[1]
+    assert job.returncode == 128 + signal.SIGUSR2
+
+
 WAIT = """
 import os, sys, time
 MESH = "dp=3"
@@ -336,6 +386,22 @@ def test_under_torchrun_the_failing_rank_speaks_first_and_the_others_end(script,
     logs = next(Path("runs/job/logs").iterdir())
     assert [(logs / f"rank{rank}.log").read_text().splitlines()[0] for rank in range(3)] == [f"hello from {rank}" for rank in range(3)]
     assert "ValueError: boom" in (logs / "rank1.log").read_text()
+
+
+def test_under_torchrun_every_rank_hears_a_signal(script, tmp_path):
+    listens = "from lf import signals\nwith signals.asked() as asked:\n"
+    script(WAIT + listens + "    print('up', flush=True)\n    while not asked():\n        time.sleep(0.02)\n    print('heard', asked(), flush=True)")
+    job = start("job.py", str(tmp_path))
+    assert job.stdout is not None
+    assert [job.stdout.readline() for _ in range(2)] == ["hello from 0\n", "up\n"]
+    logs = next(Path("runs/job/logs").iterdir())
+    end = time.monotonic() + 20
+    while not all((logs / f"rank{r}.log").read_text().endswith("up\n") for r in range(3)) and time.monotonic() < end:
+        time.sleep(0.02)
+    job.send_signal(signal.SIGUSR2)
+    job.communicate(timeout=60)
+    assert job.returncode == 0
+    assert [(logs / f"rank{r}.log").read_text().splitlines()[-1] for r in range(3)] == [f"heard {int(signal.SIGUSR2)}"] * 3
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ import datasets  # noqa: F401 — loaded once here, not in every process that is
 import pytest
 import tokenizers  # noqa: F401
 import torch.fx.experimental.symbolic_shapes  # noqa: F401 — the first backward of a process wants it
-from helpers import QWEN3, ROOT, SEED, processes
+from helpers import MEASURED, QWEN3, ROOT, SEED, processes
 
 import lf
 from lf.checkpoint import atomic
@@ -77,9 +78,22 @@ def at_a_rename(axes: Any, config: pretrain.Config, save: int) -> None:
     atomic._swap = dying  # in this process alone
 
 
+def asked_at_a_step(axes: Any, config: pretrain.Config, rank: int, number: int) -> None:
+    """One rank alone is sent a signal while it makes the batches of step 5."""
+    batches, calls = lf.data.step_batches, []
+
+    def signalled(*args: Any) -> list[lf.Batch]:
+        calls.append(args)
+        if axes.rank == rank and len(calls) == 5:
+            os.kill(os.getpid(), number)
+        return batches(*args)
+
+    lf.data.step_batches = signalled  # in this process alone
+
+
 def _curve(config: pretrain.Config) -> list[dict]:
     records = lf.runs.read_metrics(Path(config.out) / "metrics.jsonl")
-    return [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in records]
+    return [{k: v for k, v in r.items() if k not in MEASURED} for r in records]
 
 
 DICE = random.Random(SEED)
@@ -105,6 +119,62 @@ def test_a_killed_run_goes_on_bit_for_bit(config: pretrain.Config, tmp_path: Pat
     processes(ranks, _train, config)
     assert _curve(config) == want, f"killed at {deaths}"
     assert _files(Path(config.out) / "hf") == _files(tmp_path / "whole" / "hf")
+
+
+def _richer(config: pretrain.Config) -> pretrain.Config:
+    """13 steps of growing size, with an evaluation, checks of the replicas and TensorBoard."""
+    held = Path(config.data[0]).parent / "held"
+    held.mkdir()
+    (held / "a.txt").write_text("return x ( y ) : yield self")
+    return attrs.evolve(
+        config, mesh="tp=2", micro_batch=1, batch_ramp="1:1:9", eval=(f"held={held}",), eval_every=4, drift_every=2, schedule="wsd", save_every=100,
+        log="tensorboard", steps=None, tokens=15 * 38,
+    )  # fmt: skip
+
+
+def test_a_run_that_is_asked_to_end_goes_on_bit_for_bit(config: pretrain.Config, capfd: pytest.CaptureFixture) -> None:
+    config = _richer(config)
+    whole = attrs.evolve(config, out=config.out + "-whole")
+    ranks = lf.Mesh.parse("tp=2")
+    processes(ranks, _train, whole)
+    want = _curve(whole)
+    assert [r["tokens"] // 15 for r in want] == [1, 2, 3, 5, 7, 10, 14, 18, 22, 26, 30, 34, 38]
+    assert [r["step"] for r in want if "eval/held/perplexity" in r] == [4, 8, 12, 13]
+
+    processes(ranks, _train, config, partial(asked_at_a_step, rank=1, number=signal.SIGTERM))
+    assert not (Path(config.out) / "hf").exists()
+    assert [p.name for p in (Path(config.out) / "checkpoints").iterdir()] == ["step-00000006"]
+    assert _curve(config) == want[:6]
+    assert "SIGTERM: ended after step 6 of 13, which is saved; the same command goes on" in capfd.readouterr().out
+    processes(ranks, _train, config)
+    assert _curve(config) == want
+    assert _files(Path(config.out) / "hf") == _files(Path(whole.out) / "hf")
+
+
+@pytest.mark.slow
+def test_a_launched_run_that_is_asked_to_end_goes_on_bit_for_bit(config: pretrain.Config) -> None:
+    config = attrs.evolve(_richer(config), tokens=15 * 160)
+    whole = attrs.evolve(config, out=config.out + "-whole")
+
+    def launched(config: pretrain.Config) -> subprocess.Popen[str]:
+        file = Path(config.out).with_suffix(".json")
+        file.write_text(json.dumps(lf.config.to_dict(config)))
+        env = {**os.environ, "LF_PYTHON": sys.executable}
+        return subprocess.Popen(["scripts/launch", "pretrain", "--config", str(file)], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+
+    assert launched(whole).wait(200) == 0
+    job, metrics = launched(config), Path(config.out) / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        time.sleep(0.01)
+    job.send_signal(signal.SIGUSR2)
+    out, _ = job.communicate(timeout=200)
+    assert job.returncode == 0
+    assert "SIGUSR2: ended after step" in out
+    assert _curve(config) == _curve(whole)[: len(_curve(config))]
+    assert len(_curve(config)) < len(_curve(whole))
+    assert launched(config).wait(200) == 0
+    assert _curve(config) == _curve(whole)
+    assert _files(Path(config.out) / "hf") == _files(Path(whole.out) / "hf")
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -160,7 +230,15 @@ def test_a_start_that_never_trained_can_be_put_right(config: pretrain.Config) ->
     ("change", "words"),
     [
         ({"steps": 0}, "--steps 0: must be at least 1"),
-        ({"save_every": 0, "seq_len": -1}, "--seq-len -1, --save-every 0: must be at least 1"),
+        ({"tokens": 100}, "--steps 12 and --tokens 100 both say how long the run is"),
+        ({"steps": None, "tokens": 0}, "--tokens 0: must be at least 1"),
+        ({"global_batch": 0, "seq_len": -1}, "--seq-len -1, --global-batch 0: must be at least 1"),
+        ({"save_every": 0, "keep": 0}, "save_every=0, keep=0: must be at least 1"),
+        ({"on_nonfinite": "skip"}, "on_nonfinite='skip' should read stop, or skip:N"),
+        ({"log": "jsonl,wanddb"}, "unknown log 'wanddb'; did you mean 'wandb'"),
+        ({"schedule": "cosin"}, "unknown schedule 'cosin'; did you mean 'cosine'"),
+        ({"batch_ramp": "2:2"}, "batch_ramp '2:2' should read start:increment:rows"),
+        ({"batch_ramp": "1:1:9"}, "batch_ramp 1:1:9: steps of 1, 3 rows; .* micro_batch.dp = 2.1 = 2. The nearest that work: 2:2:9"),
         ({"global_batch": 0}, "--global-batch 0: must be at least 1"),
         ({"micro_batch": 0}, "--micro-batch 0: must be at least 1"),
         ({"steps": 2, "warmup": 100}, "warmup=100 .* steps=2"),

@@ -79,6 +79,7 @@ def test_metrics_are_equal_on_every_rank(text: str) -> None:
         state, step = made(axes=axes)
         dp = axes["dp"]
         state, metrics = step(state, [b for i, b in enumerate(batches(2 * dp.size)) if i % dp.size == dp.index])
+        assert metrics.pop("finite").tolist() == [True, True]
         return {k: v.item() for k, v in metrics.items()}
 
     results = lf.sim.spmd(mesh, body)
@@ -190,6 +191,22 @@ def test_what_does_not_fit_is_refused_before_the_first_step() -> None:
         init(params)
 
 
+def test_several_programs_are_one_step_for_several_numbers_of_microbatches() -> None:
+    ctx, layout = context(solo()), lf.layout(tiny(), ONE)
+    init, step = lf.train.make(layout, lf.optim.sgd(0.1), [one_f_one_b(1), one_f_one_b(3)], ctx, clip=None)
+    for n in (1, 3):
+        state, alone = made(microbatches=n)
+        _, want = alone(state, batches(n))
+        _, got = step(init(parity.randomised(layout, ctx, 0)), batches(n))
+        assert got["loss"].item() == want["loss"].item()
+    with pytest.raises(lf.batch.BatchError, match="the program is for 1 or 3 microbatches; 2 were given"):
+        step(init(parity.randomised(layout, ctx, 0)), batches(2))
+    with pytest.raises(ProgramError, match="two programs are for 3 microbatches"):
+        lf.train.make(layout, lf.optim.sgd(0.1), [one_f_one_b(3)] * 2, ctx)
+    with pytest.raises(ProgramError, match=r"the gradients of microbatches \[2\] would come after it"):
+        lf.train.make(layout, lf.optim.sgd(0.1), [one_f_one_b(1), (one_f_one_b(3)[0][:-1],)], ctx)
+
+
 def test_forward_gives_logits_or_terms() -> None:
     ctx = context(solo())
     layout = lf.layout(tiny(), ONE)
@@ -250,32 +267,3 @@ def test_an_objective_that_no_segment_serves_is_named() -> None:
     state, step = made(model, microbatches=1)
     with pytest.raises(lf.config.ConfigError, match="no segment gives a loss for objective other; they give cross_entropy"):
         step(state, batches(1))
-
-
-def test_the_speed_is_that_of_one_step_with_and_without_a_checkpoint(tmp_path, monkeypatch) -> None:
-    """A clock that a step moves by 2 s and a checkpoint by 100 s: every line says 10 tokens / 2 s."""
-    now = [0.0]
-    monkeypatch.setattr(lf.train.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(lf.train.checkpoint, "save", lambda *args: now.__setitem__(0, now[0] + 100))
-    monkeypatch.setattr(lf.train.checkpoint, "prune", lambda *args, **kwargs: None)
-
-    def step(state, batches):
-        now[0] += 2
-        scalars = {"loss": 1.0, "grad_norm": 1.0, "tokens": 10, "skipped": 0}
-        return attrs.evolve(state, step=state.step + 1), {k: torch.tensor(v) for k, v in scalars.items()}
-
-    state = lf.State({}, {}, torch.zeros((), dtype=torch.int64))
-    run = lf.runs.Run(tmp_path, None)
-    layout = lf.layout(tiny(), ONE)
-    lf.train.loop(run, layout, step, state, lambda i: [], 7, context(solo()), save_every=3, extra={})
-    records = lf.runs.read_metrics(run.metrics)
-    assert [r["tokens_per_s"] for r in records] == [5.0] * 7
-    assert [r["tokens"] for r in records] == list(range(10, 80, 10))
-
-
-@pytest.mark.parametrize(("steps", "save_every"), [(0, 1), (3, 0), (-1, 5)])
-def test_a_loop_of_no_steps_is_refused_before_it_starts(steps: int, save_every: int, tmp_path) -> None:
-    state = lf.State({}, {}, torch.zeros((), dtype=torch.int64))
-    with pytest.raises(lf.config.ConfigError, match=f"steps={steps} and save_every={save_every} must each be at least 1"):
-        lf.train.loop(lf.runs.Run(tmp_path, None), lf.layout(tiny(), ONE), None, state, None, steps, context(solo()), save_every, {})
-    assert not list(tmp_path.iterdir())

@@ -5,7 +5,7 @@ from lf.data.bpe import train_bpe
 from lf.data.documents import Documents, open_documents, tokenize
 from lf.data.files import DataError
 from lf.data.prepare import prepare
-from lf.data.stream import Row, Rows, epoch_order, rows, stream
+from lf.data.stream import Row, Rows, epoch_order, in_order, rows, stream
 from lf.data.text import find_files, read_text
 from lf.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -17,6 +17,7 @@ __all__ = [
     "Tokenizer",
     "epoch_order",
     "find_files",
+    "in_order",
     "load_tokenizer",
     "microbatch",
     "microbatches",

@@ -96,6 +96,22 @@ def stream(documents: Documents, seq_len: int, seed: int) -> Rows:
     return row
 
 
+def in_order(documents: Documents, seq_len: int) -> tuple[Rows, int]:
+    """(rows, their number) with every token once, in the order of the file: what an evaluation reads. The last row is what is left."""
+    if seq_len < 1:
+        raise DataError(f"seq_len={seq_len} must be at least 1")
+    tokens, offsets = documents.tokens, documents.offsets
+
+    def row(k: int) -> Row:
+        lo, hi = k * seq_len, min((k + 1) * seq_len, len(tokens))
+        labels = np.append(tokens[lo + 1 : hi + 1], [IGNORE] * (hi == len(tokens))).astype(np.int64)
+        ends = offsets[(offsets > lo) & (offsets <= hi)] - lo
+        labels[ends - 1] = IGNORE
+        return Row(np.asarray(tokens[lo:hi], np.int64), labels, np.append(0, ends[ends < hi - lo]).astype(np.int64))
+
+    return row, -(-len(tokens) // seq_len)
+
+
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     """The order of n documents in an epoch, keyed by (seed, epoch)."""
     return permutation(n, seed, "order", epoch)

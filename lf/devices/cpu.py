@@ -49,5 +49,7 @@ def memory_peak() -> int:
 
 
 def memory_total() -> int:
-    """Bytes of memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes of memory of this machine, or fewer where this process has been given a limit."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return there if limit == resource.RLIM_INFINITY else min(limit, there)

@@ -2,7 +2,7 @@
 
 from lf.optim.adamw import adamw
 from lf.optim.base import Optimizer
-from lf.optim.lr import constant, warmup_cosine
+from lf.optim.lr import constant, schedule, warmup_cosine, warmup_linear, warmup_stable_decay
 from lf.optim.sgd import sgd
 
-__all__ = ["Optimizer", "adamw", "constant", "sgd", "warmup_cosine"]
+__all__ = ["Optimizer", "adamw", "constant", "schedule", "sgd", "warmup_cosine", "warmup_linear", "warmup_stable_decay"]

@@ -2,7 +2,7 @@
 
 `bind` joins a program with a layout once; `run` is a step's work. Its state is `live` (values: written once, taken once, nothing left at the
 end) and the gradient sums. Autograd is cut at layer boundaries: a forward keeps, for each layer, its input, its output and its losses; a
-backward walks the layers from the last to the first.
+backward walks the layers from the last to the first. Where memory runs out, the error says in which action and layer.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from lf.batch import Batch
 from lf.layouts import Layout
 from lf.parallel.reduce import reduce_gradients
 from lf.schedule.ir import Action
+from lf.schedule.memory import memory_at
 from lf.segment import Segment, Terms, path_of
 from lf.spec import Spec
 
@@ -68,11 +69,12 @@ def _layers(layout: Layout, stage: int) -> dict[str, Layer]:
 
 def run(
     bound: Bound, params: dict[str, Any], batches: Sequence[Batch], seeds: Mapping[str, Tensor], ctx: Any
-) -> tuple[dict[str, Tensor], Terms]:
-    """Gradients of Σ_k seeds[k] · Σ losses_k by path, reduced over the ranks that hold them, and the terms summed over microbatches.
+) -> tuple[dict[str, Tensor], Terms, Tensor]:
+    """(gradients of Σ_k seeds[k] · Σ losses_k by path, reduced over the ranks that hold them; terms summed over microbatches; finite).
 
     params: {segment: {name: Tensor}}, the compute copy. seeds: objective → λ_k / N_k, a scalar. Gradients come in the master dtype, terms as
-    this rank's own sums (P over all ranks).
+    this rank's own sums (P over all ranks). finite, (microbatches,) bool: whether the losses of each microbatch on this rank, and the gradient
+    at the first layer of its stages, were finite.
     """
     dtype = ctx.precision.master
     leaves = {path: _lookup(params, path).detach().requires_grad_() for path in bound.paths}
@@ -80,35 +82,45 @@ def run(
     grads: dict[str, Tensor] = {}
     terms: Terms = {}
     waits: list[Callable[[], None]] = []
+    true = torch.ones((), dtype=torch.bool, device=next(iter(leaves.values())).device)
+    seen = [[true] for _ in batches]  # of each microbatch, whether what was looked at is finite
 
     for a in bound.actions:
         if a.op == "F":
             assert a.microbatch is not None
             x: Any = {}
-            kept = []
-            for layer in bound.layers[a.stage].values():
-                done = _forward(layer, leaves, x, batches[a.microbatch], ctx)
+            kept: list[_Kept] = []
+            for name, layer in bound.layers[a.stage].items():
+                with memory_at(f"the forward of {name}, action {a}", (len(kept) + 1) / len(bound.layers[a.stage]), grads):
+                    done = _forward(layer, leaves, x, batches[a.microbatch], ctx)
                 _add_terms(terms, {"losses": done.losses})
                 x = done.y
                 kept.append(done)
+                seen[a.microbatch] += [torch.isfinite(loss.detach()) for loss in done.losses.values()]
             live[a.stage, a.microbatch] = kept
         elif a.op == "B":
+            assert a.microbatch is not None
             dy: dict[str, Tensor] = {}
-            kept = live.pop((a.stage, a.microbatch))
+            first: dict[str, Tensor] = {}
+            kept, names = live.pop((a.stage, a.microbatch)), [*bound.layers[a.stage]]
             while kept:  # a layer's activations go as soon as its backward is done
-                dy = _backward(kept.pop(), leaves, dy, seeds, grads, dtype)
+                with memory_at(f"the backward of {names[len(kept) - 1]}, action {a}", 1.0, grads):
+                    dy = _backward(kept.pop(), leaves, dy, seeds, grads, dtype)
+                first = dy or first  # nothing leaves the layer that takes in the tokens
+            seen[a.microbatch] += [torch.isfinite(g).all() for g in first.values()]
         else:
             assert a.segment is not None
             specs = bound.layers[a.stage][a.segment].specs
-            for spec in specs:  # a parameter that no loss reached: its sum over the holders is still a collective that all must join
-                if spec.path not in grads:
-                    grads[spec.path] = torch.zeros_like(leaves[spec.path], dtype=dtype, requires_grad=False)
-            waits.append(reduce_gradients(specs, grads, ctx.axes))
+            with memory_at(f"the sum of gradients of {a.segment}, action {a}", 1.0, grads):
+                for spec in specs:  # a parameter that no loss reached: its sum over the holders is still a collective that all must join
+                    if spec.path not in grads:
+                        grads[spec.path] = torch.zeros_like(leaves[spec.path], dtype=dtype, requires_grad=False)
+                waits.append(reduce_gradients(specs, grads, ctx.axes))
     for wait in waits:
         wait()
     if live:
         raise AssertionError(f"the program left activations alive: {sorted(live, key=str)}")  # `check` proves that this cannot be
-    return grads, terms
+    return grads, terms, torch.stack([torch.stack(flags).all() for flags in seen])
 
 
 def run_forward(segments: Sequence[Segment], params: dict[str, Any], batch: Batch, ctx: Any) -> tuple[Any, Terms]:

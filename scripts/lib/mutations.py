@@ -13,7 +13,7 @@ from typing import Any
 
 import attrs
 
-from lf import axes, axes_sim, rng, state, train
+from lf import axes, axes_sim, drift, evaluate, loop, ramp, record, rng, state, train
 from lf.mesh import Mesh
 from lf.ops import attention
 from lf.optim import adamw, lr, sgd
@@ -305,8 +305,8 @@ SCHEDULE = [
     words("adamw: eps under the root", OPTIM, (adamw, ".sqrt() + eps)", "+ eps).sqrt()")),
     words("adamw: a skipped step ages", OPTIM, (adamw, ".add_(ok)", ".add_(1)")),
     words("adamw: moments not gated", OPTIM, (adamw, "keep = ok.to(g.dtype)", "keep = torch.ones_like(ok, dtype=g.dtype)")),
-    words("rate: warm-up from 0", OPTIM, (lr.warmup_cosine, "(s + 1) / max(warmup, 1)", "s / max(warmup, 1)")),
-    words("rate: falls on after the end", OPTIM, (lr.warmup_cosine, ".clamp(0, 1)", "")),
+    words("rate: warm-up from 0", OPTIM, (lr._warmed, "(s + 1) / max(warmup, 1)", "s / max(warmup, 1)")),
+    words("rate: falls on after the end", OPTIM, (lr._done, ".clamp(0, 1)", "")),
 ]
 
 AXES = [
@@ -332,5 +332,26 @@ AXES = [
     words("simulator: ranks may differ", "tests/test_sim.py", (axes_sim.World.meet, "if theirs != tag:", "if False:")),
 ]
 
-ALL: list[Mutation] = [*edges(), *MOVES, *SPECS, *NORMALISER, *MODEL, *SCHEDULE, *AXES]
+EVALUATE, DRIFT, LOOP, RAMP, LR = (f"tests/{name}.py" for name in ("test_evaluate", "test_drift", "test_loop", "test_ramp", "optim/test_lr"))
+RUNS = [
+    words("evaluation: counts summed over all ranks", EVALUATE, (evaluate._means, "dp.sum(", "ctx.axes.world.sum(")),
+    words("evaluation: loss summed over dp alone", EVALUATE, (evaluate._means, "ctx.axes.world.sum(", "dp.sum(")),
+    words("evaluation: padding counts", EVALUATE, (evaluate._padding, "np.full(n, IGNORE, np.int64)", "np.zeros(n, np.int64)")),
+    words("evaluation: ranks without rows stay out", EVALUATE, (evaluate._batches, "micro_batch * dp.size)", "micro_batch * dp.size - 1)")),
+    words("drift: constants may be even", DRIFT, (drift._odd, "c | 1", "c & -2")),
+    words("drift: one constant for all places", DRIFT, (drift._odd, "c | 1", "c * 0 + 1")),
+    words("drift: the top bit is lost", DRIFT, (drift.digest, "(total ^ (total >> 31))", "total")),
+    words("drift: shared units are not looked at", DRIFT, (drift._atoms, "if i in spec.shared():", "if False:")),
+    words("drift: the largest hash alone", DRIFT, (drift.check, "most != -least", "most < -least")),
+    words("ramp: a stage begins a step late", RAMP, (ramp._stages, "-(-(done + 1) * ramp.rows // k)", "(done + 1) * ramp.rows // k + 1")),
+    words("wsd: falls a step early", LR, (lr.warmup_stable_decay, "steps - falling - 1", "steps - falling - 2")),
+    words("loop: no checkpoint at an early end", LOOP, (loop.run, "or bool(stop)", "")),
+    words("loop: skipped steps are never too many", LOOP, (loop.run, "in_a_row > policy.skips", "in_a_row > policy.skips > 0")),
+    words("loop: records of steps in between are lost", LOOP, (loop.run, "stop = settle(ended=began) or stop\n", "pending = measured\n")),
+    words("record: the speed of all ranks", LOOP, (record.record_of, "/ seconds / ranks, 1)", "/ seconds, 1)")),
+    words("record: rank 0's memory", LOOP, (record.measure, '"max", later=True', '"sum", later=True')),
+    words("run: infinity in the backward is not seen", RUN, (run.run, "first = dy or first", "first = {}")),
+]
+
+ALL: list[Mutation] = [*edges(), *MOVES, *SPECS, *NORMALISER, *MODEL, *SCHEDULE, *AXES, *RUNS]
 assert len({m.name for m in ALL}) == len(ALL)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import attrs
 import pytest
 import torch
 from helpers import context
@@ -11,6 +14,7 @@ from lf import parity, tree
 from lf.axes import solo
 from lf.models.small import tiny
 from lf.schedule import Action, add_reduce, check, one_f_one_b
+from lf.schedule.memory import OutOfMemory
 from lf.schedule.run import bind, run, run_forward
 from lf.segment import Model, Objective, Segment
 from lf.spec import Param, constant
@@ -40,7 +44,8 @@ def test_gradients_are_those_of_plain_autograd(tied: bool, order: str) -> None:
     program = add_reduce(program, layout)
     check(program, layout, 3)
     weight = torch.tensor(0.25, dtype=torch.float64)
-    grads, terms = run(bind(program[0], layout), params, batches, {"cross_entropy": weight}, ctx)
+    grads, terms, finite = run(bind(program[0], layout), params, batches, {"cross_entropy": weight}, ctx)
+    assert finite.tolist() == [True] * 3
     want, total = plain(layout, params, batches, ctx)
     assert grads.keys() == want.keys()
     for path, g in grads.items():
@@ -85,5 +90,50 @@ def test_a_gradient_that_two_parameters_share_is_not_added_twice() -> None:
     ctx, layout = context(solo()), lf.layout(model, lf.Mesh(dp=1))
     batches = [lf.Batch({"tokens": torch.tensor([1.0, 10.0], dtype=torch.float64)})] * 3
     (actions,) = add_reduce(one_f_one_b(3), layout)
-    grads, _ = run(bind(actions, layout), lf.init(layout, ctx, 0), batches, {"loss": torch.ones((), dtype=torch.float64)}, ctx)
+    grads, *_ = run(bind(actions, layout), lf.init(layout, ctx, 0), batches, {"loss": torch.ones((), dtype=torch.float64)}, ctx)
     assert {k: g.tolist() for k, g in grads.items()} == {"only/a": [3.0, 30.0], "only/b": [3.0, 30.0]}
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_the_microbatch_that_is_not_finite_is_known(where: str) -> None:
+    """Infinity in the forward shows in the loss, in the backward alone in the gradient that arrives at the first layer."""
+
+    class Spoiled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, bad: bool) -> torch.Tensor:
+            ctx.bad = bad
+            return x * torch.inf if bad and where == "forward" else x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, g: torch.Tensor) -> Any:
+            return (g * torch.nan if ctx.bad else g), None
+
+    def spoil(p, x, batch, ctx):
+        return Spoiled.apply(x, bool(batch.plan["bad"])), {}
+
+    first, *rest = tiny().segments
+    model = attrs.evolve(tiny(), segments=(first, Segment("spoil", "spoil", {}, spoil), *rest))
+    ctx, layout = context(solo()), lf.layout(model, lf.Mesh(dp=1))
+    rows = parity.random_batches(tiny(), 0, 0, 3, 9)
+    batches = [lf.shard_batch(lf.Batch({**b.plan, "bad": torch.tensor(i == 1)}), model, ctx) for i, b in enumerate(rows)]
+    (actions,) = add_reduce(one_f_one_b(3), layout)
+    grads, terms, finite = run(bind(actions, layout), parity.randomised(layout, ctx, 0), batches, {"cross_entropy": torch.ones(())}, ctx)
+    assert finite.tolist() == [True, False, True]
+    assert torch.isfinite(terms["losses"]["cross_entropy"]) == (where == "backward")
+    assert not torch.isfinite(grads["embed/weight"]).all()
+
+
+def test_memory_that_runs_out_says_in_which_action_and_layer() -> None:
+    def full(p, x, batch, ctx):
+        return x + torch.empty(1 << 60), {}
+
+    first, *rest = tiny().segments
+    model = attrs.evolve(tiny(), segments=(first, Segment("full", "full", {}, full), *rest))
+    ctx, layout = context(solo()), lf.layout(model, lf.Mesh(dp=1))
+    (actions,) = add_reduce(one_f_one_b(1), layout)
+    params, batches = lf.init(layout, ctx, 0), parity.random_batches(tiny(), 0, 0, 1, 9)
+    with pytest.raises(OutOfMemory, match=r"out of memory in the forward of full, action 0F0: .*allocate memory") as caught:
+        run(bind(actions, layout), params, batches, {"cross_entropy": torch.ones(())}, ctx)
+    assert caught.value.forward == 2 / 5  # embed has run, full has begun; two layers and the head have not
+    assert caught.value.wanted == 4 << 60
+    assert caught.value.gradients == 0

@@ -1,0 +1,150 @@
+"""Do the ranks that hold the same numbers still hold the same numbers? A cosmic ray, a broken card or a sum that one rank left out makes
+replicas drift, and no loss shows it for a long time.
+
+Every box of the optimizer's state that several ranks hold gets a hash, computed where it lies:
+
+    hash(box) = Σ_i x_i · c_i  mod 2^64        x_i: the bits of element i as an integer · c_i: an odd number that depends on i
+
+The sum has no order, so it is the same on any device; c_i is odd, so one changed element always changes it. The largest and the smallest hash
+of each box over all ranks, in one all-reduce, tell whether all holders agree; only where they do not, who says what is collected. Boxes that
+overlap (kv heads under query heads) are hashed unit by unit: a unit lies whole on each of its holders.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from lf import box, tree
+from lf.layouts import Layout
+from lf.runs import RunError
+from lf.spec import Piece, Spec
+from lf.state import State, device_of
+
+CHUNK = 1 << 22  # elements hashed at a time: 32 MiB of constants beside them
+SHOWN = 10  # tensors in one error
+NOBODY = -(1 << 63)  # below every hash and its negative
+
+
+def check(layout: Layout, state: State, ctx: Any) -> None:
+    """Raises RunError on every rank, naming tensors and ranks, when replicas of the state differ. Collective; the host waits for the answer."""
+    leaves = {**dict(tree.items(state.optimizer)), "step": state.step}
+    atoms = [*_atoms(layout, leaves, ctx.axes.coords)]
+    device = device_of(ctx)
+    spread = torch.full((2, sum(sum(_places(spec)) for spec in _specs(layout, leaves))), NOBODY, dtype=torch.int64, device=device)
+    if atoms:
+        places = torch.tensor([place for place, _, _ in atoms], device=device)
+        hashes = torch.stack([digest(piece.view(leaves[leaf])) for _, leaf, piece in atoms])
+        spread[0, places], spread[1, places] = hashes, -hashes
+    most, least = ctx.axes.world.max(spread).unbind()
+    bad = (most != -least).logical_and(most != NOBODY).nonzero()[:, 0]
+    if len(bad):
+        raise RunError(_report(bad, spread[0], layout, leaves, ctx))
+
+
+def digest(x: Tensor) -> Tensor:
+    """The hash of a tensor's bits, an int64 scalar that is not negative."""
+    flat = x.detach().reshape(-1)
+    flat = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=x.device)
+    for start in range(0, len(flat), CHUNK):
+        piece = flat[start : start + CHUNK]
+        total += (piece.to(torch.int64) * _odd(start, start + len(piece), x.device)).sum()
+    return (total ^ (total >> 31)) & (2**63 - 1)  # the top bit is folded in before it goes
+
+
+def _odd(start: int, stop: int, device: torch.device) -> Tensor:
+    """Odd constants without a pattern, one for each place (the finaliser of MurmurHash3, Appleby 2011)."""
+    c = torch.arange(start, stop, dtype=torch.int64, device=device) + 1
+    for factor in (_signed(0xFF51AFD7ED558CCD), _signed(0xC4CEB9FE1A85EC53)):
+        c = (c ^ ((c >> 33) & 0x7FFFFFFF)) * factor
+    return c | 1
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64)
+
+
+def _specs(layout: Layout, leaves: Iterable[str]) -> list[Spec | None]:
+    """The spec of each leaf; None for one that is shaped like no parameter: a scalar, the same on all ranks."""
+    return [layout.specs.get(leaf.partition("/")[2]) for leaf in leaves]
+
+
+def _places(spec: Spec | None) -> list[int]:
+    """How many atoms each part has over all ranks: a box for every coordinate on the axes that split it, or a unit where boxes overlap."""
+    if spec is None:
+        return [1]
+    return [(part.n if i in spec.shared() else 1) * _splits(spec, i) for i, part in enumerate(spec.parts())]
+
+
+def _splits(spec: Spec, i: int) -> int:
+    return math.prod(spec.mesh[axis] for axis in _axes(spec, i))
+
+
+def _axes(spec: Spec, i: int) -> tuple[str, ...]:
+    """The axes that split part i, but for one along which its boxes overlap."""
+    return tuple(a for d, a in enumerate(spec.names) if a and not (d == spec.param.part_dim and i in spec.shared()))
+
+
+def _atoms(layout: Layout, leaves: Iterable[str], coords: dict[str, int]) -> Iterator[tuple[int, str, Piece]]:
+    """(place, leaf, piece) of what the rank at `coords` holds and others, too. `place` numbers the atoms of the state, on every rank alike."""
+    first = 0
+    leaves = [*leaves]
+    for leaf, spec in zip(leaves, _specs(layout, leaves)):
+        if spec is None:
+            yield first, leaf, Piece(leaf, (), (), 0, 0)
+            first += 1
+            continue
+        kind = leaf.partition("/")[0]
+        alone = math.prod(spec.mesh[a] for a in spec.sum_axes) == 1
+        for i, (piece, places) in enumerate(zip(spec.pieces(coords), _places(spec))):
+            piece, at = attrs.evolve(piece, key=f"{kind}/{piece.key}"), first
+            for axis in _axes(spec, i):
+                at += coords[axis] * (places := places // spec.mesh[axis])
+            if i in spec.shared():
+                yield from ((at + n, leaf, unit) for n, unit in _units(spec, i, piece, coords))
+            elif not alone and box.volume(piece.box):
+                yield at, leaf, piece
+            first += _places(spec)[i]
+
+
+def _units(spec: Spec, i: int, piece: Piece, coords: dict[str, int]) -> Iterator[tuple[int, Piece]]:
+    """The units of a part whose boxes overlap, each with its number."""
+    part, axis = spec.parts()[i], spec.names[piece.dim]
+    assert axis is not None
+    begin = piece.box[piece.dim][0]
+    for n in range(*part.units(coords[axis], spec.mesh[axis])):
+        lo, hi = n * part.size, min((n + 1) * part.size, part.rows)
+        held = tuple((lo, hi) if d == piece.dim else b for d, b in enumerate(piece.box))
+        yield n, attrs.evolve(piece, box=held, at=piece.at + lo - begin)
+
+
+def _report(bad: Tensor, hashes: Tensor, layout: Layout, leaves: Iterable[str], ctx: Any) -> str:
+    """Who differs from the most, for each atom. Collective: every rank comes here with the same `bad`."""
+    world, shown = ctx.axes.world, bad[:SHOWN]
+    said = torch.full((world.size, len(shown)), NOBODY, dtype=torch.int64, device=hashes.device)
+    said[world.index] = hashes[shown]
+    lines = []
+    for place, row in zip(shown.tolist(), world.max(said).T.tolist()):
+        groups: dict[int, list[int]] = {}
+        for rank, value in enumerate(row):
+            if value != NOBODY:
+                groups.setdefault(value, []).append(rank)
+        most, *others = sorted(groups.values(), key=len, reverse=True)
+        piece = next(p for at, _, p in _atoms(layout, leaves, layout.mesh.coords(most[0])) if at == place)
+        where = f" {list(piece.box)} of {list(piece.shape)}" if piece.shape else ""
+        odd = sorted(rank for ranks in others for rank in ranks)
+        known = len(most) > len(others[0])  # of two equal camps none is the right one
+        words = f"{_ranks(odd)} against {_ranks(most)}" if known else f"{_ranks(most)} and {_ranks(odd)} differ"
+        lines.append(f"\n  {piece.key}{where}: {words}")
+    more = f"\n  … and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+    return "replicas have drifted apart, nothing was saved:" + "".join(lines) + more
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

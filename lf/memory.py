@@ -1,0 +1,137 @@
+"""What to say when memory has run out: what filled it, and the smallest change that should fit.
+
+What a state holds is known to the byte. Activations are not: they are taken to be what was held beyond the state, divided by the share of layers
+whose forward had begun, and to grow with the tokens of a microbatch. So the way out is an estimate, and says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import torch
+
+from lf import tree
+from lf.batch import Batch
+from lf.layouts import Layout
+from lf.schedule.memory import OutOfMemory
+from lf.state import State
+
+LARGEST = 5  # tensors that are named
+FULL = 0.95  # of the memory can be used: an allocator loses some of it
+SHORTEST = 128  # tokens in a row that are still worth a proposal
+
+
+@attrs.frozen
+class Usage:
+    """Bytes of one rank when memory was full. `kinds`: what is there, by name · `lasting`: what a whole step needs besides activations ·
+    `activations`: of one microbatch, all layers, estimated · `limit`: what there may be."""
+
+    kinds: dict[str, int]
+    lasting: int
+    activations: int
+    limit: int
+
+
+@attrs.frozen
+class Setting:
+    """What can be changed: rows in a microbatch, tokens in a row, ranks of tp, and the dtypes (compute, master)."""
+
+    micro_batch: int
+    seq_len: int
+    tp: int
+    compute: torch.dtype
+    master: torch.dtype
+
+
+def explained(error: OutOfMemory, layout: Layout, state: State, batches: Sequence[Batch], seq_len: int, ctx: Any) -> OutOfMemory:
+    """The same error with all that is known about it: where, bytes by kind, the largest tensors, the way out."""
+    used = ctx.device.memory_peak() + error.wanted
+    usage = measure(error, layout, state, used, ctx)
+    tokens = max((len(b.plan["tokens"]) for b in batches), default=seq_len)
+    setting = Setting(max(tokens // seq_len, 1), seq_len, layout.mesh.tp, ctx.precision.compute, ctx.precision.master)
+    asked = f"; {_bytes(error.wanted)} more were asked for" if error.wanted else ""
+    lines = [f"out of memory on rank {ctx.axes.rank}, in {error.where}: it holds {_bytes(used - error.wanted)} of {_bytes(usage.limit)}{asked}"]
+    lines += [f"  {_bytes(n):>10}  {kind}" for kind, n in usage.kinds.items()]
+    lines += ["largest parameters, with all that is kept for each:"]
+    lines += [f"  {_bytes(n):>10}  {path} {shape}" for n, path, shape in _largest(layout, state, ctx)]
+    lines += [f"The smallest change that should fit, by an estimate: {way_out(usage, setting)}"]
+    return OutOfMemory("\n".join(lines), error.where, error.forward, error.gradients, error.wanted)
+
+
+def measure(error: OutOfMemory, layout: Layout, state: State, used: int, ctx: Any) -> Usage:
+    """What filled the `used` bytes."""
+    masters = {x.data_ptr() for x in tree.leaves(state.optimizer["master"])}
+    kinds = {"compute copy of the parameters": sum(_size(x) for x in tree.leaves(state.params) if x.data_ptr() not in masters)}
+    kinds |= {f"optimizer: {name}": sum(map(_size, tree.leaves(branch))) for name, branch in state.optimizer.items()}
+    gradients = sum(map(_size, tree.leaves(state.optimizer["master"])))  # one for each master, in its dtype
+    lasting = sum(kinds.values()) + gradients
+    rest = max(used - sum(kinds.values()) - error.gradients, 0)
+    kinds |= {"gradients": error.gradients, "activations, buffers and the rest": rest}
+    return Usage(kinds, lasting, math.ceil(rest / error.forward), ctx.device.memory_total())
+
+
+def way_out(usage: Usage, now: Setting) -> str:
+    """The first change that fits: fewer rows in a microbatch, shorter rows, twice tp or lower precision, ever more tp."""
+    row = usage.activations / now.micro_batch
+
+    def fits(lasting: float, activations: float) -> bool:
+        return lasting + activations <= FULL * usage.limit
+
+    for rows in range(now.micro_batch - 1, 0, -1):
+        if now.micro_batch % rows == 0 and fits(usage.lasting, row * rows):
+            return f"--micro-batch {rows} instead of {now.micro_batch} (about {_bytes(usage.lasting + row * rows)})"
+    one = "--micro-batch 1 and " if now.micro_batch > 1 else ""
+    length = now.seq_len // 2
+    while length >= SHORTEST:
+        share = length / now.seq_len
+        if fits(usage.lasting, row * share):
+            return f"{one}--seq-len {length} instead of {now.seq_len} (about {_bytes(usage.lasting + row * share)})"
+        length //= 2
+    ways = []
+    if fits(usage.lasting / 2, usage.activations / 2):
+        ways.append(f"tp={2 * now.tp} instead of {now.tp}, on twice the ranks (about {_bytes((usage.lasting + usage.activations) / 2)} each)")
+    lower, lasting = _lower(usage.lasting, now)
+    if lower and fits(lasting, usage.activations / 2):
+        ways.append(f"--precision {lower} (about {_bytes(lasting + usage.activations / 2)})")
+    if ways:
+        return "; or ".join(ways)
+    for times in (2, 4, 8, 16, 32, 64):
+        if fits(usage.lasting / times, row / times):
+            return f"{one}tp={times * now.tp} instead of {now.tp} (about {_bytes((usage.lasting + row) / times)} each)"
+    return "none of fewer rows, shorter rows, more tp or lower precision is enough; take a smaller model or more memory"
+
+
+def _lower(lasting: int, now: Setting) -> tuple[str, float]:
+    """(the next lower precision, bytes of the state then); ('', …) where there is none."""
+    if now.master == torch.float64:
+        return "fp32", lasting / 2
+    if now.compute == torch.float32:  # a copy in bf16 comes beside master, gradients and moments, which stay
+        return "bf16", lasting * (1 + 2 / 16)
+    return "", lasting
+
+
+def _largest(layout: Layout, state: State, ctx: Any) -> list[tuple[int, str, list[int]]]:
+    """(bytes in all trees, path, local shape) of the largest parameters of this rank."""
+    sizes: dict[str, int] = {}
+    for leaf, x in tree.items(state.optimizer):
+        path = leaf.partition("/")[2]
+        if path in layout.specs:
+            sizes[path] = sizes.get(path, 0) + _size(x)
+    top = sorted(sizes, key=lambda path: -sizes[path])[:LARGEST]
+    return [(sizes[path], path, [*layout.specs[path].local_shape(ctx.axes.coords)]) for path in top]
+
+
+def _size(x: torch.Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _bytes(n: float) -> str:
+    """1536 → '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB"):
+        if n < 1024:
+            return f"{n:.{0 if unit == 'B' else 1}f} {unit}"
+        n /= 1024
+    return f"{n:.1f} GiB"

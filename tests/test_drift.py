@@ -1,0 +1,71 @@
+"""Replicas that drift apart: one flipped bit, wherever several ranks hold it, is found and named; and nothing else is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import context, draw
+
+import lf
+from lf import drift, parity, tree
+from lf.models.small import tiny
+from lf.runs import RunError
+
+
+def checked(axes: Any, leaf: str, rank: int, at: int) -> str:
+    """What is said after one bit of a leaf has changed on one rank. tiny has 6 query and 3 kv heads of 4, 15 columns."""
+    ctx = context(axes, "fp32")
+    layout = lf.layout(tiny(), axes.mesh)
+    init, _ = lf.train.make(layout, lf.optim.adamw(1e-3), lf.schedule.one_f_one_b(1), ctx)
+    state = init(parity.randomised(layout, ctx, 0))
+    drift.check(layout, state, ctx)
+    if axes.rank == rank:
+        x = state.step if leaf == "step" else tree.get(state.optimizer, leaf)
+        x.reshape(-1).view(torch.int32)[at] ^= 1
+    try:
+        drift.check(layout, state, ctx)
+    except RunError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("mesh", "leaf", "rank", "at", "words"),
+    [
+        ("tp=3,dp=2", "master/layers.0.attn/norm", 4, 3, "master/layers.0.attn/norm [(0, 15)] of [15]: rank 4 against ranks 0, 1, 2, 3, 5"),
+        ("tp=2,dp=3", "v/layers.1.mlp/down", 3, 7, "v/layers.1.mlp/down [(0, 15), (5, 10)] of [15, 10]: rank 3 against ranks 1, 5"),
+        ("tp=3,dp=2", "m/embed/weight", 0, 0, "m/embed/weight [(0, 12), (0, 15)] of [37, 15]: rank 0 and rank 3 differ"),
+        # of tp=4, rank 1 has query heads 1 and 2, so kv heads 0 and 1; rank 0 has head 0 alone, rank 2 head 1 alone
+        ("tp=4", "master/layers.1.attn/qkv", 1, 15 * 4 * 2, "master/layers.1.attn/qkv/k [(0, 4), (0, 15)] of [12, 15]: rank 0 and rank 1 differ"),
+        ("tp=4,dp=2", "m/layers.1.attn/qkv", 5, -1, "m/layers.1.attn/qkv/v [(4, 8), (0, 15)] of [12, 15]: rank 5 against ranks 1, 2, 6"),
+        ("dp=3", "t/t", 2, 0, "t/t: rank 2 against ranks 0, 1"),
+        ("dp=3", "step", 1, 0, "step: rank 1 against ranks 0, 2"),
+    ],
+)
+def test_one_bit_is_found_and_named(mesh: str, leaf: str, rank: int, at: int, words: str) -> None:
+    said = lf.sim.spmd(lf.Mesh.parse(mesh), checked, leaf, rank, at)
+    assert len(set(said)) == 1
+    assert said[0].splitlines()[1:] == [f"  {words}"]
+
+
+@pytest.mark.parametrize(("mesh", "leaf", "rank"), [("tp=3", "master/layers.0.mlp/down", 1), ("dp=1", "master/embed/weight", 0)])
+def test_what_one_rank_holds_alone_is_its_own(mesh: str, leaf: str, rank: int) -> None:
+    assert set(lf.sim.spmd(lf.Mesh.parse(mesh), checked, leaf, rank, 0)) == {""}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64])
+def test_a_hash_sees_every_bit_and_every_place(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = (draw("hash", str(dtype), shape=(5, 7)) * 100).to(dtype)
+    want = drift.digest(x)
+    assert want >= 0
+    assert drift.digest(x.T) != want
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    for place in (0, 17, 34):
+        for bit in range(8 * x.element_size()):
+            y = x.clone()
+            y.view(-1).view(bits)[place] ^= (1 << bit) - (1 << 8 * x.element_size()) * (bit == 8 * x.element_size() - 1)
+            assert drift.digest(y) != want, (place, bit)
+    monkeypatch.setattr(drift, "CHUNK", 8)  # the pieces that a large tensor is taken in
+    assert drift.digest(x) == want

@@ -1,0 +1,115 @@
+"""What is said when memory runs out: what filled it, and a way out that is enough by the estimate."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from helpers import context, processes
+
+import lf
+from lf import memory, parity, tree
+from lf.memory import Setting, Usage, way_out
+from lf.models.small import tiny
+from lf.schedule.memory import OutOfMemory, memory_at
+
+NOW = Setting(micro_batch=8, seq_len=1024, tp=2, compute=torch.bfloat16, master=torch.float32)
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("lasting", "activations", "change", "words"),
+    [
+        (40, 48, {}, "--micro-batch 4 instead of 8 (about 64.0 GiB)"),
+        (60, 96, {}, "--micro-batch 1 instead of 8 (about 72.0 GiB)"),
+        (70, 96, {}, "--micro-batch 1 and --seq-len 512 instead of 1024 (about 76.0 GiB)"),
+        (70, 40, {"micro_batch": 1}, "--seq-len 128 instead of 1024 (about 75.0 GiB)"),
+        (78, 40, {}, "tp=4 instead of 2, on twice the ranks (about 59.0 GiB each)"),
+        (100, 100, {"compute": torch.float64, "master": torch.float64, "micro_batch": 1}, "tp=8 instead of 2 (about 50.0 GiB each)"),
+        (80, 90, {"compute": torch.float64, "master": torch.float64, "micro_batch": 1}, "; or --precision fp32 (about 85.0 GiB)"),
+        (60, 40, {"compute": torch.float32, "seq_len": 128, "micro_batch": 1}, "(about 50.0 GiB each)"),  # bf16 would need 87.5: a copy more
+        (60, 17, {"compute": torch.float32, "seq_len": 128, "micro_batch": 1}, "; or --precision bf16 (about 76.0 GiB)"),
+        (200, 96, {}, "--micro-batch 1 and tp=8 instead of 2 (about 53.0 GiB each)"),
+        (99999, 1, {}, "none of fewer rows"),
+    ],
+)
+def test_the_smallest_change_that_fits(lasting: int, activations: int, change: dict[str, Any], words: str) -> None:
+    limit = 90 if "85.0" in words else 80
+    said = way_out(Usage({}, lasting * GIB, activations * GIB, limit * GIB), attrs.evolve(NOW, **change))
+    assert said.endswith(words) or said.startswith(words)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_what_filled_the_memory_is_counted(precision: str) -> None:
+    """A device of 1 MiB: the report's bytes are those of the tensors, and all of them are what is held."""
+    ctx = context(lf.solo(), precision)
+    ctx = attrs.evolve(ctx, device=SimpleNamespace(**{**vars(ctx.device), "memory_peak": lambda: 900_000, "memory_total": lambda: 1 << 20}))
+    layout = lf.layout(tiny(), lf.Mesh(dp=1))
+    init, _ = lf.train.make(layout, lf.optim.adamw(1e-3), lf.schedule.one_f_one_b(1), ctx)
+    state = init(lf.init(layout, ctx, 0))
+    n = sum(x.numel() for x in tree.leaves(state.params))
+    error = OutOfMemory("full", "the forward of head, action 0F0", forward=0.5, gradients=100, wanted=50_000)
+    usage = memory.measure(error, layout, state, 950_000, ctx)
+    copy = 2 * n if precision == "bf16" else 0  # in fp32 it is the master
+    assert [*usage.kinds.values()][:-1] == [copy, 4 * n, 4 * n, 4 * n, 8, 100]
+    assert sum(usage.kinds.values()) == 950_000
+    assert usage.lasting == copy + 16 * n + 8
+    assert usage.activations == 2 * [*usage.kinds.values()][-1]
+
+    batches = parity.random_batches(tiny(), 0, 0, 2, 64)
+    said = str(memory.explained(error, layout, state, batches, 16, ctx))
+    assert said.startswith("out of memory on rank 0, in the forward of head, action 0F0: it holds 878.9 KiB of 1.0 MiB; 48.8 KiB more were asked for")
+    assert f"{4 * n / 1024:.1f} KiB  optimizer: master" in said
+    assert f"{12 * 37 * 15 / 1024:.1f} KiB  embed/weight [37, 15]" in said
+    assert "\nThe smallest change that should fit, by an estimate: --micro-batch 2 instead of 4 (about" in said
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB"), int(2.5 * GIB)),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 512 bytes."), 512),
+        (torch.OutOfMemoryError("out of memory"), 0),
+    ],
+)
+def test_what_was_asked_for_is_read_from_the_words(error: RuntimeError, wanted: int) -> None:
+    with pytest.raises(OutOfMemory, match="out of memory in here: ") as caught, memory_at("here", 1.0, {"a": torch.zeros(3)}):
+        raise error
+    assert (caught.value.wanted, caught.value.gradients) == (wanted, 12)
+
+
+def test_another_error_stays_what_it_is() -> None:
+    with pytest.raises(RuntimeError, match="shape"), memory_at("here", 1.0, {}):
+        raise RuntimeError("shape")
+
+
+def _full(axes: Any, folder: Path) -> str:
+    """A step that fits, and one whose logits alone, 8192 x 20000 float32, are as much as this process may still get."""
+    ctx, model = context(axes, "fp32"), tiny(vocab=20000)
+    layout = lf.layout(model, axes.mesh)
+    init, step = lf.train.make(layout, lf.optim.adamw(1e-3), lf.schedule.one_f_one_b(1), ctx)
+    rows = [parity.random_batches(model, 0, i, 1, n) for i, n in enumerate((16, 8192))]
+    feed = lf.loop.Feed(lambda i: rows[i], lambda i: 4 * i, 2048, {})
+    state = init(lf.init(layout, ctx, 0))
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + 4 * 8192 * 20000, resource.RLIM_INFINITY))
+    try:
+        lf.loop.run(lf.runs.Run(folder, None), layout, step, state, feed, ctx, lf.loop.Policy(2))
+    except OutOfMemory as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps to a limit of the address space")
+def test_a_run_whose_memory_is_full_ends_with_the_report(tmp_path: Path) -> None:
+    (said,) = processes(1, _full, tmp_path)
+    assert said.startswith("out of memory on rank 0, in the forward of head, action 0F0: it holds "), said
+    assert "optimizer: master" in said
+    assert "by an estimate: --micro-batch 2 instead of 4" in said
+    assert [r["step"] for r in lf.runs.read_metrics(tmp_path / "metrics.jsonl")] == []  # step 1 is read when step 2 has begun
