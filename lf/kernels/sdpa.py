@@ -27,8 +27,8 @@ def attention(q_thd: Tensor, k_tkd: Tensor, v_tkd: Tensor, cu_seqlens: Tensor, w
     blocks = _blocks(cu_seqlens.tolist(), tokens)
     n = blocks[0][-1]
     if window is None and len(blocks) > 1 and blocks == [[i, i + n] for i in range(0, tokens, n)]:  # documents of one length: one call
-        out = F.scaled_dot_product_attention(*(x.unflatten(0, (-1, n)).transpose(1, 2) for x in (q_thd, k_thd, v_thd)), is_causal=True)
-        return out.transpose(1, 2).flatten(0, 1)
+        q, k, v = (x.unflatten(0, (-1, n)).transpose(1, 2) for x in (q_thd, k_thd, v_thd))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(0, 1)
     sizes = [starts[-1] - starts[0] for starts in blocks]
     pieces = zip(*(x.transpose(0, 1)[None].split(sizes, 2) for x in (q_thd, k_thd, v_thd)))
     out = [_block(q, k, v, starts, window)[0].transpose(0, 1) for (q, k, v), starts in zip(pieces, blocks)]
