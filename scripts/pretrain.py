@@ -10,12 +10,15 @@ import lf
 
 @attrs.frozen
 class Config:
-    data: tuple[str, ...]  # text files, folders or globs; one document a file
+    data: tuple[str, ...]  # files, folders or globs of text, JSONL, Parquet or indexed tokens; all or none with a weight, as 0.7:my/texts
     model: str = "qwen3-0.6b"  # a preset, or a folder with a config.json
     weights: str | None = None  # a Hugging Face folder to start from; random without
     tokenizer: str | None = None  # a Hugging Face tokenizer folder; without one a BPE is trained on the data
     bpe_vocab: int | None = None  # its tokens at most; None: the model's vocabulary, up to 32768
-    match: str = "*.txt"  # which files of a folder
+    match: str | None = None  # which files of a folder; without it text, JSONL, Parquet or indexed tokens
+    text_column: str = "text"  # of JSONL and Parquet; a column input_ids is tokens already
+    on_bad: str = "stop"  # at a bad record; skip: leave it out, and count it
+    eod: str = "auto"  # end of document: behind texts, not behind input_ids; append: behind both; keep: behind none
     mesh: str = ""  # as tp=2,dp=2; dp fills what is left of the ranks
     device: str | None = None
     precision: str = "bf16"
@@ -48,14 +51,17 @@ def main(config: Config) -> tuple[lf.State, lf.context.Context]:
     run = lf.runs.open_run(config.out, config, axes)  # the same command goes on with an unfinished run
     last = lf.checkpoint.latest(run.checkpoints)
     screen.print(lf.runs.summary(config.model, layout, ctx, config.seq_len, config.micro_batch, microbatches), soft_wrap=True)
-    documents, tokenizer = lf.data.prepare(config.data, run.folder, model.config.vocab, axes, config.tokenizer, config.bpe_vocab, config.match)
-    rows = lf.data.rows(documents, config.seq_len, config.seed)
+    corpora, tokenizer = lf.data.prepare(
+        config.data, run.folder, model.config.vocab, axes, config.tokenizer, config.bpe_vocab, config.match, config.text_column, config.on_bad,
+        config.eod,
+    )  # fmt: skip
+    rows = lf.data.blend([(c.weight, lf.data.rows(c.documents, config.seq_len, config.seed)) for c in corpora], config.seed)
 
     def batches(i: int) -> list[lf.Batch]:
         dp, multiple = axes["dp"], 2 * axes.mesh["cp"] * axes.mesh["tp"]
         return lf.data.step_batches(rows, i * config.global_batch, config.global_batch, config.micro_batch, dp.size, dp.index, multiple)
 
-    data = {"documents": documents.fingerprint, "seq_len": config.seq_len, "seed": config.seed}
+    data = {"documents": [[c.weight, c.documents.fingerprint] for c in corpora], "seq_len": config.seq_len, "seed": config.seed}
     if last:
         state, saved = lf.checkpoint.load(last, layout, ctx)
         lf.runs.same_data(saved, data)

@@ -1,0 +1,377 @@
+"""Files → documents: one text file, one line of JSONL, one row of Parquet or of a saved data set is one document.
+
+Files of any size are cut into pieces that can be read apart, and a piece is read a little at a time: nothing is held in memory. A document is a
+text, or token ids as they are where the records of a source have a column `input_ids`. A bad record is one error with its file and line.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import numpy as np
+
+from lf.data.files import DataError
+from lf.data.sources import kind
+
+if TYPE_CHECKING:
+    import pyarrow
+
+IDS = "input_ids"
+LIMIT = 2**31 - 1  # bytes of one document
+PIECE = 1 << 23  # bytes of a file that are one piece of work
+RECORDS, CHARACTERS = 1024, 1 << 22  # read at once: enough for a tokenizer's threads, few enough for memory
+ON_BAD = ("stop", "skip")
+
+
+class BadRecord(DataError):
+    """One record that is no document."""
+
+
+@attrs.frozen
+class Reading:
+    """How records become documents."""
+
+    column: str = "text"  # or IDS: the documents are token ids already
+    on_bad: str = "stop"  # at a bad record; or "skip" and count it
+    vocab: int | None = None  # token ids must be below it
+
+    def __attrs_post_init__(self) -> None:
+        if self.on_bad not in ON_BAD:
+            raise DataError(f"on_bad={self.on_bad!r}: there is {' and '.join(ON_BAD)}")
+
+
+@attrs.frozen
+class Piece:
+    """Part of a file: lines that begin in bytes begin … end of JSONL, rows of a data set, row groups of Parquet; all of any other."""
+
+    file: str
+    kind: str
+    begin: int
+    end: int
+    first: int  # rows before it, where they are known
+    size: int  # bytes on disk, about
+
+
+@attrs.frozen
+class Part:
+    """Some documents of a piece: texts, or arrays of token ids."""
+
+    documents: list[Any]
+    bad: int
+    read: int  # bytes
+
+
+def pieces(files: Sequence[str]) -> list[Piece]:
+    """The files in order, large ones in pieces."""
+    return [piece for file in files for piece in _PIECES.get(kind(file), _whole)(file)]
+
+
+def read(piece: Piece, how: Reading) -> Iterator[Part]:
+    """The documents of a piece. Raises DataError with file and line or row at a bad record, unless they are skipped and counted."""
+    bad = 0
+    for number, values, size in _READERS[piece.kind](piece, how):
+        documents = []
+        for i, value in enumerate(values):
+            try:
+                documents.append(_ids(value, how.vocab) if how.column == IDS else _text(value, how.column))
+            except BadRecord as error:
+                if how.on_bad == "stop":
+                    raise DataError(f"{_place(piece, number(i))}: {error}; mend it, or skip and count such records with --on-bad skip") from None
+                bad += 1
+        yield Part(documents, bad, size)
+        bad = 0
+
+
+def has_ids(files: Sequence[str]) -> bool:
+    """Whether these are tokens already: the first record of the first file that has columns decides."""
+    file = next((f for f in files if kind(f) != "text"), None)
+    if file is None:
+        return False
+    if kind(file) == "jsonl":
+        for _, values, _ in _jsonl(Piece(file, "jsonl", 0, os.path.getsize(file), 0, 0), Reading(IDS)):
+            for value in values:
+                if not isinstance(value, BadRecord):
+                    return True
+                if isinstance(value, NoColumn):
+                    return False
+        return False
+    return IDS in (_parquet_file(file).schema_arrow if kind(file) == "parquet" else _dataset(file)[:0].schema).names
+
+
+class NoColumn(BadRecord):
+    """A record without the column that is wanted."""
+
+
+def fingerprint_of(files: Sequence[str], what: str) -> str:
+    """Of what files hold, not of names and dates: a copied data set is the same, an edited one is not. `what` is made of it counts, too.
+
+    Every byte is read, by several threads. Much larger than the text of one machine is better tokenized once, by scripts/tokenize.py."""
+    blocks = []
+    for file in files:
+        inside = sorted(os.path.join(file, name) for name in os.listdir(file) if name.endswith(".arrow")) if os.path.isdir(file) else [file]
+        for path in inside:
+            size = os.path.getsize(path)
+            blocks += [(path, begin, f"{kind(file)} {size} {begin}") for begin in range(0, size or 1, 1 << 26)]
+    digest = hashlib.blake2b(what.encode(), digest_size=16)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for part in pool.map(_block, blocks):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _block(block: tuple[str, int, str]) -> bytes:
+    path, begin, what = block
+    with open(path, "rb") as file:
+        file.seek(begin)
+        return hashlib.blake2b(what.encode() + b"\n" + file.read(1 << 26), digest_size=16).digest()
+
+
+# documents
+
+
+def _text(value: Any, column: str) -> str:
+    if isinstance(value, BadRecord):
+        raise value
+    if not isinstance(value, str):
+        raise BadRecord(f"{column} is {_called(value)}, not text")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise BadRecord(f"{column} is no valid text: {error}") from None
+    return value
+
+
+def _ids(value: Any, vocab: int | None) -> np.ndarray:
+    if isinstance(value, BadRecord):
+        raise value
+    limit = LIMIT if vocab is None else vocab
+    if isinstance(value, list):
+        if wrong := set(map(type, value)) - {int}:
+            raise BadRecord(f"{IDS} has {_called(next(v for v in value if type(v) in wrong))}, not whole numbers alone")
+        least, most = (min(value), max(value)) if value else (0, 0)
+    elif isinstance(value, np.ndarray):
+        if value.dtype.kind not in "iu":
+            raise BadRecord(f"{IDS} are {value.dtype}, not whole numbers")
+        least, most = (int(value.min()), int(value.max())) if len(value) else (0, 0)
+    else:
+        raise BadRecord(f"{IDS} is {_called(value)}, not a list of token ids")
+    if least < 0 or most >= limit:
+        raise BadRecord(f"{IDS} has id {least if least < 0 else most}, outside 0 … {limit - 1}, the vocabulary")
+    return np.asarray(value, np.int32)
+
+
+def _called(value: Any) -> str:
+    return "null" if value is None else f"{value!r}" if isinstance(value, (bool, int, float)) else f"a {type(value).__name__}"
+
+
+# files of one document
+
+
+def _whole(file: str) -> list[Piece]:
+    return [Piece(file, kind(file), 0, 0, 0, os.path.getsize(file))]
+
+
+Values = Iterator[tuple[Callable[[int], int], list[Any], int]]  # number of the i-th value in its piece, values, bytes
+
+
+def _text_file(piece: Piece, how: Reading) -> Values:
+    if how.column == IDS:
+        raise DataError(f"{piece.file} is a text file among files with {IDS}; give it apart from them")
+    if piece.size > LIMIT:
+        raise DataError(f"{piece.file} has {piece.size} bytes, over the limit of {LIMIT} for one document; split it, or make it JSONL")
+    with open(piece.file, "rb") as file:
+        content = file.read()
+    value: Any
+    try:
+        value = content.decode().replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        value = BadRecord(f"not UTF-8 at byte {error.start} ({error.reason}); convert it, for example with iconv -t utf-8")
+    yield (lambda _: -1), [value], len(content)
+
+
+# lines of JSON
+
+
+def _line_pieces(file: str) -> list[Piece]:
+    size = os.path.getsize(file)
+    if not file.lower().endswith((".jsonl", ".json")):  # compressed: read from the beginning or not at all
+        return [Piece(file, "jsonl", 0, LIMIT**2, 0, size)]
+    return [Piece(file, "jsonl", at, min(at + PIECE, size), 0, min(PIECE, size - at)) for at in range(0, size, PIECE)]
+
+
+def _jsonl(piece: Piece, how: Reading) -> Values:
+    first, values, size, told = 0, [], 0, 0
+    numbers: list[int] = []
+    try:
+        with open(piece.file, "rb") as raw, _lines_of(raw, piece.file) as file:
+            if piece.begin:  # a line that begins before the piece is of the piece before
+                file.seek(piece.begin - 1)
+                _skip_line(file)
+            position = file.tell() if piece.begin else 0
+            while position < piece.end and (line := file.readline(LIMIT + 1)):
+                if len(line) > LIMIT:
+                    raise DataError(f"{_place(piece, first)}: a line of more than {LIMIT} bytes; is it JSONL, one record a line?")
+                position += len(line)
+                if not line.isspace():
+                    numbers.append(first)
+                    values.append(_parsed(line, how.column, first == 0 and not piece.begin))
+                    size += len(line)
+                first += 1
+                if len(values) >= RECORDS or size >= CHARACTERS:
+                    now = raw.tell() if piece.end > piece.begin + piece.size else position - piece.begin
+                    yield numbers.__getitem__, values, now - told
+                    told, numbers, values, size = now, [], [], 0
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{piece.file} cannot be read to its end after line {first}: {error}") from error
+    yield numbers.__getitem__, values, max(piece.size - told, 0)
+
+
+def _lines_of(raw: Any, path: str) -> Any:
+    if path.lower().endswith(".gz"):
+        return gzip.GzipFile(fileobj=raw)
+    if path.lower().endswith(".zst"):
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd"))
+    return raw
+
+
+def _skip_line(file: Any) -> None:
+    while (part := file.readline(PIECE)) and not part.endswith(b"\n"):
+        pass
+
+
+def _parsed(line: bytes, column: str, first: bool) -> Any:
+    """The column's value, or why there is none."""
+    try:
+        record = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode() if first else line.decode())
+    except UnicodeDecodeError as error:
+        return BadRecord(f"not UTF-8 at byte {error.start} of the line ({error.reason})")
+    except (ValueError, RecursionError) as error:
+        return BadRecord(f"not JSON ({error})")
+    if not isinstance(record, dict):
+        return BadRecord(f"is {_called(record)}, not an object with named fields; JSONL has one record a line")
+    if column not in record:
+        return NoColumn(f"has no column {column!r}; it has {', '.join(record) or 'none'}")
+    return record[column]
+
+
+# tables
+
+
+def _parquet_file(file: str) -> Any:
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(file)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{file} cannot be read as Parquet: {error}") from error
+
+
+def _row_groups(file: str) -> list[Piece]:
+    about, first, found = _parquet_file(file).metadata, 0, []
+    for i in range(about.num_row_groups):
+        group = about.row_group(i)
+        found.append(Piece(file, "parquet", i, i + 1, first, group.total_byte_size))
+        first += group.num_rows
+    return found
+
+
+def _parquet(piece: Piece, how: Reading) -> Values:
+    import pyarrow
+
+    with _parquet_file(piece.file) as file:
+        _check_column(file.schema_arrow, how.column, piece.file)
+        rows, first = max(file.metadata.row_group(piece.begin).num_rows, 1), 0
+        try:
+            for batch in file.iter_batches(RECORDS, row_groups=[piece.begin], columns=[how.column]):
+                yield (lambda i, first=first: first + i), _cells(batch.column(0)), piece.size * len(batch) // rows
+                first += len(batch)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise DataError(f"{piece.file} cannot be read after row {piece.first + first}: {error}") from error
+
+
+def _dataset(folder: str) -> Any:
+    from datasets import load_from_disk
+
+    try:
+        return load_from_disk(folder).with_format("arrow")
+    except Exception as error:  # datasets raises whatever its files make it raise
+        raise DataError(f"{folder} cannot be read as a data set that datasets saved: {error}") from error
+
+
+def _row_ranges(folder: str) -> list[Piece]:
+    rows = len(data := _dataset(folder))
+    each = max(RECORDS, rows * PIECE // max(data.data.nbytes, 1))
+    size = sum(entry.stat().st_size for entry in os.scandir(folder))
+    return [Piece(folder, "dataset", at, min(at + each, rows), at, size * min(each, rows - at) // rows) for at in range(0, rows, each)]
+
+
+def _saved(piece: Piece, how: Reading) -> Values:
+    data = _dataset(piece.file)
+    _check_column(data[:0].schema, how.column, piece.file)
+    data = data.select_columns([how.column])
+    for at in range(piece.begin, piece.end, RECORDS):
+        table = data[at : min(at + RECORDS, piece.end)]
+        number = (lambda i, first=at - piece.begin: first + i)
+        yield number, _cells(table.column(0).combine_chunks()), piece.size * len(table) // (piece.end - piece.begin)
+
+
+def _check_column(schema: pyarrow.Schema, column: str, file: str) -> None:
+    """The columns are the file's, so a wrong one is no fault of a record that could be skipped."""
+    from pyarrow import types
+
+    if column not in schema.names:
+        raise DataError(f"{file} has no column {column!r}; it has {', '.join(schema.names)}")
+    found = schema.field(column).type
+    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list)
+    if column == IDS and not (any(is_list(found) for is_list in lists) and types.is_integer(found.value_type)):
+        raise DataError(f"{file}: column {IDS} is {found}, not lists of whole numbers")
+    if column != IDS and not (types.is_string(found) or types.is_large_string(found)):
+        raise DataError(f"{file}: column {column} is {found}, not text")
+
+
+def _cells(column: pyarrow.Array) -> list[Any]:
+    """Texts, or arrays of ids; None where there is null."""
+    if hasattr(column, "chunks"):
+        return [cell for chunk in column.chunks for cell in _cells(chunk)]
+    if hasattr(column.type, "value_type"):
+        return [None if not cell.is_valid else cell.as_py() if cell.values.null_count else cell.values.to_numpy() for cell in column]
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_decoded(cell) for cell in column]
+
+
+def _decoded(cell: pyarrow.Scalar) -> Any:
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError as error:
+        return BadRecord(f"not UTF-8 at byte {error.start} ({error.reason})")
+
+
+_PIECES = {"jsonl": _line_pieces, "parquet": _row_groups, "dataset": _row_ranges}
+_READERS = {"text": _text_file, "jsonl": _jsonl, "parquet": _parquet, "dataset": _saved}
+
+
+def _place(piece: Piece, number: int) -> str:
+    """Where a record is: lines and rows are counted from 1, as editors count them."""
+    if piece.kind == "text":
+        return piece.file
+    if piece.kind != "jsonl":
+        return f"{piece.file}, row {piece.first + number + 1}"
+    before, left = 0, piece.begin
+    with open(piece.file, "rb") as file:  # lines are counted when they are wanted, and not for every piece
+        while part := file.read(min(left, PIECE)):
+            before, left = before + part.count(b"\n"), left - len(part)
+    return f"{piece.file}, line {before + number + 1}"
