@@ -13,7 +13,8 @@ if __name__ == "tokenize":
     from importlib import machinery, util
 
     spec = machinery.PathFinder.find_spec("tokenize", [os.path.dirname(os.__file__)])
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     sys.modules["tokenize"] = module = util.module_from_spec(spec)
     spec.loader.exec_module(module)
 else:

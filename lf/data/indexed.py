@@ -194,7 +194,7 @@ class Writer:
         self.dtype = np.dtype(token_type(vocab_size)).newbyteorder("<")
         self.documents = self.tokens = 0
         self.digests = [hashlib.blake2b(what, digest_size=16) for what in (b"lf tokens", b"lf lengths")]
-        self.files = [open(f"{self.prefix}{suffix}", "wb") for suffix in (".bin", ".lengths")]
+        self.files = [open(f"{self.prefix}{suffix}", "wb") for suffix in (".bin", ".lengths")]  # noqa: SIM115 — closed by __exit__
 
     def __enter__(self) -> Writer:
         return self

@@ -75,7 +75,7 @@ def prepare(
         for source in sources:
             prefixes = [(str(Path(p).name), p) for p in source.prefixes]
             if source.files:
-                recipe = Recipe(how if source in texts else attrs.evolve(how, column=IDS), used and used.folder, eod)
+                recipe = Recipe(how if source in texts else attrs.evolve(how, column=IDS), str(used.folder) if used else None, eod)
                 prefixes.insert(0, (source.name, str(_tokens(source, recipe, used, root / "tokens", screen))))
             elif eod == "append":
                 raise DataError(f"eod='append' cannot change the indexed tokens of {source.name}: leave it out, or write them anew")
@@ -116,7 +116,7 @@ def _opened(found: list[tuple[str, float, str, str]], axes: Any) -> list[Corpus]
 def _tokens(source: Source, recipe: Recipe, tokenizer: Tokenizer | None, cache: Path, screen: Console) -> Path:
     """The indexed tokens of a source's files: a folder in `cache` named by what they are made of."""
     how = recipe.how
-    made_of = f"lf documents {FORMAT} {tokenizer and tokenizer.fingerprint} {how.column} {how.on_bad} {recipe.eod}"
+    made_of = f"lf documents {FORMAT} {tokenizer.fingerprint if tokenizer else None} {how.column} {how.on_bad} {recipe.eod}"
     if tokenizer is None or how.column == IDS:
         made_of += f" {how.vocab}"
     folder = cache / fingerprint_of(source.files, made_of)

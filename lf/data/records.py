@@ -14,6 +14,8 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from operator import add
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -295,7 +297,7 @@ def _parquet(piece: Piece, how: Reading) -> Values:
         rows, first = max(file.metadata.row_group(piece.begin).num_rows, 1), 0
         try:
             for batch in file.iter_batches(RECORDS, row_groups=[piece.begin], columns=[how.column]):
-                yield (lambda i, first=first: first + i), _cells(batch.column(0)), piece.size * len(batch) // rows
+                yield partial(add, first), _cells(batch.column(0)), piece.size * len(batch) // rows
                 first += len(batch)
         except (OSError, pyarrow.ArrowException) as error:
             raise DataError(f"{piece.file} cannot be read after row {piece.first + first}: {error}") from error
@@ -323,8 +325,7 @@ def _saved(piece: Piece, how: Reading) -> Values:
     data = data.select_columns([how.column])
     for at in range(piece.begin, piece.end, RECORDS):
         table = data[at : min(at + RECORDS, piece.end)]
-        number = (lambda i, first=at - piece.begin: first + i)
-        yield number, _cells(table.column(0).combine_chunks()), piece.size * len(table) // (piece.end - piece.begin)
+        yield partial(add, at - piece.begin), _cells(table.column(0).combine_chunks()), piece.size * len(table) // (piece.end - piece.begin)
 
 
 def _check_column(schema: pyarrow.Schema, column: str, file: str) -> None:

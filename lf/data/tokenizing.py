@@ -52,7 +52,7 @@ class Recipe:
     ("auto"), behind all that do not end with it ("append"), or behind none ("keep")."""
 
     how: Reading
-    tokenizer: Path | None = None
+    tokenizer: str | None = None  # a folder
     eod: str = "auto"
 
     def __attrs_post_init__(self) -> None:
@@ -69,12 +69,11 @@ def tokenize(
     prefix: str | os.PathLike[str],
     workers: int = 0,
     progress: Callable[[Counts], object] | None = None,
-    about: dict[str, Any] | None = None,
 ) -> Counts:
     """Writes the documents of `files`, in their order, to PREFIX.bin, .idx and .json. Put `new_files` or `new_folder` round it.
 
     workers: processes that read and tokenize, each on one core; 0: this process alone, with the tokenizer's threads. The bytes are the same.
-    `progress(counts so far)` is called after each batch; `about` goes into the JSON, too. Raises DataError at a bad record, or when no token is left."""
+    `progress(counts so far)` is called after each batch. Raises DataError at a bad record, or when no token is left."""
     if workers < 0:
         raise DataError(f"workers={workers} must be at least 0")
     work = pieces(files)
@@ -83,7 +82,7 @@ def tokenize(
     counts = Counts(total=sum(p.size for p in work))
     if recipe.how.column == IDS:
         recipe = attrs.evolve(recipe, how=attrs.evolve(recipe.how, vocab=vocab))
-    with Writer(prefix, vocab, tokenizer and tokenizer.eos) as writer, _encoded(work, recipe, tokenizer, workers) as parts:
+    with Writer(prefix, vocab, tokenizer.eos if tokenizer else None) as writer, _encoded(work, recipe, tokenizer, workers) as parts:
         for part in parts:
             writer.add(part.ids, part.lengths)
             counts = Counts(
@@ -94,7 +93,7 @@ def tokenize(
                 progress(counts)
         if not counts.documents:
             raise DataError(f"none of the {counts.empty} documents has a token" + (f", and {counts.bad} bad records were skipped" * bool(counts.bad)))
-        writer.finish(tokenizer=tokenizer and tokenizer.fingerprint, empty=counts.empty, bad=counts.bad, **(about or {}))
+        writer.finish(tokenizer=tokenizer.fingerprint if tokenizer else None, empty=counts.empty, bad=counts.bad)
     return counts
 
 
