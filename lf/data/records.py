@@ -6,6 +6,7 @@ text, or token ids as they are where the records of a source have a column `inpu
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import io
@@ -224,9 +225,11 @@ def _jsonl(piece: Piece, how: Reading) -> Values:
                 if len(line) > LIMIT:
                     raise DataError(f"{_place(piece, first)}: a line of more than {LIMIT} bytes; is it JSONL, one record a line?")
                 position += len(line)
-                if not line.isspace():
+                if first == 0 and not piece.begin:
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                if line and not line.isspace():
                     numbers.append(first)
-                    values.append(_parsed(line, how.column, first == 0 and not piece.begin))
+                    values.append(_parsed(line, how.column))
                     size += len(line)
                 first += 1
                 if len(values) >= RECORDS or size >= CHARACTERS:
@@ -253,10 +256,10 @@ def _skip_line(file: Any) -> None:
         pass
 
 
-def _parsed(line: bytes, column: str, first: bool) -> Any:
+def _parsed(line: bytes, column: str) -> Any:
     """The column's value, or why there is none."""
     try:
-        record = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode() if first else line.decode())
+        record = json.loads(line.decode())
     except UnicodeDecodeError as error:
         return BadRecord(f"not UTF-8 at byte {error.start} of the line ({error.reason})")
     except (ValueError, RecursionError) as error:
@@ -371,8 +374,9 @@ def _place(piece: Piece, number: int) -> str:
         return piece.file
     if piece.kind != "jsonl":
         return f"{piece.file}, row {piece.first + number + 1}"
-    before, left = 0, piece.begin
+    before, left, part = 0, piece.begin, b"\n"
     with open(piece.file, "rb") as file:  # lines are counted when they are wanted, and not for every piece
-        while part := file.read(min(left, PIECE)):
+        while left and (part := file.read(min(left, PIECE))):
             before, left = before + part.count(b"\n"), left - len(part)
+    before += not part.endswith(b"\n")  # the line that the piece begins in is of the piece before
     return f"{piece.file}, line {before + number + 1}"
