@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import operator
 import os
@@ -153,7 +154,11 @@ def test_a_command_of_the_readme_is_taken(command: str, script: Path, monkeypatc
         name, *own = args
         if name in launch.scripts():
             monkeypatch.syspath_prepend(ROOT / "scripts")
-            tyro.cli(importlib.import_module(name).Config, args=own)
+            spec = importlib.util.spec_from_file_location(f"script_{name}", launch.scripts()[name])  # `tokenize` by name is Python's
+            assert spec is not None
+            monkeypatch.setitem(sys.modules, spec.name, module := importlib.util.module_from_spec(spec))
+            spec.loader.exec_module(module)  # type: ignore[union-attr]
+            tyro.cli(module.Config, args=own)
 
 
 # names

@@ -8,7 +8,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,16 +133,19 @@ def _encoded(work: list[Piece], recipe: Recipe, tokenizer: Tokenizer | None, wor
         yield (part for piece in work for part in encode(piece, recipe, tokenizer))
         return
     jobs = _jobs(work)
-    processes = [_started((recipe, jobs[i::workers])) for i in range(min(workers, len(jobs)))]
+    processes: list[subprocess.Popen[bytes]] = []
     try:
+        for i in range(min(workers, len(jobs))):
+            processes.append(_started())
+            _give(processes[-1], (recipe, jobs[i::workers]))
         yield (part for i in range(len(jobs)) for part in _answers(processes[i % workers]))
     finally:
         for process in processes:
             process.kill()
             process.wait()
             for pipe in (process.stdin, process.stdout):
-                if pipe:
-                    pipe.close()
+                with suppress(BrokenPipeError):  # what was to be written is for nobody now
+                    pipe.close()  # type: ignore[union-attr]
 
 
 def _jobs(work: list[Piece]) -> list[list[Piece]]:
@@ -158,19 +161,19 @@ def _jobs(work: list[Piece]) -> list[list[Piece]]:
     return jobs
 
 
-def _started(task: tuple[Recipe, list[list[Piece]]]) -> subprocess.Popen[bytes]:
-    """A process at work on every so many-th job. It is in a session of its own: a Ctrl-C is for this process, which ends the others."""
+def _started() -> subprocess.Popen[bytes]:
+    """A worker. It is in a session of its own: a Ctrl-C is for this process, which ends the others."""
     home = str(Path(__file__).resolve().parents[2])
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH")))), "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-c", "from lf.data.tokenizing import worker; worker()"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, start_new_session=True)
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, start_new_session=True)
+
+
+def _give(process: subprocess.Popen[bytes], task: tuple[Recipe, list[list[Piece]]]) -> None:
     assert process.stdin
-    try:
+    with suppress(BrokenPipeError):  # it died: its missing answer says so
         pickle.dump(task, process.stdin)
         process.stdin.flush()
-    except BrokenPipeError:
-        pass  # it died: its missing answer says so
-    return process
 
 
 def _answers(process: subprocess.Popen[bytes]) -> Iterator[Tokens]:
@@ -196,7 +199,10 @@ def worker() -> None:
     die_with_parent()
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints does not print into the answers
-    recipe, jobs = pickle.load(sys.stdin.buffer)
+    try:
+        recipe, jobs = pickle.load(sys.stdin.buffer)
+    except (EOFError, pickle.UnpicklingError):
+        os._exit(1)  # whoever was to ask is gone
     try:
         tokenizer = None if recipe.tokenizer is None else load_tokenizer(recipe.tokenizer)
         for job in jobs:
