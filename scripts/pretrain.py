@@ -1,4 +1,4 @@
-"""Pretrain a language model on text files. Copy this script and change it: everything that happens stands here.
+"""Pretrain a language model on text, JSONL, Parquet or indexed tokens. Copy this script and change it: everything that happens stands here.
 
 scripts/launch pretrain --device cpu --model qwen3-0.6b --data my/texts --mesh tp=2,dp=2
 """
@@ -23,6 +23,7 @@ class Config:
     device: str | None = None
     precision: str = "bf16"
     seq_len: int = 1024
+    joined: bool = False  # attention and labels run on from one document into the next
     micro_batch: int = 1  # rows of seq_len in one microbatch
     global_batch: int = 16  # rows in one step, over all ranks
     steps: int = 1000
@@ -55,7 +56,7 @@ def main(config: Config) -> tuple[lf.State, lf.context.Context]:
         config.data, run.folder, model.config.vocab, axes, config.tokenizer, config.bpe_vocab, config.match, config.text_column, config.on_bad,
         config.eod,
     )  # fmt: skip
-    rows = lf.data.blend([(c.weight, lf.data.rows(c.documents, config.seq_len, config.seed)) for c in corpora], config.seed)
+    rows = lf.data.blend([(c.weight, lf.data.rows(c.documents, config.seq_len, config.seed, config.joined)) for c in corpora], config.seed)
 
     def batches(i: int) -> list[lf.Batch]:
         dp, multiple = axes["dp"], 2 * axes.mesh["cp"] * axes.mesh["tp"]

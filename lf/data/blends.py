@@ -56,7 +56,10 @@ def window(weights: Sequence[float]) -> list[int]:
             i = int(fits.argmax())
             return _dealt(int(sizes[i]), wanted[i], least[i], most[i])
     i = int(shares.argmin())
-    raise DataError(f"no {WINDOW} rows agree with all weights within {TOLERANCE:.1%}; the smallest, {weights[i]}, is {shares[i]:.2g} of them all")
+    raise DataError(
+        f"no {WINDOW} rows agree with all weights within {TOLERANCE:.1%}; the smallest, {weights[i]}, is {shares[i]:.2g} of them all: "
+        "give it more, or leave it out"
+    )
 
 
 def _dealt(size: int, wanted: np.ndarray, least: np.ndarray, most: np.ndarray) -> list[int]:

@@ -9,7 +9,8 @@ says where a run is, on any number of ranks, with a billion documents as with on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 
 import attrs
 import numpy as np
@@ -60,24 +61,29 @@ def rows(documents: Documents, seq_len: int, seed: int, joined: bool = False) ->
     return row
 
 
-def in_order(documents: Documents, seq_len: int, joined: bool = False) -> tuple[Rows, int]:
-    """(rows, their number) with every token once, in the order of the file: what an evaluation reads.
+def in_order(documents: Documents | Sequence[Documents], seq_len: int, joined: bool = False) -> tuple[Rows, int]:
+    """(rows, their number) with every token once, in the order of the file, of one file after another: what an evaluation reads.
 
-    Every row has seq_len tokens: behind the last token, and in any row after the last, stands padding, a document of its own without labels. So
-    a step may take more rows than there are, and sums over labels stay those of the set."""
+    Every row has seq_len tokens: behind the last token of a file, and in any row after the last, stands padding, a document of its own without
+    labels. So a step may take more rows than there are, and sums over labels stay those of the set."""
     _at_least_one(seq_len)
-    total = len(documents.tokens)
+    files = [documents] if isinstance(documents, Documents) else list(documents)
+    firsts = np.cumsum([0] + [-(-len(d.tokens) // seq_len) for d in files]).tolist()  # the first row of each file
 
     def row(k: int) -> Row:
         if k < 0:
             raise DataError(f"row {k}: rows are counted from 0")
-        begin, stop = min(k * seq_len, total), min((k + 1) * seq_len, total)
-        parts = [_cut(documents, begin, stop, joined)] if begin < stop else []
-        if left := seq_len - (stop - begin):
+        parts, used = [], 0
+        if k < firsts[-1]:
+            file = bisect_right(firsts, k) - 1
+            begin = (k - firsts[file]) * seq_len
+            used = min(seq_len, len(files[file].tokens) - begin)
+            parts.append(_cut(files[file], begin, begin + used, joined))
+        if left := seq_len - used:
             parts.append(Row(np.zeros(left, np.int64), np.full(left, IGNORE, np.int64), np.zeros(1, np.int64)))
         return parts[0] if len(parts) == 1 else _one(parts)
 
-    return row, -(-total // seq_len)
+    return row, firsts[-1]
 
 
 def _cut(documents: Documents, begin: int, stop: int, joined: bool) -> Row:

@@ -14,7 +14,7 @@ WEIRD = "héllo  wörld\t\n\n\r\n , . 日本語 \u200d👩‍🚀\x00 ﷽ e\u030
 
 
 def documents(lengths: list[int], seed: int | None = None) -> Documents:
-    """Document d of n tokens: ids that no other document has, then EOS. With a seed each is cut into sequences, empty ones and documents among them."""
+    """Document d of n tokens: ids that no other document has, then EOS. With a seed each is cut into sequences, and some are empty."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     tokens = np.arange(1, offsets[-1] + 1, dtype=np.int32)
     tokens[offsets[1:] - 1] = EOS

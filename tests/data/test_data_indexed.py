@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ MEGATRON = "megatron.core.datasets.indexed_dataset"
 def written(prefix: Path, docs: list[list[int]], vocab: int | None = None) -> Path:
     with Writer(prefix, vocab, None) as writer:
         for part in (docs[:1], docs[1:]):
-            writer.add(np.array(sum(part, []), np.int64), np.array(list(map(len, part))))
+            writer.add(np.concatenate([np.empty(0, np.int64), *part]), np.array(list(map(len, part))))
         writer.finish()
     return prefix
 
@@ -39,7 +40,7 @@ def test_megatron_reads_what_we_write_and_we_read_what_megatron_writes(tmp_path:
 
     builder = megatron.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype)
     for document in sequences[:3]:
-        builder.add_document(sum(document, []), list(map(len, document)))
+        builder.add_document(list(chain(*document)), list(map(len, document)))
     for document in sequences[3:]:
         for sequence in document:
             builder.add_item(megatron.torch.tensor(sequence))
@@ -47,7 +48,7 @@ def test_megatron_reads_what_we_write_and_we_read_what_megatron_writes(tmp_path:
     builder.finalize(str(tmp_path / "theirs.idx"))
     theirs = open_documents(tmp_path / "theirs")
     assert theirs.tokens.dtype == dtype
-    assert of(theirs) == [sum(document, []) for document in sequences]
+    assert of(theirs) == [list(chain(*document)) for document in sequences]
     assert (theirs.vocab_size, theirs.eos) == (None, None)
     assert open_documents(tmp_path / "theirs.bin").fingerprint == open_documents(tmp_path / "theirs.idx").fingerprint == theirs.fingerprint
 
@@ -66,6 +67,7 @@ def test_megatron_reads_what_we_write_and_we_read_what_megatron_writes(tmp_path:
 
 OPEN = """
 import sys
+from itertools import chain
 from pathlib import Path
 from lf.data import open_documents, rows, split
 
@@ -217,9 +219,18 @@ def test_new_files_are_whole_or_not_there(tmp_path: Path) -> None:
         for s in SUFFIXES:
             Path(f"{part}{s}").write_text("new")
 
-    with pytest.raises(ZeroDivisionError), new_files(tmp_path / "sub" / "x", SUFFIXES) as part:
-        write(part)
-        _ = 1 / 0
+    def broken() -> None:
+        with new_files(tmp_path / "sub" / "x", SUFFIXES) as part:
+            write(part)
+            _ = 1 / 0
+
+    def beaten() -> None:
+        with new_files(tmp_path / "y", SUFFIXES) as part:
+            write(part)
+            (tmp_path / "y.idx").write_text("of another process")
+
+    with pytest.raises(ZeroDivisionError):
+        broken()
     assert not list((tmp_path / "sub").iterdir())
     with new_files(tmp_path / "x", SUFFIXES) as part:
         write(part)
@@ -228,9 +239,8 @@ def test_new_files_are_whole_or_not_there(tmp_path: Path) -> None:
     (tmp_path / "x.json").unlink()
     with pytest.raises(DataError, match=r"x.bin, .*x.idx exists already; remove it or give another prefix"), new_files(tmp_path / "x", SUFFIXES):
         raise AssertionError("refused before anything is done")
-    with pytest.raises(DataError, match="exists already"), new_files(tmp_path / "y", SUFFIXES) as part:
-        write(part)
-        (tmp_path / "y.idx").write_text("of another process")
+    with pytest.raises(DataError, match="exists already"):
+        beaten()
     assert (tmp_path / "y.idx").read_text() == "of another process"
     assert not (tmp_path / "y.bin").exists()
     assert (tmp_path / "x.bin").read_text() == "old"

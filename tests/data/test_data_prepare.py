@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -73,7 +74,7 @@ def test_prepared_on_the_first_rank_and_found_again(tmp_path: Path, texts: Path,
 def test_the_cache_is_of_all_that_makes_the_tokens(tmp_path: Path, texts: Path, bpe: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
     lines = tmp_path / "a.jsonl"
     lines.write_text("".join(json.dumps({"text": f"line {i}", "other": f"other {i}"}) + "\n" for i in range(9)) + "bad\n" + '{"text": ""}\n')
-    with pytest.raises(DataError, match="a.jsonl, line 10: not JSON"):
+    with pytest.raises(DataError, match=r"a.jsonl, line 10: not JSON"):
         alone([str(lines)], tmp_path / "out", 400, tokenizer=str(bpe.folder))
     found = {}
     for key, options in {"": {}, "column": {"text_column": "other"}, "eod": {"eod": "keep"}}.items():
@@ -92,7 +93,7 @@ def test_the_cache_is_of_all_that_makes_the_tokens(tmp_path: Path, texts: Path, 
 
 def indexed(prefix: Path, docs: list[list[int]], vocab: int | None = None) -> str:
     with Writer(prefix, vocab) as writer:
-        writer.add(np.array(sum(docs, [])), np.array(list(map(len, docs))))
+        writer.add(np.concatenate(docs), np.array(list(map(len, docs))))
         writer.finish()
     return str(prefix)
 
@@ -146,14 +147,11 @@ def test_all_ranks_raise_when_one_finds_something_else(tmp_path: Path, monkeypat
         except DataError as error:
             raised.append(f"{mine}: {error}")
 
-    import threading
-
-    calls: dict[int, int] = {}
+    calls = itertools.count(1)
 
     def other(prefix: Any) -> Any:
-        calls[threading.get_ident()] = calls.get(threading.get_ident(), 0) + 1
         docs = opened(prefix)
-        return docs if len(calls) != 3 else docs.part(0, 1)  # one of the ranks has another file under the name
+        return docs.part(0, 1) if next(calls) == 3 else docs  # rank 0 looks first, then each rank opens: one has another file under the name
 
     monkeypatch.setattr(module, "open_documents", other)
     lf.sim.spmd(lf.Mesh(dp=2), rank)

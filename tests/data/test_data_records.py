@@ -17,9 +17,8 @@ import pytest
 from data_helpers import WEIRD, some_text
 from helpers import ROOT
 
+import lf.data.records as records
 from lf.data import DataError, Documents, Reading, Recipe, Tokenizer, find_files, has_ids, load_tokenizer, open_documents, tokenize, train_bpe
-from lf.data import records
-from lf.data.records import pieces
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +62,7 @@ def test_every_format_gives_the_same_tokens(bpe: Tokenizer, tmp_path: Path, monk
     for i, text in enumerate(texts):
         (tmp_path / "h" / f"{i:02}.txt").write_text(text, encoding="utf-8")
     names = ["a.jsonl", "b.jsonl", "c.json.gz", "d.jsonl.zst", "e.parquet", "f.parquet", "g", "h"]
-    assert len(pieces(find_files(lines))) > 10
+    assert len(records.pieces(find_files(lines))) > 10
     docs = [made(tmp_path / name, tmp_path / f"out{i}", bpe) for i, name in enumerate(names)]
     for name, d in zip(names, docs):
         assert of(d) == want, name
@@ -201,7 +200,7 @@ def test_a_bad_row_is_refused_with_file_and_row_or_counted(bpe: Tokenizer, tmp_p
         ("x.parquet", pa.table({"input_ids": [["a"]]}), r"x.parquet: column input_ids is list<.*string>, not lists of whole numbers"),
     ],
 )
-def test_files_that_cannot_be_read_are_refused_also_when_records_may_be_bad(bpe: Tokenizer, tmp_path: Path, name: str, content: Any, words: str) -> None:
+def test_files_that_cannot_be_read_are_refused_also_under_skip(bpe: Tokenizer, tmp_path: Path, name: str, content: Any, words: str) -> None:
     pq.write_table(content, tmp_path / name) if isinstance(content, pa.Table) else (tmp_path / name).write_bytes(content)
     for on_bad in ("stop", "skip"):
         if name == "x.txt" and content and on_bad == "skip":

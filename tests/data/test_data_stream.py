@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ def circle(docs: Documents, joined: bool) -> list[Item]:
     """(token, label, position in its document) of all tokens of the file."""
     every = [docs[d].tolist() for d in range(len(docs))]
     if joined:
-        every = [sum(every, [])]
+        every = [list(chain(*every))]
     return [(t, label, i) for ids in every for i, (t, label) in enumerate(zip(ids, ids[1:] + [IGNORE]))]
 
 
@@ -86,6 +87,17 @@ def test_padding_is_its_own_document() -> None:
     assert plan["cu_seqlens"].tolist() == [0, 5] + [8] * 14
     assert plan["labels"].tolist()[5:] == [IGNORE] * 3
     assert plan["tokens"].tolist()[5:] == [0] * 3
+
+
+def test_several_sets_follow_one_another() -> None:
+    a, b = documents([7, 3]), documents([4, 9, 2])
+    both, count = in_order([a, b], 4)
+    of = [[in_order(d, 4)[0](k) for k in range(in_order(d, 4)[1])] for d in (a, b)]
+    assert count == 3 + 4
+    for got, want in zip([both(k) for k in range(count)], of[0] + of[1]):
+        assert all(np.array_equal(getattr(got, name), getattr(want, name)) for name in ("tokens", "labels", "starts"))
+    assert in_order([], 4)[1] == 0
+    assert (both(count).labels == IGNORE).all()
 
 
 def test_places_in_the_index_are_those_of_a_scan() -> None:
