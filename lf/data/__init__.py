@@ -15,7 +15,8 @@ if TYPE_CHECKING:  # for editors and type checkers; the table below is what runs
     from lf.data.files import DataError, new_files, new_folder
     from lf.data.indexed import SUFFIXES, Documents, Writer, open_documents, split
     from lf.data.prepared import Corpus, percent, prepare
-    from lf.data.records import Reading, has_ids
+    from lf.data.reading import Reading
+    from lf.data.records import has_ids
     from lf.data.sources import Source, find_files, find_sources
     from lf.data.stream import Row, Rows, in_order, rows
     from lf.data.tokenizer import Tokenizer, load_tokenizer
@@ -28,7 +29,8 @@ _NAMES = {
     "files": ("DataError", "new_files", "new_folder"),
     "indexed": ("SUFFIXES", "Documents", "Writer", "open_documents", "split"),
     "prepared": ("Corpus", "percent", "prepare"),
-    "records": ("Reading", "has_ids"),
+    "reading": ("Reading",),
+    "records": ("has_ids",),
     "sources": ("Source", "find_files", "find_sources"),
     "stream": ("Row", "Rows", "in_order", "rows"),
     "tokenizer": ("Tokenizer", "load_tokenizer"),

@@ -16,7 +16,8 @@ from lf.console import Bar, console
 from lf.data.bpe import SMALLEST, train_bpe
 from lf.data.files import DataError, new_folder
 from lf.data.indexed import Documents, open_documents
-from lf.data.records import IDS, Reading, fingerprint_of, has_ids, pieces, read
+from lf.data.reading import IDS, Reading
+from lf.data.records import fingerprint_of, has_ids, pieces, read
 from lf.data.sources import Source, find_sources
 from lf.data.tokenizer import Tokenizer, load_tokenizer
 from lf.data.tokenizing import Counts, Recipe, left_out, tokenize

@@ -13,55 +13,17 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from operator import add
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import numpy as np
 
+from lf.data import tables
 from lf.data.files import DataError
+from lf.data.reading import CHARACTERS, IDS, LIMIT, PIECE, RECORDS, BadRecord, NoColumn, Piece, Reading, Values, called
 from lf.data.sources import kind
-
-if TYPE_CHECKING:
-    import pyarrow
-
-IDS = "input_ids"
-LIMIT = 2**31 - 1  # bytes of one document
-PIECE = 1 << 23  # bytes of a file that are one piece of work
-RECORDS, CHARACTERS = 1024, 1 << 22  # read at once: enough for a tokenizer's threads, few enough for memory
-ON_BAD = ("stop", "skip")
-
-
-class BadRecord(DataError):
-    """One record that is no document."""
-
-
-@attrs.frozen
-class Reading:
-    """How records become documents."""
-
-    column: str = "text"  # or IDS: the documents are token ids already
-    on_bad: str = "stop"  # at a bad record; or "skip" and count it
-    vocab: int | None = None  # token ids must be below it
-
-    def __attrs_post_init__(self) -> None:
-        if self.on_bad not in ON_BAD:
-            raise DataError(f"on_bad={self.on_bad!r}: there is {' and '.join(ON_BAD)}")
-
-
-@attrs.frozen
-class Piece:
-    """Part of a file: lines that begin in bytes begin … end of JSONL, rows of a data set, row groups of Parquet; all of any other."""
-
-    file: str
-    kind: str
-    begin: int
-    end: int
-    first: int  # rows before it, where they are known
-    size: int  # bytes on disk, about
 
 
 @attrs.frozen
@@ -107,11 +69,7 @@ def has_ids(files: Sequence[str]) -> bool:
                 if isinstance(value, NoColumn):
                     return False
         return False
-    return IDS in (_parquet_file(file).schema_arrow if kind(file) == "parquet" else _dataset(file)[:0].schema).names
-
-
-class NoColumn(BadRecord):
-    """A record without the column that is wanted."""
+    return IDS in (tables.parquet_file(file).schema_arrow if kind(file) == "parquet" else tables.saved_dataset(file)[:0].schema).names
 
 
 def fingerprint_of(files: Sequence[str], what: str) -> str:
@@ -145,7 +103,7 @@ def _text(value: Any, column: str) -> str:
     if isinstance(value, BadRecord):
         raise value
     if not isinstance(value, str):
-        raise BadRecord(f"{column} is {_called(value)}, not text")
+        raise BadRecord(f"{column} is {called(value)}, not text")
     if not value.isascii():
         try:
             value.encode()
@@ -160,21 +118,17 @@ def _ids(value: Any, vocab: int | None) -> np.ndarray:
     limit = LIMIT if vocab is None else vocab
     if isinstance(value, list):
         if wrong := set(map(type, value)) - {int}:
-            raise BadRecord(f"{IDS} has {_called(next(v for v in value if type(v) in wrong))}, not whole numbers alone")
+            raise BadRecord(f"{IDS} has {called(next(v for v in value if type(v) in wrong))}, not whole numbers alone")
         least, most = (min(value), max(value)) if value else (0, 0)
     elif isinstance(value, np.ndarray):
         if value.dtype.kind not in "iu":
             raise BadRecord(f"{IDS} are {value.dtype}, not whole numbers")
         least, most = (int(value.min()), int(value.max())) if len(value) else (0, 0)
     else:
-        raise BadRecord(f"{IDS} is {_called(value)}, not a list of token ids")
+        raise BadRecord(f"{IDS} is {called(value)}, not a list of token ids")
     if least < 0 or most >= limit:
         raise BadRecord(f"{IDS} has id {least if least < 0 else most}, outside 0 … {limit - 1}, the vocabulary")
     return np.asarray(value, np.int32)
-
-
-def _called(value: Any) -> str:
-    return "null" if value is None else f"{value!r}" if isinstance(value, (bool, int, float)) else f"a {type(value).__name__}"
 
 
 # files of one document
@@ -182,9 +136,6 @@ def _called(value: Any) -> str:
 
 def _whole(file: str) -> list[Piece]:
     return [Piece(file, kind(file), 0, 0, 0, os.path.getsize(file))]
-
-
-Values = Iterator[tuple[Callable[[int], int], list[Any], int]]  # number of the i-th value in its piece, values, bytes
 
 
 def _text_file(piece: Piece, how: Reading) -> Values:
@@ -265,107 +216,14 @@ def _parsed(line: bytes, column: str) -> Any:
     except (ValueError, RecursionError) as error:
         return BadRecord(f"not JSON ({error})")
     if not isinstance(record, dict):
-        return BadRecord(f"is {_called(record)}, not an object with named fields; JSONL has one record a line")
+        return BadRecord(f"is {called(record)}, not an object with named fields; JSONL has one record a line")
     if column not in record:
         return NoColumn(f"has no column {column!r}; it has {', '.join(record) or 'none'}")
     return record[column]
 
 
-# tables
-
-
-def _parquet_file(file: str) -> Any:
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.ParquetFile(file)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{file} cannot be read as Parquet: {error}") from error
-
-
-def _row_groups(file: str) -> list[Piece]:
-    about, first, found = _parquet_file(file).metadata, 0, []
-    for i in range(about.num_row_groups):
-        group = about.row_group(i)
-        found.append(Piece(file, "parquet", i, i + 1, first, group.total_byte_size))
-        first += group.num_rows
-    return found
-
-
-def _parquet(piece: Piece, how: Reading) -> Values:
-    import pyarrow
-
-    with _parquet_file(piece.file) as file:
-        _check_column(file.schema_arrow, how.column, piece.file)
-        rows, first = max(file.metadata.row_group(piece.begin).num_rows, 1), 0
-        try:
-            for batch in file.iter_batches(RECORDS, row_groups=[piece.begin], columns=[how.column]):
-                yield partial(add, first), _cells(batch.column(0)), piece.size * len(batch) // rows
-                first += len(batch)
-        except (OSError, pyarrow.ArrowException) as error:
-            raise DataError(f"{piece.file} cannot be read after row {piece.first + first}: {error}") from error
-
-
-def _dataset(folder: str) -> Any:
-    from datasets import load_from_disk
-
-    try:
-        return load_from_disk(folder).with_format("arrow")
-    except Exception as error:  # datasets raises whatever its files make it raise
-        raise DataError(f"{folder} cannot be read as a data set that datasets saved: {error}") from error
-
-
-def _row_ranges(folder: str) -> list[Piece]:
-    rows = len(data := _dataset(folder))
-    each = max(RECORDS, rows * PIECE // max(data.data.nbytes, 1))
-    size = sum(entry.stat().st_size for entry in os.scandir(folder))
-    return [Piece(folder, "dataset", at, min(at + each, rows), at, size * min(each, rows - at) // rows) for at in range(0, rows, each)]
-
-
-def _saved(piece: Piece, how: Reading) -> Values:
-    data = _dataset(piece.file)
-    _check_column(data[:0].schema, how.column, piece.file)
-    data = data.select_columns([how.column])
-    for at in range(piece.begin, piece.end, RECORDS):
-        table = data[at : min(at + RECORDS, piece.end)]
-        yield partial(add, at - piece.begin), _cells(table.column(0).combine_chunks()), piece.size * len(table) // (piece.end - piece.begin)
-
-
-def _check_column(schema: pyarrow.Schema, column: str, file: str) -> None:
-    """The columns are the file's, so a wrong one is no fault of a record that could be skipped."""
-    from pyarrow import types
-
-    if column not in schema.names:
-        raise DataError(f"{file} has no column {column!r}; it has {', '.join(schema.names)}")
-    found = schema.field(column).type
-    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list)
-    if column == IDS and not (any(is_list(found) for is_list in lists) and types.is_integer(found.value_type)):
-        raise DataError(f"{file}: column {IDS} is {found}, not lists of whole numbers")
-    if column != IDS and not (types.is_string(found) or types.is_large_string(found)):
-        raise DataError(f"{file}: column {column} is {found}, not text")
-
-
-def _cells(column: pyarrow.Array) -> list[Any]:
-    """Texts, or arrays of ids; None where there is null."""
-    if hasattr(column, "chunks"):
-        return [cell for chunk in column.chunks for cell in _cells(chunk)]
-    if hasattr(column.type, "value_type"):
-        return [None if not cell.is_valid else cell.as_py() if cell.values.null_count else cell.values.to_numpy() for cell in column]
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        return [_decoded(cell) for cell in column]
-
-
-def _decoded(cell: pyarrow.Scalar) -> Any:
-    try:
-        return cell.as_py()
-    except UnicodeDecodeError as error:
-        return BadRecord(f"not UTF-8 at byte {error.start} ({error.reason})")
-
-
-_PIECES = {"jsonl": _line_pieces, "parquet": _row_groups, "dataset": _row_ranges}
-_READERS = {"text": _text_file, "jsonl": _jsonl, "parquet": _parquet, "dataset": _saved}
+_PIECES = {"jsonl": _line_pieces, "parquet": tables.row_groups, "dataset": tables.row_ranges}
+_READERS = {"text": _text_file, "jsonl": _jsonl, "parquet": tables.read_parquet, "dataset": tables.read_saved}
 
 
 def _place(piece: Piece, number: int) -> str:

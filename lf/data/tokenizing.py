@@ -17,7 +17,8 @@ import numpy as np
 
 from lf.data.files import DataError
 from lf.data.indexed import LONGEST, Writer, token_type
-from lf.data.records import IDS, PIECE, Piece, Reading, pieces, read
+from lf.data.reading import IDS, PIECE, Piece, Reading
+from lf.data.records import pieces, read
 from lf.data.tokenizer import Tokenizer, load_tokenizer
 
 EODS = ("auto", "append", "keep")
