@@ -5,15 +5,18 @@ For a language model the plan is, with T the length of one packed row:
     tokens      (T,)    int64   token ids; 0 where padded
     labels      (T,)    int64   the next token of the same document; IGNORE at the end of a document and in padding
     positions   (T,)    int64   place in the document, from 0 again at each document
-    cu_seqlens  (T+1,)  int32   starts of the documents, then T until the end: a fixed length, so nothing recompiles
+    cu_seqlens  (≥ documents + 1,)  int32   starts of the documents, then T until the end: of few lengths (`pack` takes powers of two), so that
+                        little recompiles and no kernel is given many documents without a token
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
-from torch import Tensor
+
+if TYPE_CHECKING:  # what only names IGNORE or reads rows needs no torch
+    from torch import Tensor
 
 IGNORE = -100
 

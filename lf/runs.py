@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, wait
 from pathlib import Path
 from threading import Thread
@@ -49,11 +49,11 @@ class Run:
         return self.folder / "metrics.jsonl"
 
 
-def open_run(folder: str | Path, config: Any, axes: Any) -> Run:
+def open_run(folder: str | Path, config: Any, axes: Any, free: Collection[str] = ()) -> Run:
     """The run in `folder` for these settings (an attrs config): a new one, or the same one again.
 
-    Raises ConfigError with the differing fields when the folder holds a run with other settings that has trained at least one step, RunError when
-    another command is using it. Every rank raises alike.
+    free: fields that may be another when a run goes on; config.json then says the new ones. Raises ConfigError with the differing fields when the
+    folder holds a run with other settings that has trained at least one step, RunError when another command is using it. Every rank raises alike.
     """
     folder = Path(folder)
     wanted = json.loads(json.dumps(to_dict(config)))
@@ -67,7 +67,7 @@ def open_run(folder: str | Path, config: Any, axes: Any) -> Run:
             raise RunError(f"cannot write into {folder} ({error.strerror}: {error.filename}); give another --out") from None
         try:
             _locked(lock, folder)
-            _agree(folder, wanted)
+            _agree(folder, wanted, free)
         except BaseException:
             lock.close()
             raise
@@ -168,7 +168,7 @@ def _locked(lock: TextIO, folder: Path) -> None:
     lock.flush()
 
 
-def _agree(folder: Path, wanted: dict[str, Any]) -> None:
+def _agree(folder: Path, wanted: dict[str, Any], free: Collection[str]) -> None:
     """Writes config.json, or compares it. Settings with which nothing was trained bind nobody: a typo in them can be put right in place."""
     path = folder / "config.json"
     if path.exists():
@@ -182,7 +182,9 @@ def _agree(folder: Path, wanted: dict[str, Any]) -> None:
         if not changed:
             return
         # other fields are another script's, or no run's at all: that file is not ours to replace
-        if _trained(folder) or have.keys() != wanted.keys():
+        bound = {k: v for k, v in changed.items() if k not in free}
+        if (bound and _trained(folder)) or have.keys() != wanted.keys():
+            changed = bound or changed
             lines = "\n".join(f"  {k}: the run has {old!r}, this command {new!r}" for k, (old, new) in changed.items())
             raise ConfigError(f"{folder} holds a run with other settings:\n{lines}\nGive these back, or another --out, or remove the folder")
     temporary = path.with_suffix(".tmp")

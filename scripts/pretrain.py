@@ -1,4 +1,4 @@
-"""Pretrain a language model on text files. Copy this script and change it: everything that happens stands here.
+"""Pretrain a language model on text, JSONL, Parquet or indexed tokens. Copy this script and change it: everything that happens stands here.
 
 scripts/launch pretrain --device cpu --model qwen3-0.6b --data my/texts --mesh tp=2,dp=2
 """
@@ -9,20 +9,28 @@ import attrs
 
 import lf
 
+FREE = (  # what may be another when a run goes on: none of it changes which rows a step takes, or what it makes of them but for rounding
+    *("mesh", "device", "micro_batch", "save_every", "keep", "eval", "eval_every", "drift_every", "on_nonfinite", "log", "export_dtype"),
+)
+
 
 @attrs.frozen
 class Config:
-    data: tuple[str, ...]  # text files, folders or globs; one document a file
+    data: tuple[str, ...]  # files, folders or globs of text, JSONL, Parquet or indexed tokens; all or none with a weight, as 0.7:my/texts
     model: str = "qwen3-0.6b"  # a preset, a folder with a config.json, or a repository on the hub: org/name[@revision]
     weights: str | None = None  # a Hugging Face folder or a repository to start from; random without
     weights_dtype: str | None = None  # fp32, bf16, fp16, fp64: rounds the weights to it on the way; without one nothing is rounded
-    tokenizer: str | None = None  # a folder or a repository with a tokenizer; without one a BPE is trained on the data
+    tokenizer: str | None = None  # a folder or a repository; without one that of the weights, and without weights a BPE is trained on the data
     bpe_vocab: int | None = None  # its tokens at most; None: the model's vocabulary, up to 32768
-    match: str = "*.txt"  # which files of a folder
+    match: str | None = None  # which files of a folder; without it text, JSONL, Parquet or indexed tokens
+    text_column: str = "text"  # of JSONL and Parquet; a column input_ids is tokens already
+    on_bad: str = "stop"  # at a bad record; skip: leave it out, and count it
+    eod: str = "auto"  # end of document: behind texts, not behind input_ids; append: behind both; keep: behind none
     mesh: str = ""  # as tp=2,dp=2; dp fills what is left of the ranks
     device: str | None = None
     precision: str = "bf16"
     seq_len: int = 1024
+    joined: bool = False  # attention and labels run on from one document into the next
     micro_batch: int = 1  # rows of seq_len in one microbatch
     global_batch: int = 16  # rows in one step, over all ranks
     batch_ramp: str | None = None  # start:increment:rows, fewer rows a step at first
@@ -38,7 +46,8 @@ class Config:
     seed: int = 0
     save_every: int = 100  # steps
     keep: int = 2  # checkpoints
-    eval: tuple[str, ...] = ()  # held-out text, as NAME=path
+    eval: tuple[str, ...] = ()  # held-out data, as NAME=path
+    validation: float | None = None  # the share of each source's documents, its last ones, that is held out as a set of its own
     eval_every: int = 100  # steps
     drift_every: int | None = None  # steps between two checks that replicas are equal
     on_nonfinite: str = "stop"  # or skip:N, at most N steps in a row
@@ -68,26 +77,32 @@ def main(config: Config) -> tuple[lf.State, lf.context.Context]:
     init, step = lf.train.make(layout, lf.optim.adamw(rate, weight_decay=config.weight_decay), programs, ctx, config.clip)
 
     screen = lf.console.console(axes.rank)
-    run = lf.runs.open_run(config.out, config, axes)  # the same command goes on with an unfinished run
+    run = lf.runs.open_run(config.out, config, axes, FREE)  # the same command goes on with an unfinished run
     last = lf.checkpoint.latest(run.checkpoints)
     screen.print(lf.runs.summary(config.model, layout, ctx, config.seq_len, config.micro_batch, counts[-1]), soft_wrap=True)
     if config.batch_ramp:
         screen.print(f"at first fewer: {ramp}", soft_wrap=True)
-    given = str(lf.hf.folder(config.tokenizer, axes, weights=False)) if config.tokenizer else None
-    documents, tokenizer = lf.data.prepare(config.data, run.folder, model.config.vocab, axes, given, config.bpe_vocab, config.match)
-    rows = lf.data.rows(documents, config.seq_len, config.seed)
+    source = config.tokenizer or config.weights
+    given = str(lf.hf.folder(source, axes, weights=False)) if source else None
+    how = (config.match, config.text_column, config.on_bad, config.eod)
+    corpora, tokenizer = lf.data.prepare(config.data, run.folder, model.config.vocab, axes, given, config.bpe_vocab, *how)
+    held_out = {}
+    for name, path in evals.items():
+        found, _ = lf.data.prepare((path,), run.folder, model.config.vocab, axes, str(tokenizer) if tokenizer else None, None, *how)
+        held_out[name] = [c.documents for c in found]
+    if config.validation is not None:
+        parts = [lf.data.split(c.documents, config.validation) for c in corpora]
+        corpora = [attrs.evolve(c, documents=train) for c, (train, _) in zip(corpora, parts)]
+        held_out["validation"] = [last for _, last in parts]
+    sets = {name: lf.evaluate.HeldOut(*lf.data.in_order(documents, config.seq_len, config.joined)) for name, documents in held_out.items()}
+    evaluate = lf.evaluate.make(layout, sets, config.micro_batch, ctx) if sets else None
+    rows = lf.data.blend([(c.weight, lf.data.rows(c.documents, config.seq_len, config.seed, config.joined)) for c in corpora], config.seed)
 
     def batches(i: int) -> list[lf.Batch]:
         dp, multiple = axes["dp"], 2 * axes.mesh["cp"] * axes.mesh["tp"]
         return lf.data.step_batches(rows, ramp.consumed(i), ramp.at(i), config.micro_batch, dp.size, dp.index, multiple)
 
-    held_out = {}
-    for name, path in evals.items():
-        texts, _ = lf.data.prepare((path,), run.folder, model.config.vocab, axes, str(tokenizer), None, config.match)
-        held_out[name] = lf.evaluate.HeldOut(*lf.data.in_order(texts, config.seq_len))
-    evaluate = lf.evaluate.make(layout, held_out, config.micro_batch, ctx) if held_out else None
-
-    data = {"documents": documents.fingerprint, "seq_len": config.seq_len, "seed": config.seed}
+    data = {"documents": [[c.weight, c.documents.fingerprint] for c in corpora], "seq_len": config.seq_len, "seed": config.seed}
     if last:
         state, saved = lf.checkpoint.load(last, layout, ctx)
         lf.runs.same_data(saved, data)

@@ -15,7 +15,8 @@ from lf.data.stream import Row, Rows
 def pack(parts: Sequence[Row], multiple: int = 1) -> Batch:
     """Rows as further documents of one packed row whose length is the next multiple of `multiple`.
 
-    Padding is documents of its own, none longer than a row, so no attention reaches into it and the longest document stays a constant."""
+    Padding is documents of its own, none longer than a row, so no attention reaches into it and the longest document stays a constant. cu_seqlens
+    has as many entries as the smallest power of two, at least 16, that holds all starts and the end."""
     if not parts or multiple < 1:
         raise DataError(f"pack needs at least one row and multiple ≥ 1; got {len(parts)} rows, multiple={multiple}")
     firsts = np.cumsum([0] + [len(p.tokens) for p in parts])
@@ -23,7 +24,7 @@ def pack(parts: Sequence[Row], multiple: int = 1) -> Batch:
     length = -(-used // multiple) * multiple
 
     starts = np.concatenate([p.starts + first for p, first in zip(parts, firsts)] + [np.arange(used, length, longest)])
-    cu_seqlens = np.full(length + 1, length, np.int32)
+    cu_seqlens = np.full(max(1 << len(starts).bit_length(), 16), length, np.int32)
     cu_seqlens[: len(starts)] = starts
     sizes = np.diff(starts, append=length)
     plan = {

@@ -4,32 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lf.data.files import DataError, new_folder
-from lf.data.text import texts
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 EOS = "<|endoftext|>"
 SMALLEST = 256 + 1  # every byte and EOS
 
 
-def train_bpe(
-    documents: Dataset | Sequence[str],
-    vocab_size: int,
-    folder: str | os.PathLike[str],
-    progress: Callable[[int, int], object] | None = None,
-    exact: bool = True,
-) -> Path:
+def train_bpe(documents: Iterable[str], vocab_size: int, folder: str | os.PathLike[str], exact: bool = True) -> Path:
     """Train on the documents and write a Hugging Face tokenizer folder; returns it. Any text encodes, and decodes to itself.
 
-    The same documents in the same order give the same files. `progress(documents read, documents)` is called along the way; the merges that
-    follow say nothing. A text with too little in it for `vocab_size` tokens gives fewer, which `load_tokenizer(folder).vocab_size` counts, or
-    with `exact` a DataError. Raises FileExistsError when the folder is there: open that with `load_tokenizer`."""
+    The same documents in the same order give the same files; they are read once, one after another. A text with too little in it for `vocab_size`
+    tokens gives fewer, which `load_tokenizer(folder).vocab_size` counts, or with `exact` a DataError. Raises FileExistsError when the folder is
+    there: open that with `load_tokenizer`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < SMALLEST:
@@ -41,7 +30,7 @@ def train_bpe(
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
         )
-        tokenizer.train_from_iterator(_counted(documents, progress), trainer, length=len(documents))
+        tokenizer.train_from_iterator(_texts(documents), trainer)
         size = tokenizer.get_vocab_size()
         if exact and size != vocab_size:
             raise DataError(
@@ -61,8 +50,10 @@ def train_bpe(
     return Path(folder)
 
 
-def _counted(documents: Dataset | Sequence[str], progress: Callable[[int, int], object] | None) -> Iterator[str]:
-    for i, text in enumerate(texts(documents)):
+def _texts(documents: Iterable[str]) -> Iterator[str]:
+    if isinstance(documents, str):
+        raise DataError("documents are a list of strings, not one string; wrap it in a list")
+    for i, text in enumerate(documents):
+        if not isinstance(text, str):
+            raise DataError(f"document {i} is {type(text).__name__}, not text; filter or convert it first")
         yield text
-        if progress:
-            progress(i + 1, len(documents))

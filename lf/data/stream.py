@@ -1,27 +1,29 @@
-"""Rows: documents in a new order every epoch, one after another without end, cut every `seq_len` tokens, and the pieces dealt out anew.
+"""Rows of tokens out of documents: any row of a shuffled stream without end, computed from its number; or every token once, in order.
 
-The stream is the epochs in a row; its row k is tokens k·seq_len … (k+1)·seq_len, so it may run from one epoch into the next and nothing is
-dropped. Neighbours in the stream come from one document, and a batch of neighbours would teach one text at a time: so the rows are shuffled
-as well. All depends on (documents, seq_len, seed) alone: the number of rows consumed says where a run is, on any number of ranks.
+An epoch takes the tokens as a circle, in the order of the file: from a place that is drawn anew for each epoch it cuts n = N // seq_len rows,
+and deals them out in a permuted order. So rows begin at other places in every epoch, the N mod seq_len tokens that an epoch leaves out are
+others each time, and a row may run over the end of the file to its beginning, where a new document begins. Documents with fewer tokens than
+one row are read round until the row is full. All depends on (documents, seq_len, seed) alone and nothing is kept: the number of rows consumed
+says where a run is, on any number of ranks, with a billion documents as with one.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 
 import attrs
 import numpy as np
 
 from lf.batch import IGNORE
-from lf.data.documents import Documents
 from lf.data.files import DataError
+from lf.data.indexed import Documents
+from lf.data.permute import drawn, permuted
 
 
 @attrs.frozen(eq=False)
 class Row:
-    """`seq_len` consecutive tokens of a stream.
+    """`seq_len` consecutive tokens.
 
         tokens  (seq_len,)  int64
         labels  (seq_len,)  int64   the next token of the same document, also across the row's end; IGNORE after its last
@@ -36,91 +38,74 @@ class Row:
 Rows = Callable[[int], Row]  # any source of rows: what blends and other formats provide
 
 
-def rows(documents: Documents, seq_len: int, seed: int) -> Rows:
+def rows(documents: Documents, seq_len: int, seed: int, joined: bool = False) -> Rows:
     """`rows(documents, seq_len, seed)(k)` is row k of the shuffled stream: random access.
 
-    The stream is taken in windows of n rows, n the whole rows of an epoch, and each window is permuted with a key of its own."""
-    in_order = stream(documents, seq_len, seed)
-    n = max(len(documents.tokens) // seq_len, 1)
-
-    @lru_cache(maxsize=2)
-    def window(w: int) -> np.ndarray:
-        return permutation(n, seed, "rows", w)
-
-    def row(k: int) -> Row:
-        w, i = divmod(k, n)
-        return in_order(w * n + int(window(w)[i]) if k >= 0 else k)
-
-    return row
-
-
-def stream(documents: Documents, seq_len: int, seed: int) -> Rows:
-    """Row k of the documents in the order of their epochs: random access, by a binary search in the epoch's order."""
-    if seq_len < 1:
-        raise DataError(f"seq_len={seq_len} must be at least 1")
+    joined: documents are not kept apart, as in Megatron-LM without reset attention masks: attention and labels run over their borders."""
+    _at_least_one(seq_len)
     total = len(documents.tokens)
-    lengths = np.diff(documents.offsets)
-
-    # a window of shuffled rows lies in two epochs at most, and its last row may end in a third
-    @lru_cache(maxsize=3)
-    def epoch(e: int) -> tuple[np.ndarray, np.ndarray]:
-        order = epoch_order(len(lengths), seed, e)
-        return order, np.cumsum(lengths[order])  # where each document ends in the epoch
-
-    def pieces(at: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Stream tokens at … stop as slices of the flat array, each with the end of its document."""
-        while at < stop:
-            e, place = divmod(at, total)
-            order, ends = epoch(e)
-            i = int(np.searchsorted(ends, place, side="right"))
-            while at < stop and i < len(order):
-                end = int(documents.offsets[order[i] + 1])
-                begin = end - (int(ends[i]) - place)
-                size = min(end - begin, stop - at)
-                yield begin, begin + size, end
-                at, place, i = at + size, place + size, i + 1
+    n = max(total // seq_len, 1)
 
     def row(k: int) -> Row:
         if k < 0:
             raise DataError(f"row {k}: rows are counted from 0")
-        tokens, labels = np.empty(seq_len, np.int64), np.full(seq_len, IGNORE, np.int64)
-        starts, at = [], 0
-        for begin, stop, end in pieces(k * seq_len, (k + 1) * seq_len):
-            size, known = stop - begin, min(stop + 1, end) - begin - 1
-            tokens[at : at + size] = documents.tokens[begin:stop]
-            labels[at : at + known] = documents.tokens[begin + 1 : begin + 1 + known]
-            starts.append(at)
-            at += size
-        return Row(tokens, labels, np.asarray(starts, np.int64))
+        epoch, i = divmod(k, n)
+        at = (drawn(total, seed, "rotation", epoch) + permuted(i, n, seed, "rows", epoch) * seq_len) % total
+        parts, left = [], seq_len
+        while left:
+            stop = min(at + left, total)
+            parts.append(_cut(documents, at, stop, joined))
+            left, at = left - (stop - at), stop % total
+        return parts[0] if len(parts) == 1 else _one(parts)
 
     return row
 
 
-def in_order(documents: Documents, seq_len: int) -> tuple[Rows, int]:
-    """(rows, their number) with every token once, in the order of the file: what an evaluation reads. The last row is what is left."""
-    if seq_len < 1:
-        raise DataError(f"seq_len={seq_len} must be at least 1")
-    tokens, offsets = documents.tokens, documents.offsets
+def in_order(documents: Documents | Sequence[Documents], seq_len: int, joined: bool = False) -> tuple[Rows, int]:
+    """(rows, their number) with every token once, in the order of the file, of one file after another: what an evaluation reads.
+
+    Every row has seq_len tokens: behind the last token of a file, and in any row after the last, stands padding, a document of its own without
+    labels. So a step may take more rows than there are, and sums over labels stay those of the set."""
+    _at_least_one(seq_len)
+    files = [documents] if isinstance(documents, Documents) else list(documents)
+    firsts = np.cumsum([0] + [-(-len(d.tokens) // seq_len) for d in files]).tolist()  # the first row of each file
 
     def row(k: int) -> Row:
-        lo, hi = k * seq_len, min((k + 1) * seq_len, len(tokens))
-        labels = np.append(tokens[lo + 1 : hi + 1], [IGNORE] * (hi == len(tokens))).astype(np.int64)
-        ends = offsets[(offsets > lo) & (offsets <= hi)] - lo
-        labels[ends - 1] = IGNORE
-        return Row(np.asarray(tokens[lo:hi], np.int64), labels, np.append(0, ends[ends < hi - lo]).astype(np.int64))
+        if k < 0:
+            raise DataError(f"row {k}: rows are counted from 0")
+        parts, used = [], 0
+        if k < firsts[-1]:
+            file = bisect_right(firsts, k) - 1
+            begin = (k - firsts[file]) * seq_len
+            used = min(seq_len, len(files[file].tokens) - begin)
+            parts.append(_cut(files[file], begin, begin + used, joined))
+        if left := seq_len - used:
+            parts.append(Row(np.zeros(left, np.int64), np.full(left, IGNORE, np.int64), np.zeros(1, np.int64)))
+        return parts[0] if len(parts) == 1 else _one(parts)
 
-    return row, -(-len(tokens) // seq_len)
+    return row, firsts[-1]
 
 
-def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of n documents in an epoch, keyed by (seed, epoch)."""
-    return permutation(n, seed, "order", epoch)
+def _cut(documents: Documents, begin: int, stop: int, joined: bool) -> Row:
+    """Tokens begin … stop of the file."""
+    following = documents.tokens[begin + 1 : stop + 1]
+    labels = np.full(stop - begin, IGNORE, np.int64)
+    labels[: len(following)] = following
+    if joined:
+        starts = np.zeros(1, np.int64)
+    else:
+        starts = documents.starts(begin, min(stop + 1, len(documents.tokens))) - begin
+        labels[starts - 1] = IGNORE  # the last token of the document before
+        starts = np.concatenate([[0], starts[: len(starts) - (len(starts) > 0 and starts[-1] == stop - begin)]])
+    return Row(documents.tokens[begin:stop].astype(np.int64), labels, starts)
 
 
-def permutation(n: int, seed: int, what: str, number: int) -> np.ndarray:
-    """A permutation of n keyed by (seed, what, number).
+def _one(parts: list[Row]) -> Row:
+    firsts = np.cumsum([0] + [len(p.tokens) for p in parts])
+    tokens, labels = (np.concatenate([getattr(p, name) for p in parts]) for name in ("tokens", "labels"))
+    return Row(tokens, labels, np.concatenate([p.starts + first for p, first in zip(parts, firsts)]))
 
-    Sorted from the raw bits of Philox, which never change, where numpy's own shuffle may from one version to the next."""
-    key = hashlib.blake2b(f"lf.data {what} {seed} {number}".encode(), digest_size=16).digest()
-    bits = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(n)
-    return np.argsort(bits, kind="stable")
+
+def _at_least_one(seq_len: int) -> None:
+    if seq_len < 1:
+        raise DataError(f"seq_len={seq_len} must be at least 1")
