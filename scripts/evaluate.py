@@ -8,6 +8,7 @@ Every token is read once, and the sums over all of them are divided once: no lay
 
 import json
 from pathlib import Path
+from typing import Any
 
 import attrs
 import export
@@ -61,8 +62,9 @@ def main(config: Config) -> dict[str, float]:
 
     if axes.rank == 0:
         shown = [(*row, *(f"{values[f'eval/{row[0]}/{key}']:.4f}" for key in ("loss", "perplexity"))) for row in rows]
-        title = f"{where} on {axes.mesh}, rows of {config.seq_len}"
-        lf.console.console().print(lf.console.table(title, ("set", "documents", "tokens", "loss", "perplexity"), shown))
+        screen = lf.console.console()
+        screen.print(f"{config.model or where} on {axes.mesh}, {config.precision}, rows of {config.seq_len} tokens", soft_wrap=True)
+        screen.print(lf.console.table("", ("set", "documents", "tokens", "loss", "perplexity"), shown))
         if config.json:
             Path(config.json).write_text(json.dumps({"config": lf.config.to_dict(config), "model": str(where), **values}, indent=1) + "\n")
     return values
@@ -83,7 +85,7 @@ def refuse(config: Config, sets: dict[str, str]) -> None:
         raise ConfigError(f"--json {config.json}: {error.strerror}; name a file that can be written") from None
 
 
-def found(config: Config, axes: lf.axes.Axes) -> tuple[Path, str | None]:
+def found(config: Config, axes: Any) -> tuple[Path, str | None]:
     """The folder with the weights, and that of the tokenizer."""
     if config.run is not None:
         run, step = Path(config.run), config.step
@@ -96,10 +98,10 @@ def found(config: Config, axes: lf.axes.Axes) -> tuple[Path, str | None]:
     return where, None if config.tokenizer == "none" else str(lf.hf.folder(config.tokenizer, axes, weights=False))
 
 
-def params(config: Config, where: Path, layout: lf.layouts.Layout, ctx: lf.Context) -> lf.tree.Tree:
+def params(config: Config, where: Path, layout: Any, ctx: lf.Context) -> lf.tree.Tree:
     """The parameters in the compute dtype; of a run neither the moments nor more than one master at a time."""
     if config.run is None:
-        return lf.state.compute_copy(lf.hf.load(where, layout, ctx), ctx)
+        return lf.tree.map(lambda w: w.to(ctx.precision.compute), lf.hf.load(where, layout, ctx))
     with lf.checkpoint.masters(where, layout, ctx) as read:
         return lf.tree.build([(path, read(path).to(ctx.precision.compute)) for path in layout.specs])
 

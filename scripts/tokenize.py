@@ -1,6 +1,6 @@
 """Tokenize text, JSONL or Parquet into OUT.bin and OUT.idx, which a run maps and Megatron-LM reads, too.
 
-scripts/launch tokenize --data my/texts 'crawl/*.jsonl.gz' --tokenizer my/model --out tokens/all --workers 16
+scripts/launch tokenize --data my/texts 'crawl/*.jsonl.gz' --tokenizer ./my/model --out tokens/all --workers 16
 """
 
 import os
@@ -30,7 +30,7 @@ else:
     class Config:
         data: tuple[str, ...]  # files, folders or globs of text (one document a file), JSONL or Parquet; datasets saved with save_to_disk
         out: str  # of OUT.bin, OUT.idx and OUT.json; nothing is overwritten
-        tokenizer: str | None = None  # a Hugging Face tokenizer folder; not needed for records with input_ids
+        tokenizer: str | None = None  # a folder or a repository on the hub: org/name[@revision]; not needed for records with input_ids
         workers: int = os.cpu_count() or 1  # processes; the result is the same for any number of them
         match: str | None = None  # which files of a folder; without it text, JSONL or Parquet
         text_column: str = "text"
@@ -46,7 +46,8 @@ else:
             raise data.DataError("--data takes no weights and no indexed tokens here: they are for training")
         files = sources[0].files
         how = data.Reading("input_ids" if data.has_ids(files) else config.text_column, config.on_bad, config.vocab)
-        recipe = data.Recipe(how, config.tokenizer, config.eod)
+        tokenizer = None if config.tokenizer is None else str(lf.hf.folder(config.tokenizer, weights=False))
+        recipe = data.Recipe(how, tokenizer, config.eod)
         began = time.monotonic()
         with data.new_files(config.out, data.SUFFIXES) as prefix, data.percent(screen, "tokenizing") as bar:
             counts = data.tokenize(files, recipe, prefix, config.workers, bar)
