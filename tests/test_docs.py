@@ -176,6 +176,34 @@ def test_what_a_page_mentions_exists(page: Path) -> None:
         assert "://" in link or (page.parent / link).exists(), link
 
 
+def ours(page: str) -> dict[str, set[str]]:
+    """{script: flags} of the first column of the tables: `--model` is of pretrain, `tokenize --out` of the script that is named."""
+    found: dict[str, set[str]] = {}
+    for line in (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8").splitlines():
+        for name, flag in re.findall(r"`(?:(\w+) )?(--[\w-]+)[^`]*`", line.split("|")[1] if line.startswith("|") else ""):
+            found.setdefault(name or "pretrain", set()).add(flag)
+    return found
+
+
+def test_what_is_called_what_is_what_the_parsers_take() -> None:
+    found = ours("coming-from")
+    assert {"pretrain", "tokenize", "evaluate", "export"} == found.keys()
+    for name, mentioned in found.items():
+        assert not mentioned - flags(name) - {"--config"}, name
+    assert not flags("pretrain") - found["pretrain"], "these should have a line, if only to say that nothing is called so elsewhere"
+    assert {"--model", "--seq-len", "--weights-dtype"} <= flags("pretrain")
+    assert not {"--tp", "--num-layers"} & flags("pretrain")
+
+
+def test_the_tables_are_tables() -> None:
+    for page in PAGES:
+        width = 0
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+            cells = line.count("|") if line.startswith("|") else 0
+            assert not (width and cells) or cells == width, f"{page.name}, line {number}"
+            width = cells
+
+
 def test_the_readme_names_every_page() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert not [page.name for page in PAGES if f"docs/{page.name}" not in readme]
