@@ -7,7 +7,7 @@ whose forward had begun, and to grow with the tokens of a microbatch. So the way
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
@@ -18,6 +18,7 @@ from lf.batch import Batch
 from lf.layouts import Layout
 from lf.schedule.memory import OutOfMemory
 from lf.state import State
+from lf.tree import Tree
 
 LARGEST = 5  # tensors that are named
 FULL = 0.95  # of the memory can be used: an allocator loses some of it
@@ -71,6 +72,24 @@ def measure(error: OutOfMemory, layout: Layout, state: State, used: int, ctx: An
     rest = max(used - sum(kinds.values()) - error.gradients, 0)
     kinds |= {"gradients": error.gradients, "activations, buffers and the rest": rest}
     return Usage(kinds, lasting, math.ceil(rest / error.forward), ctx.device.memory_total())
+
+
+def refuse_what_cannot_fit(layout: Layout, init: Callable[[Tree], Tree], ctx: Any) -> None:
+    """Raises OutOfMemory, before anything is allocated, when what lasts through a step (parameters, gradients, the optimizer's `init` of them)
+    is more than this rank's device has. Worked out on tensors without data."""
+    dtypes, coords = ctx.precision, ctx.axes.coords
+    master = tree.build([(p, torch.empty(spec.local_shape(coords), dtype=dtypes.master, device="meta")) for p, spec in layout.specs.items()])
+    elements, there = sum(x.numel() for x in tree.leaves(master)), ctx.device.memory_total()
+    kinds = {"compute copy of the parameters": elements * dtypes.compute.itemsize * (dtypes.compute != dtypes.master)}
+    kinds |= {f"optimizer: {name}": sum(map(_size, tree.leaves(branch))) for name, branch in init(master).items()}
+    kinds["gradients"] = elements * dtypes.master.itemsize
+    if (lasting := sum(kinds.values())) <= there:
+        return
+    lines = [f"out of memory before the first step: rank {ctx.axes.rank} needs {_bytes(lasting)} besides activations, its device has {_bytes(there)}"]
+    lines += [f"  {_bytes(n):>10}  {kind}" for kind, n in kinds.items() if n]
+    setting = Setting(1, SHORTEST, layout.mesh.tp, dtypes.compute, dtypes.master)
+    lines += [f"The smallest change that should fit, without activations: {way_out(Usage(kinds, lasting, 0, there), setting)}"]
+    raise OutOfMemory("\n".join(lines))
 
 
 def way_out(usage: Usage, now: Setting) -> str:

@@ -19,6 +19,7 @@ from lf import tree
 from lf.batch import Batch, BatchError
 from lf.config import ConfigError
 from lf.layouts import Layout
+from lf.memory import refuse_what_cannot_fit
 from lf.mesh import MeshError
 from lf.optim import Optimizer
 from lf.parallel.reduce import owned_square_sum
@@ -105,11 +106,12 @@ def make(
     program: as in `gradients`; a step runs the one for its number of microbatches. metrics: those of `gradients`, and lr, skipped (1 where loss
     or norm was not finite and nothing was changed). They lie on the device: read them a step later and the host never waits. `clip`: the
     largest gradient norm (None: unlimited). `init` takes the parameters over and a state is used up by its step: both are updated in place.
-    A step that does not fit into memory raises OutOfMemory.
+    A state that cannot fit into memory raises OutOfMemory here, a step that does not fit when it is made.
     """
     if clip is not None and clip <= 0:
         raise ConfigError(f"clip={clip} must be above 0, or None for no clipping")
     backward = gradients(layout, program, ctx)
+    refuse_what_cannot_fit(layout, optimizer.init, ctx)
     params = {path: spec.param for path, spec in layout.specs.items()}
 
     def init(master: Tree) -> State:

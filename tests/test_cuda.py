@@ -10,8 +10,9 @@ import torch
 from helpers import draw
 
 import lf
-from lf import parity, tree
+from lf import drift, memory, parity, tree
 from lf.models.small import tiny
+from lf.schedule.memory import OutOfMemory
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 CUDA = torch.device("cuda")
@@ -113,3 +114,30 @@ def test_the_host_never_waits_inside_a_step() -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(metrics["loss"])
     assert importlib.import_module("lf.devices.cuda").memory_peak() > 0
+
+
+def test_hashes_of_replicas_are_those_of_the_cpu() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.int64):
+        x = draw("x", shape=(300, 70)).to(dtype)
+        assert drift.digest(x.to(CUDA)).item() == drift.digest(x).item()
+
+
+def test_a_step_that_does_not_fit_is_explained() -> None:
+    """The allocator is given 1.5 % of the card."""
+    config = lf.models.presets.PRESETS["qwen3-demo"]
+    ctx, model = on("cuda", "fp32"), lf.models.decoder.decoder(config)
+    layout = lf.layout(model, ctx.axes.mesh)
+    init, step = lf.train.make(layout, lf.optim.adamw(1e-3), lf.schedule.one_f_one_b(1), ctx)
+    state = init(lf.init(layout, ctx, seed=0))
+    batches = parity.random_batches(model, 0, 0, 1, 120_000)
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.015)
+    try:
+        with pytest.raises(OutOfMemory, match="out of memory in .*0F0") as caught:
+            step(state, batches)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert caught.value.wanted > 0
+    words = str(memory.explained(caught.value, layout, state, batches, 1000, ctx))
+    for line in ("optimizer: master", "activations, buffers", "embed/weight", "The smallest change that should fit"):
+        assert line in words

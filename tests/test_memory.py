@@ -113,3 +113,17 @@ def test_a_run_whose_memory_is_full_ends_with_the_report(tmp_path: Path) -> None
     assert "optimizer: master" in said
     assert "by an estimate: --micro-batch 2 instead of 4" in said
     assert [r["step"] for r in lf.runs.read_metrics(tmp_path / "metrics.jsonl")] == []  # step 1 is read when step 2 has begun
+
+
+def test_a_state_that_cannot_fit_is_refused_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama-3.1-8b in bf16: 8.03e9 parameters of 2 + 4 + 4 + 4 + 4 bytes, a little over 134 GiB; on half of a card, each of two ranks has 67."""
+    layout = lf.layout(lf.hf.model("llama-3.1-8b"), lf.Mesh(dp=1))
+    ctx = lf.Context(lf.solo(), lf.devices.get("cpu"), "bf16")
+    monkeypatch.setattr(lf.devices.get("cpu"), "memory_total", lambda: 80 << 30)
+    with pytest.raises(OutOfMemory, match=r"before the first step: rank 0 needs 134\.6 GiB besides activations, its device has 80\.0 GiB") as caught:
+        lf.train.make(layout, lf.optim.adamw(0.1), lf.schedule.one_f_one_b(1), ctx)
+    words = str(caught.value)
+    for line in ("15.0 GiB  compute copy", "29.9 GiB  optimizer: master", "29.9 GiB  optimizer: m", "29.9 GiB  gradients", "tp=2 instead of 1"):
+        assert line in words
+    monkeypatch.setattr(lf.devices.get("cpu"), "memory_total", lambda: 140 << 30)
+    lf.train.make(layout, lf.optim.adamw(0.1), lf.schedule.one_f_one_b(1), ctx)
