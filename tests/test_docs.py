@@ -32,7 +32,7 @@ from lf.models.small import shrunk
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 TASKS = ("pretrain", "continue", "evaluate", "export")
-WORDS = "to be or not to be that is the question whether tis nobler in the mind to suffer the slings and arrows of outrageous fortune".split()
+SAID = "to be or not to be that is the question whether tis nobler in the mind to suffer the slings and arrows of outrageous fortune"
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -63,7 +63,8 @@ def flags(name: str) -> frozenset[str]:
 
 
 def text(n: int) -> str:
-    return " ".join(WORDS[i * i % len(WORDS)] for i in range(n, n + 40))
+    words = SAID.split()
+    return " ".join(words[i * i % len(words)] for i in range(n, n + 40))
 
 
 @pytest.fixture

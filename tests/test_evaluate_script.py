@@ -31,12 +31,11 @@ def root(tmp_path_factory: Any) -> Path:
     (folder / "ids.jsonl").write_text(json.dumps({"input_ids": list(range(40))}) + "\n")
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text(json.dumps(QWEN3))
-    pretrain.main(
-        pretrain.Config(
-            data=(str(folder / "texts"),), model=str(folder / "model"), device="cpu", precision="fp32", seq_len=16, global_batch=2, steps=3,
-            warmup=1, lr=3e-2, save_every=2, eval=(f"held={folder / 'held.jsonl'}",), eval_every=2, out=str(folder / "run"),
-        )  # fmt: skip
-    )
+    config = pretrain.Config(
+        data=(str(folder / "texts"),), model=str(folder / "model"), device="cpu", precision="fp32", seq_len=16, global_batch=2, steps=3,
+        warmup=1, lr=3e-2, save_every=2, eval=(f"held={folder / 'held.jsonl'}",), eval_every=2, out=str(folder / "run"),
+    )  # fmt: skip
+    pretrain.main(config)
     return folder
 
 
@@ -102,14 +101,13 @@ def test_odd_requests_are_refused(root: Path, options: dict[str, Any], words: st
 
 def test_a_run_that_began_from_weights_has_their_tokenizer(root: Path) -> None:
     made = str(root / "run" / "hf")
-    pretrain.main(
-        pretrain.Config(
-            data=(str(root / "texts"),), model=made, weights=made, device="cpu", precision="fp32", seq_len=16, global_batch=2, steps=1, warmup=0,
-            out=str(root / "continued"),
-        )  # fmt: skip
-    )
+    again = pretrain.Config(
+        data=(str(root / "texts"),), model=made, weights=made, device="cpu", precision="fp32", seq_len=16, global_batch=2, steps=1, warmup=0,
+        out=str(root / "continued"),
+    )  # fmt: skip
+    pretrain.main(again)
     values = script.main(config(root, run=str(root / "continued")))
     assert 0 < values["eval/held/loss"] < math.log(QWEN3["vocab_size"]) + 1
+    (root / "continued" / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="there are none; say --tokenizer"):
-        (root / "continued" / "config.json").write_text("{}")
         script.main(config(root, run=str(root / "continued")))
