@@ -93,6 +93,8 @@ def found(config: Config, axes: Any) -> tuple[Path, str | None]:
         tokenizer = lf.runs.on_first_rank(lambda: (given := export.tokenizer_of(run, config.tokenizer)) and str(given), axes)
         return where, tokenizer
     where = lf.hf.folder(str(config.model), axes)
+    if not where.is_dir():
+        raise ConfigError(f"there is no folder {where}; --model is a folder with weights, or a repository on the hub: org/name[@revision]")
     if config.tokenizer is None:
         return where, str(where)
     return where, None if config.tokenizer == "none" else str(lf.hf.folder(config.tokenizer, axes, weights=False))

@@ -78,6 +78,7 @@ def test_several_sets_and_tokens_without_a_tokenizer(root: Path) -> None:
         ({"model": "a", "run": "b"}, "give --model, .* or --run"),
         ({"model": "HF", "step": 3}, "give --model, .* or --run"),
         ({"model": "qwen3-demo"}, "is a preset: a shape, without weights"),
+        ({"model": "nowhere"}, "there is no folder nowhere; --model is a folder with weights"),
         ({"run": "RUN", "step": 1}, "has no checkpoint of step 1; it has 2, 3"),
         ({"run": "nowhere"}, "has no checkpoints"),
         ({"model": "HF", "data": ("held.jsonl",)}, r"--data 'held.jsonl' should read NAME=path"),
