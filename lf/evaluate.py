@@ -37,15 +37,15 @@ class HeldOut:
     n: int
 
 
-def named(words: Sequence[str]) -> dict[str, str]:
+def named(words: Sequence[str], flag: str = "--eval") -> dict[str, str]:
     """('held=texts/held', …) → {name: path}. Raises ConfigError for a word that does not read so, and for a name that stands twice."""
     out: dict[str, str] = {}
     for word in words:
         name, _, path = word.partition("=")
         if not path or not NAME.fullmatch(name):
-            raise ConfigError(f"--eval {word!r} should read NAME=path, with a name of letters, digits, '_', '.' and '-'")
+            raise ConfigError(f"{flag} {word!r} should read NAME=path, with a name of letters, digits, '_', '.' and '-'")
         if name in out:
-            raise ConfigError(f"--eval: the name {name!r} stands twice")
+            raise ConfigError(f"{flag}: the name {name!r} stands twice")
         out[name] = path
     return out
 
