@@ -214,11 +214,11 @@ def test_a_start_that_never_trained_can_be_put_right(config: pretrain.Config) ->
     config = attrs.evolve(config, mesh="", steps=2, micro_batch=4)
     with pytest.raises(lf.data.DataError, match="typo does not exist"):
         _alone(attrs.evolve(config, data=("typo",)))
-    with pytest.raises(lf.config.ConfigError):  # a tokenizer and tokens are made, then weights that are not there
+    with pytest.raises(lf.config.ConfigError):
         _alone(attrs.evolve(config, match="3.*", weights="nowhere", model="nowhere"))
     with pytest.raises(ValueError, match="nowhere"):
         _alone(attrs.evolve(config, match="3.*", weights="nowhere"))
-    assert len(list((Path(config.out) / "tokens").iterdir())) == 1
+    assert not (Path(config.out) / "tokens").exists()  # no hours go into the data before
     _alone(config)
     clean = attrs.evolve(config, out=config.out + "-clean")
     _alone(clean)
