@@ -10,7 +10,7 @@ import attrs
 import lf
 
 FREE = (  # what may be another when a run goes on: none of it changes which rows a step takes, or what it makes of them but for rounding
-    *("mesh", "device", "micro_batch", "save_every", "keep", "eval", "eval_every", "drift_every", "on_nonfinite", "log", "export_dtype"),
+    *("out", "mesh", "device", "micro_batch", "save_every", "keep", "eval", "eval_every", "drift_every", "on_nonfinite", "log", "export_dtype"),
 )
 
 

@@ -133,7 +133,7 @@ def test_a_step_that_does_not_fit_is_explained() -> None:
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(0.015)
     try:
-        with pytest.raises(OutOfMemory, match="out of memory in .*0F0") as caught:
+        with pytest.raises(OutOfMemory, match=r"out of memory in .*0F0") as caught:
             step(state, batches)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
