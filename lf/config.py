@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import attrs
 import cattrs
 
 T = TypeVar("T")
+NAMES = {int: "whole number", float: "number", bool: "true or false", str: "text"}
 
 
 class ConfigError(ValueError):
@@ -34,8 +35,31 @@ def at_least(limit: float, config: Any, *names: str) -> None:
         raise ConfigError(f"{', '.join(wrong)}: must be at least {limit}")
 
 
+def between(low: float, high: float, config: Any, *names: str) -> None:
+    """Raises ConfigError that names every one of these fields whose value does not lie between the two, themselves excluded; None passes."""
+    given = {name: getattr(config, name) for name in names}
+    if wrong := [f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value is not None and not low < value < high]:
+        raise ConfigError(f"{', '.join(wrong)}: must lie between {low} and {high}")
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     return cattrs.unstructure(config)
+
+
+def parse(text: str) -> Any:
+    """What a JSON text says. Raises ValueError where it is none, and for a name that stands twice in an object: one of the two would be lost."""
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice; remove one")
+    return out
 
 
 def from_dict(kind: type[T], values: dict[str, Any], where: str = "config") -> T:
@@ -45,15 +69,47 @@ def from_dict(kind: type[T], values: dict[str, Any], where: str = "config") -> T
         if name not in fields:
             one_of(f"field in {where}:", name, fields)
     try:
-        return cattrs.structure(values, kind)
+        return _strict().structure(values, kind)
     except Exception as error:
-        raise ConfigError(f"{where}: {'; '.join(cattrs.transform_error(error))}") from None
+        raise ConfigError(f"{where}: {'; '.join(cattrs.transform_error(error, format_exception=_words))}") from None
+
+
+def _words(error: BaseException, kind: type | None) -> str:
+    return str(error) if isinstance(error, TypeError) else cattrs.v.format_exception(error, kind)
+
+
+def _strict() -> cattrs.Converter:
+    """cattrs would make 15 of 15.5 and of "15", True of "no", and three words of one: here nothing but a whole number is a float as well."""
+    converter = cattrs.Converter()
+
+    def only(*kinds: type) -> Callable[[Any, type], Any]:
+        def structure(value: Any, kind: type) -> Any:
+            if type(value) not in kinds:
+                raise TypeError(f"{value!r} is no {NAMES[kind]}")
+            return kind(value)
+
+        return structure
+
+    def many(value: Any, kind: Any) -> Any:
+        kinds = get_args(kind)
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(f"{value!r} is no list")
+        if kinds[1:] == (...,):
+            kinds = kinds[:1] * len(value)
+        if len(kinds) != len(value):
+            raise TypeError(f"{value!r} has {len(value)} entries, not {len(kinds)}")
+        return tuple(converter.structure(one, its) for one, its in zip(value, kinds))
+
+    converter.register_structure_hook_func(lambda kind: get_origin(kind) is tuple, many)
+    for kind, kinds in {int: (int,), float: (float, int), bool: (bool,), str: (str,)}.items():
+        converter.register_structure_hook(kind, only(*kinds))
+    return converter
 
 
 def read(kind: type[T], path: str | Path) -> T:
     """The config in a JSON file."""
     try:
-        values = json.loads(Path(path).read_text())
+        values = parse(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read config {path}: {error}") from None
     if not isinstance(values, dict):

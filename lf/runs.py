@@ -55,6 +55,8 @@ def open_run(folder: str | Path, config: Any, axes: Any, free: Collection[str] =
     free: fields that may be another when a run goes on; config.json then says the new ones. Raises ConfigError with the differing fields when the
     folder holds a run with other settings that has trained at least one step, RunError when another command is using it. Every rank raises alike.
     """
+    if not os.fspath(folder).strip() or "\0" in os.fspath(folder):
+        raise RunError(f"{os.fspath(folder)!r} is no name of a folder; give another --out")
     folder = Path(folder)
     wanted = json.loads(json.dumps(to_dict(config)))
     held: list[TextIO] = []

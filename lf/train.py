@@ -108,7 +108,7 @@ def make(
     largest gradient norm (None: unlimited). `init` takes the parameters over and a state is used up by its step: both are updated in place.
     A state that cannot fit into memory raises OutOfMemory here, a step that does not fit when it is made.
     """
-    if clip is not None and clip <= 0:
+    if clip is not None and not clip > 0:
         raise ConfigError(f"clip={clip} must be above 0, or None for no clipping")
     backward = gradients(layout, program, ctx)
     refuse_what_cannot_fit(layout, optimizer.init, ctx)

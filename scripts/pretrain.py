@@ -10,7 +10,7 @@ import attrs
 import lf
 
 FREE = (  # what may be another when a run goes on: none of it changes which rows a step takes, or what it makes of them but for rounding
-    *("mesh", "device", "micro_batch", "save_every", "keep", "eval", "eval_every", "drift_every", "on_nonfinite", "log", "export_dtype"),
+    *("out", "mesh", "device", "micro_batch", "save_every", "keep", "eval", "eval_every", "drift_every", "on_nonfinite", "log", "export_dtype"),
 )
 
 
@@ -60,7 +60,10 @@ def main(config: Config) -> tuple[lf.State, lf.context.Context]:
     lf.config.at_least(1, config, "seq_len", "micro_batch", "global_batch")
     ramp = lf.ramp.Ramp.parse(config.batch_ramp, config.global_batch)
     steps = lf.ramp.length(config.steps, config.tokens, config.seq_len, ramp, default=1000)
-    evals = lf.evaluate.named(config.eval)
+    lf.config.between(0, 1, config, "validation")
+    evals = lf.evaluate.named(config.eval, taken=["validation"] if config.validation else [])
+    if config.weights_dtype and not config.weights:
+        raise lf.config.ConfigError(f"--weights-dtype {config.weights_dtype} is of weights that are loaded; give --weights, or leave it out")
     weights_dtype, export_dtype = lf.hf.float_dtype("--weights-dtype", config.weights_dtype), lf.hf.float_dtype("--export-dtype", config.export_dtype)
     device = lf.devices.get(config.device)
     axes = lf.connect(lf.Mesh.parse(config.mesh), device)
@@ -77,11 +80,15 @@ def main(config: Config) -> tuple[lf.State, lf.context.Context]:
     init, step = lf.train.make(layout, lf.optim.adamw(rate, weight_decay=config.weight_decay), programs, ctx, config.clip)
 
     screen = lf.console.console(axes.rank)
-    run = lf.runs.open_run(config.out, config, axes, FREE)  # the same command goes on with an unfinished run
+    lf.data.look([config.data, *([path] for path in evals.values())], config.match, axes)
+    longer = ("steps", "tokens") if config.schedule in ("constant", "wsd") else ()  # of which the rate at a step does not depend, till it falls
+    run = lf.runs.open_run(config.out, config, axes, (*FREE, *longer))  # the same command goes on with an unfinished run
     last = lf.checkpoint.latest(run.checkpoints)
     screen.print(lf.runs.summary(config.model, layout, ctx, config.seq_len, config.micro_batch, counts[-1]), soft_wrap=True)
     if config.batch_ramp:
         screen.print(f"at first fewer: {ramp}", soft_wrap=True)
+    if config.weights and not last:
+        lf.hf.check(config.weights, layout, ctx, weights_dtype)  # before hours go into the data
     source = config.tokenizer or config.weights
     given = str(lf.hf.folder(source, axes, weights=False)) if source else None
     how = (config.match, config.text_column, config.on_bad, config.eod)

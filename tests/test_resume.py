@@ -121,6 +121,54 @@ def test_a_killed_run_goes_on_bit_for_bit(config: pretrain.Config, tmp_path: Pat
     assert _files(Path(config.out) / "hf") == _files(tmp_path / "whole" / "hf")
 
 
+def recording(axes: Any, config: pretrain.Config, then: Callable[[Any, pretrain.Config], None] | None = None) -> None:
+    """Which rows this rank takes, a line a step: (the rows before the step, its own rows)."""
+    made, out = lf.data.step_batches, Path(config.out).with_name(f"rows-{Path(config.out).name}-{config.mesh}-{axes.rank}")
+
+    def step_batches(rows: lf.data.Rows, consumed: int, *more: Any) -> list[lf.Batch]:
+        taken: list[int] = []
+        batches = made(lambda k: (taken.append(k), rows(k))[1], consumed, *more)
+        with open(out, "a") as file:
+            file.write(json.dumps([consumed, taken]) + "\n")
+        return batches
+
+    lf.data.step_batches = step_batches  # in this process alone
+    if then:
+        then(axes, config)
+
+
+@pytest.mark.parametrize("mesh", ["dp=2", DICE.choice(["tp=2", "tp=3"])])
+def test_a_killed_run_goes_on_with_another_mesh(config: pretrain.Config, tmp_path: Path, mesh: str) -> None:
+    config = attrs.evolve(config, mesh="", precision="fp64")
+    whole, other = attrs.evolve(config, out=str(tmp_path / "whole")), attrs.evolve(config, mesh=mesh)
+    processes(1, _train, whole, recording)
+    with pytest.raises(RuntimeError):
+        processes(1, _train, config, partial(recording, then=partial(at_a_line, lines=DICE.randrange(4, 9), delay=DICE.uniform(0, 0.02))))
+    saved = int(str(lf.checkpoint.latest(Path(config.out) / "checkpoints")).rpartition("-")[2])
+    assert 0 < saved < 12
+    if mesh == "dp=2":  # other microbatches, too
+        other = attrs.evolve(other, micro_batch=1)
+    processes(lf.Mesh.parse(mesh), _train, other, recording)
+
+    want = [json.loads(line) for line in (tmp_path / "rows-whole--0").read_text().splitlines()]
+    assert want == [[4 * i, list(range(4 * i, 4 * i + 4))] for i in range(12)]
+    taken = [[json.loads(line) for line in p.read_text().splitlines()] for p in sorted(tmp_path.glob(f"rows-run-{mesh}-*"))]
+    assert len(taken) == lf.Mesh.parse(mesh).fill().size
+    if mesh == "dp=2":  # each row on one rank, none twice
+        assert [[i, sorted(a + b)] for (i, a), (_, b) in zip(*taken)] == want[saved:]
+    else:
+        assert all(rows == want[saved:] for rows in taken)
+    got, curve = _curve(config), _curve(whole)
+    assert [r["step"] for r in got] == list(range(1, 13))
+    for one, alone in zip(got, curve):
+        assert one == pytest.approx(alone, rel=1e-9), one["step"]
+    assert _settings(config)["mesh"] == mesh
+
+
+def _settings(config: pretrain.Config) -> dict[str, Any]:
+    return json.loads((Path(config.out) / "config.json").read_text())
+
+
 def _richer(config: pretrain.Config) -> pretrain.Config:
     """13 steps of growing size, with an evaluation, checks of the replicas and TensorBoard."""
     held = Path(config.data[0]).parent / "held"
@@ -214,12 +262,11 @@ def test_a_start_that_never_trained_can_be_put_right(config: pretrain.Config) ->
     config = attrs.evolve(config, mesh="", steps=2, micro_batch=4)
     with pytest.raises(lf.data.DataError, match="typo does not exist"):
         _alone(attrs.evolve(config, data=("typo",)))
+    with pytest.raises(lf.config.ConfigError):
+        _alone(attrs.evolve(config, match="3.*", weights="nowhere", model="nowhere"))
     with pytest.raises(ValueError, match="nowhere"):
         _alone(attrs.evolve(config, match="3.*", weights="nowhere"))
-    bpe = lf.data.train_bpe(["abc"], 257, Path(config.out).parent / "bpe")
-    with pytest.raises(lf.checkpoint.CheckpointError, match=r"there is no model\.safetensors"):  # tokens are made, then weights that are not there
-        _alone(attrs.evolve(config, match="3.*", weights=config.model, tokenizer=str(bpe)))
-    assert len(list((Path(config.out) / "tokens").iterdir())) == 1
+    assert not (Path(config.out) / "tokens").exists()  # no hours go into the data before
     _alone(config)
     clean = attrs.evolve(config, out=config.out + "-clean")
     _alone(clean)

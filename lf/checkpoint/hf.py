@@ -20,7 +20,7 @@ from lf.checkpoint.atomic import CheckpointError, agree, attempt, listing
 from lf.checkpoint.export import INDEX, SINGLE, save
 from lf.checkpoint.files import DTYPES, FLOATS, dtype_of, flat, float_dtype, opened, read_box, shape_of
 from lf.checkpoint.sources import Source, folder, meaning
-from lf.config import ConfigError, differing, one_of, to_dict
+from lf.config import ConfigError, differing, one_of, parse, to_dict
 from lf.console import console
 from lf.layouts import Layout
 from lf.models import families
@@ -32,7 +32,7 @@ from lf.spec import Piece
 from lf.state import device_of
 from lf.tree import Tree
 
-__all__ = ["CheckpointError", "float_dtype", "folder", "load", "model", "read_config", "save"]
+__all__ = ["CheckpointError", "check", "float_dtype", "folder", "load", "model", "read_config", "save"]
 
 FREE = {"init_std": 0.02, "embed_std": 0.02, "max_len": 40960, "family": ""}  # fields that change nothing about what the weights mean
 
@@ -60,7 +60,7 @@ def read_config(folder: str | os.PathLike[str]) -> Any:
     """The config in `folder`/config.json. Raises ConfigError that names what is wrong with it."""
     path = Path(folder).expanduser() / "config.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
     if not isinstance(values, dict):
@@ -82,21 +82,36 @@ def load(source: Source, layout: Layout, ctx: Any, dtype: str | torch.dtype | No
     than the layout's model, tensors that are missing, too many, of another shape or dtype, shards that are missing or cut short. A tied tensor
     that is on disk twice must be the same both times.
     """
-    dtype, master = float_dtype("dtype", dtype), ctx.precision.master
-    if dtype is not None and torch.promote_types(dtype, master) != master:
-        raise ConfigError(f"dtype={dtype} cannot be held by masters of {master}; use precision='fp64', or a dtype that {master} holds exactly")
-    where, errors = folder(source, ctx.axes), list[Exception]()
+    dtype, where, errors = _rounded(dtype, ctx), folder(source, ctx.axes), list[Exception]()
     with ExitStack() as stack:
         found = attempt(errors, _inspect, where, layout, ctx, dtype, stack)
         agree(errors, f"loading {where}", ctx)
-        params = attempt(errors, _read, where, layout, ctx, dtype, found)
+        assert found is not None
+        params = attempt(errors, _read, where, layout, ctx, dtype, found[0])
         agree(errors, f"loading {where}", ctx)
     assert params is not None
+    for why, n in sorted(found[1].items()):
+        console(ctx.axes.rank).print(f"{where}: {n} tensors are left alone: {why}", soft_wrap=True)
     return params
 
 
-def _inspect(folder: Path, layout: Layout, ctx: Any, dtype: torch.dtype | None, stack: ExitStack) -> dict[str, Any]:
-    """{tensor: open file}; raises CheckpointError with all problems."""
+def check(source: Source, layout: Layout, ctx: Any, dtype: str | torch.dtype | None = None) -> None:
+    """Raises what `load` would find in the config and in the headers of the files, and reads no weights. Collective."""
+    dtype, where, errors = _rounded(dtype, ctx), folder(source, ctx.axes), list[Exception]()
+    with ExitStack() as stack:
+        attempt(errors, _inspect, where, layout, ctx, dtype, stack)
+        agree(errors, f"loading {where}", ctx)
+
+
+def _rounded(dtype: str | torch.dtype | None, ctx: Any) -> torch.dtype | None:
+    dtype, master = float_dtype("dtype", dtype), ctx.precision.master
+    if dtype is not None and torch.promote_types(dtype, master) != master:
+        raise ConfigError(f"dtype={dtype} cannot be held by masters of {master}; use precision='fp64', or a dtype that {master} holds exactly")
+    return dtype
+
+
+def _inspect(folder: Path, layout: Layout, ctx: Any, dtype: torch.dtype | None, stack: ExitStack) -> tuple[dict[str, Any], dict[str, int]]:
+    """({tensor: open file}, {why tensors are left alone: how many}); raises CheckpointError with all problems."""
     problems: list[str] = []
     config = stored = layout.model.config
     try:
@@ -125,9 +140,7 @@ def _inspect(folder: Path, layout: Layout, ctx: Any, dtype: torch.dtype | None, 
         elif not family.derived(name):
             problems.append(f"{name} {list(shape_of(found[name], name))} is no tensor of this model")
     listing(f"cannot load {folder}", sorted(problems))
-    for why, n in sorted(alone.items()):
-        console(ctx.axes.rank).print(f"{folder}: {n} tensors are left alone: {why}", soft_wrap=True)
-    return found
+    return found, alone
 
 
 def _misfit(name: str, file: Any, shape: tuple[int, ...], dtype: torch.dtype | None, master: torch.dtype) -> list[str]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # for editors and type checkers; the table below is what runs
     from lf.data.bpe import train_bpe
     from lf.data.files import DataError, new_files, new_folder
     from lf.data.indexed import SUFFIXES, Documents, Writer, open_documents, split
-    from lf.data.prepared import Corpus, percent, prepare
+    from lf.data.prepared import Corpus, look, percent, prepare
     from lf.data.reading import Reading
     from lf.data.records import has_ids
     from lf.data.sources import Source, find_files, find_sources
@@ -28,7 +28,7 @@ _NAMES = {
     "bpe": ("train_bpe",),
     "files": ("DataError", "new_files", "new_folder"),
     "indexed": ("SUFFIXES", "Documents", "Writer", "open_documents", "split"),
-    "prepared": ("Corpus", "percent", "prepare"),
+    "prepared": ("Corpus", "look", "percent", "prepare"),
     "reading": ("Reading",),
     "records": ("has_ids",),
     "sources": ("Source", "find_files", "find_sources"),

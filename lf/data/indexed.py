@@ -112,7 +112,8 @@ def split(documents: Documents, fraction: float) -> tuple[Documents, Documents]:
 def open_documents(prefix: str | os.PathLike[str]) -> Documents:
     """Map PREFIX.bin and PREFIX.idx, written by lf or by Megatron-LM; `prefix` may also be either file. Nothing is read but the header.
 
-    Raises DataError when a file is missing, of another format, or not as long as its header says. Without PREFIX.json the fingerprint is that of
+    Raises DataError when a file is missing, of another format, not as long as its header says, or at odds with itself (of a long index some blocks
+    are looked at). Without PREFIX.json the fingerprint is that of
     both sizes, the header and 64 blocks of 4096 bytes, evenly spaced, of each file: reading terabytes to begin a run is no way to begin it."""
     path = stem(prefix)
     for suffix in (".idx", ".bin"):
@@ -150,6 +151,8 @@ def open_documents(prefix: str | os.PathLike[str]) -> Documents:
         if borders < 2 or int(documents[0]) or int(documents[-1]) != sequences:
             said = f"{int(documents[0])} … {int(documents[-1])}" if borders else "none"
             raise DataError(f"{path}.idx has {sequences} sequences and documents of sequences {said}; end each document when you write it")
+        if fault := _fault(lengths, pointers, documents, dtype.itemsize):
+            raise DataError(f"{path}.idx {fault}: it was damaged, or written wrongly")
         tokens = np.frombuffer(_mapped(f"{path}.bin"), dtype)
     except (OSError, ValueError, struct.error) as error:
         if isinstance(error, DataError):
@@ -159,6 +162,29 @@ def open_documents(prefix: str | os.PathLike[str]) -> Documents:
     if about is None:
         return Documents(tokens, pointers, documents, path, sampled(path))
     return Documents(tokens, pointers, documents, path, about["fingerprint"], about["vocab_size"], about["eos"])
+
+
+def _fault(lengths: np.ndarray, pointers: np.ndarray, documents: np.ndarray, itemsize: int) -> str:
+    """What is wrong inside an index, or ''; of a long one some blocks are looked at."""
+    for begin, stop in blocks(len(lengths)):
+        sizes, places = lengths[begin:stop].astype(np.int64) * itemsize, pointers[begin : stop + 1]
+        wrong = sizes < 0
+        wrong[: len(places) - 1] |= np.diff(places) != sizes[: len(places) - 1]
+        if wrong.any():
+            i = begin + int(wrong.argmax())
+            return f"has sequence {i} of {lengths[i]} tokens at byte {pointers[i]}, and the next one not right behind it"
+    for begin, stop in blocks(len(documents)):
+        if (wrong := np.diff(documents[begin : stop + 1]) < 0).any():
+            i = begin + int(wrong.argmax())
+            return f"has document {i} from sequence {documents[i]} to {documents[i + 1]}, backwards"
+    return ""
+
+
+def blocks(n: int, size: int = 4096, most: int = 8) -> list[tuple[int, int]]:
+    """Ranges of 0 … n: all of it in steps, where so many blocks hold it, else so many evenly spaced."""
+    if n <= size * most:
+        return [(at, min(at + size, n)) for at in range(0, n, size)]
+    return [(at, at + size) for at in ((n - size) * i // (most - 1) for i in range(most))]
 
 
 def stem(prefix: str | os.PathLike[str]) -> Path:

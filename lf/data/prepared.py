@@ -15,12 +15,12 @@ from rich.console import Console
 from lf.console import Bar, console
 from lf.data.bpe import SMALLEST, train_bpe
 from lf.data.files import DataError, new_folder
-from lf.data.indexed import Documents, open_documents
+from lf.data.indexed import Documents, blocks, open_documents
 from lf.data.reading import IDS, Reading
 from lf.data.records import fingerprint_of, has_ids, pieces, read
 from lf.data.sources import Source, find_sources
 from lf.data.tokenizer import Tokenizer, load_tokenizer
-from lf.data.tokenizing import Counts, Recipe, left_out, tokenize
+from lf.data.tokenizing import Counts, Recipe, known_eod, left_out, tokenize
 from lf.runs import on_first_rank
 
 LARGEST = 32768  # tokens that a BPE has unless one asks for more: large enough for one language, quick to train
@@ -34,6 +34,16 @@ class Corpus:
     name: str
     weight: float
     documents: Documents
+
+
+def look(data: Sequence[Sequence[str]], match: str | None, axes: Any) -> None:
+    """Raises DataError on every rank when one of these lists of words, each as in `prepare`, names something that is not there. Reads nothing."""
+
+    def each() -> None:
+        for words in data:
+            find_sources(words, match)
+
+    on_first_rank(each, axes)
 
 
 def prepare(
@@ -60,6 +70,7 @@ def prepare(
     size = min(vocab, LARGEST) if bpe_vocab is None else bpe_vocab
     if tokenizer is None and bpe_vocab is not None and not SMALLEST <= size <= vocab:
         raise DataError(f"bpe_vocab={size} must lie between {SMALLEST}, the bytes and one end of text, and the model's vocabulary of {vocab}")
+    known_eod(eod)
     root, screen, how = Path(folder), console(axes.rank), Reading(text_column, on_bad, vocab)
 
     def make() -> dict[str, Any]:
@@ -95,6 +106,12 @@ def prepare(
 def _fits(documents: Documents, vocab: int) -> Documents:
     if documents.vocab_size is not None and documents.vocab_size > vocab:
         raise DataError(f"{documents.prefix} was made with a vocabulary of {documents.vocab_size}, the model's is {vocab}")
+    if documents.vocab_size is None:  # nobody says what it was made with: some of its ids do
+        for begin, stop in blocks(len(documents.tokens)):
+            ids = documents.tokens[begin:stop]
+            if (most := int(ids.max())) >= vocab or int(ids.min()) < 0:
+                wrong = most if most >= vocab else int(ids.min())
+                raise DataError(f"{documents.prefix} has id {wrong}, outside 0 … {vocab - 1}, the model's vocabulary: was it made for another one?")
     return documents
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import glob
 import math
 import os
@@ -69,6 +70,8 @@ def find_files(paths: Path | Sequence[Path], match: str | None = None) -> list[s
     found: dict[str, str] = {}
     wrong = []
     for name in names:
+        if not os.fspath(name).strip("\0 "):
+            raise DataError(f"a path of the data is empty: {name!r}")
         path = os.path.abspath(os.path.expanduser(name))
         try:
             hits = _expand(path, match)
@@ -80,7 +83,7 @@ def find_files(paths: Path | Sequence[Path], match: str | None = None) -> list[s
             asked = f"file that matches {match!r}" if match else f"{', '.join(IN_FOLDERS[:-1])} or {IN_FOLDERS[-1]} file"
             wrong.append(f"folder {path} has no {asked}; give match=, such as match='*.md'")
         elif not hits:
-            wrong.append(f"glob {path} matches no file" if glob.has_magic(path) else f"{path} does not exist")
+            wrong.append(f"glob {path} matches no file" if glob.has_magic(path) else f"{path} does not exist{_near(path)}")
     if wrong:
         raise DataError("; ".join(wrong))
     first: dict[str, str] = {}
@@ -111,6 +114,12 @@ def _weighted(word: str) -> tuple[float | None, str]:
     if not (math.isfinite(weight) and weight > 0):
         raise DataError(f"{word}: the weight {head} must be a positive number; leave a source out to read none of it")
     return weight, path
+
+
+def _near(path: str) -> str:
+    folder, name = os.path.split(path)
+    near = difflib.get_close_matches(name, os.listdir(folder), n=1) if os.path.isdir(folder) else []
+    return f"; did you mean {os.path.join(folder, near[0])}?" if near else ""
 
 
 def _there(path: str) -> bool:

@@ -24,6 +24,11 @@ from lf.data.tokenizer import Tokenizer, load_tokenizer
 EODS = ("auto", "append", "keep")
 
 
+def known_eod(eod: str) -> None:
+    if eod not in EODS:
+        raise DataError(f"eod={eod!r}: there is {', '.join(EODS)}")
+
+
 @attrs.frozen
 class Tokens:
     """Documents one after another."""
@@ -57,8 +62,7 @@ class Recipe:
     eod: str = "auto"
 
     def __attrs_post_init__(self) -> None:
-        if self.eod not in EODS:
-            raise DataError(f"eod={self.eod!r}: there is {', '.join(EODS)}")
+        known_eod(self.eod)
         if self.tokenizer is None and (self.how.column != IDS or self.eod == "append"):
             what = "texts need a tokenizer" if self.how.column != IDS else "eod='append' needs a tokenizer, which says what ends a document"
             raise DataError(f"{what}; give one with --tokenizer")
@@ -93,7 +97,9 @@ def tokenize(
             if progress:
                 progress(counts)
         if not counts.documents:
-            raise DataError(f"none of the {counts.empty} documents has a token" + (f", and {counts.bad} bad records were skipped" * bool(counts.bad)))
+            where = files[0] + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+            skipped = f", and {counts.bad} bad records were skipped" * bool(counts.bad)
+            raise DataError(f"{where}: none of the {counts.empty} documents has a token{skipped}")
         writer.finish(tokenizer=tokenizer.fingerprint if tokenizer else None, empty=counts.empty, bad=counts.bad)
     return counts
 

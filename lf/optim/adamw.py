@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,7 @@ def adamw(
     b1, b2 = betas
     if not (0 <= b1 < 1 and 0 <= b2 < 1):
         raise ConfigError(f"betas={betas} must lie between 0 and 1, 1 itself excluded")
-    if eps <= 0 or weight_decay < 0:
+    if not (eps > 0 and 0 <= weight_decay < math.inf):
         raise ConfigError(f"eps={eps} must be above 0, and weight_decay={weight_decay} must not be negative")
     rate = lr if callable(lr) else constant(lr)
 

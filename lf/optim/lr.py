@@ -58,7 +58,7 @@ def warmup_stable_decay(lr: float, warmup: int, steps: int, final: float = 0.1, 
     A run that stops before it falls can go on with a larger `steps`: until there the rate does not depend on it.
     """
     _within(lr, warmup, steps, final)
-    if decay < 0 or (decay >= 1 and decay != int(decay)):
+    if not 0 <= decay < math.inf or (decay >= 1 and decay != int(decay)):
         raise ConfigError(f"decay={decay} must be a share of the steps, from 0 to below 1, or a whole number of steps")
     falling = round(decay * steps) if decay < 1 else int(decay)
     if warmup + falling > steps:

@@ -13,7 +13,7 @@ import attrs
 
 from lf.config import ConfigError
 from lf.models.decoder import Attention, DecoderConfig, GatedMLP, Layer
-from lf.models.families.fields import number
+from lf.models.families.fields import LAYERS, number, yes
 from lf.models.families.rope import read_rope, write_rope
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -53,7 +53,7 @@ Windows = tuple[int | None, ...]
 class Dialect:
     """How one family differs. `head_dim`: what the class takes when the field is missing; None: hidden_size / num_attention_heads.
 
-    bias(values) -> (of q, k and v; of the matrix out), and written(those) -> fields of config.json, or ConfigError where the family has no such
+    bias(values, bad) -> (of q, k and v; of the matrix out), and written(those) -> fields of config.json, or ConfigError where the family has no such
     biases. windows(values, layers) -> the sliding window of each layer, and slid(those) -> fields. only: further fields with one value that is built.
     more: fields that are written as they stand.
     """
@@ -61,7 +61,7 @@ class Dialect:
     name: str
     architecture: str
     qk_norm: bool
-    bias: Callable[[dict[str, Any]], Bias]
+    bias: Callable[[dict[str, Any], list[str]], Bias]
     write_bias: Callable[[Bias], dict[str, Any]]
     windows: Callable[[dict[str, Any], int], Windows]
     write_windows: Callable[[Windows], dict[str, Any]]
@@ -76,32 +76,30 @@ def read(d: Dialect, values: dict[str, Any]) -> DecoderConfig:
     Raises ConfigError that lists every field that is missing, is of the wrong kind, or has a value that is not built.
     """
     bad: list[str] = []
-    vocab, dim, inner, count, heads = (
-        number(values, name, int, bad)
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    vocab, dim, inner, heads = (
+        number(values, name, int, bad) for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
     )
+    count = number(values, "num_hidden_layers", int, bad, most=LAYERS)
     kv_heads = number(values, "num_key_value_heads", int, bad, heads)
     head_dim = number(values, "head_dim", int, bad, d.head_dim or (dim // heads if dim and heads else None))
     eps = number(values, "rms_norm_eps", float, bad)
     max_len = number(values, "max_position_embeddings", int, bad, 2048)
     std = number(values, "initializer_range", float, bad, 0.02)
-    tied = values.get("tie_word_embeddings", False)
-    if not isinstance(tied, bool):
-        bad.append(f"tie_word_embeddings={tied!r} should be true or false")
+    tied = yes(values, "tie_word_embeddings", bad)
     rope = read_rope(values, head_dim, max_len, bad)
     for name, good in {**ONLY, **d.only}.items():
         if name in values and values[name] not in good:
             bad.append(f"{name}={values[name]!r} is not supported; only {good[0]!r} is")
-    if (made := values.get("architectures")) and d.architecture not in made:
+    if (made := values.get("architectures")) and not (isinstance(made, list) and d.architecture in made):
         bad.append(f"architectures={made!r} is not supported; only {d.architecture} is")
     windows: Windows = ()
     try:
         windows = d.windows(values, count or 0)
     except ConfigError as error:
         bad.append(str(error))
+    qkv_bias, out_bias = d.bias(values, bad)
     if bad:
         raise ConfigError(f"config.json of {d.name}: " + "; ".join(bad))
-    qkv_bias, out_bias = d.bias(values)
     plain = Attention(heads, kv_heads, head_dim, rope, d.qk_norm, qkv_bias, out_bias)
     layers = tuple(Layer(attrs.evolve(plain, window=w), GatedMLP(inner)) for w in windows)
     return DecoderConfig(vocab, dim, layers, norm_eps=eps, tied=tied, init_std=std, embed_std=std, max_len=max_len, family=d.name)
@@ -165,17 +163,17 @@ def derived(name: str) -> bool:
 # What a Dialect is made of.
 
 
-def no_bias(values: dict[str, Any]) -> Bias:
+def no_bias(values: dict[str, Any], bad: list[str]) -> Bias:
     return False, False
 
 
-def qkv_bias(values: dict[str, Any]) -> Bias:
+def qkv_bias(values: dict[str, Any], bad: list[str]) -> Bias:
     return True, False
 
 
-def one_bias(values: dict[str, Any]) -> Bias:
+def one_bias(values: dict[str, Any], bad: list[str]) -> Bias:
     """`attention_bias`: all four matrices or none."""
-    return (bool(values.get("attention_bias")),) * 2
+    return (yes(values, "attention_bias", bad),) * 2
 
 
 def write_one_bias(bias: Bias) -> dict[str, Any]:
@@ -205,9 +203,10 @@ def write_no_windows(windows: Windows) -> dict[str, Any]:
 def last_layers_slide(values: dict[str, Any], layers: int) -> Windows:
     """Qwen2 and Qwen3: `layer_types`, or from layer `max_window_layers` on; only where `use_sliding_window` is true."""
     bad: list[str] = []
-    window = number(values, "sliding_window", int, bad) if values.get("use_sliding_window") else None
+    used = yes(values, "use_sliding_window", bad)
+    window = number(values, "sliding_window", int, bad) if used else None
     if bad:
-        raise ConfigError(f"use_sliding_window=True, and {bad[0]}")
+        raise ConfigError(f"use_sliding_window=True, and {bad[0]}" if used else bad[0])
     kinds = values.get("layer_types")
     if kinds is None:
         first = values.get("max_window_layers", 28)
@@ -241,7 +240,8 @@ def all_layers_slide(values: dict[str, Any], layers: int, missing: int | None = 
     window, bad = values.get("sliding_window", missing), list[str]()
     if window is not None and number({"sliding_window": window}, "sliding_window", int, bad) is None:
         raise ConfigError(bad[0])
-    if (kinds := values.get("layer_types")) is not None and set(kinds) != {"sliding_attention" if window else "full_attention"}:
+    alike = "sliding_attention" if window else "full_attention"
+    if (kinds := values.get("layer_types")) is not None and not (isinstance(kinds, list) and all(kind == alike for kind in kinds)):
         raise ConfigError(f"layer_types={kinds!r} with sliding_window={window}: not supported, all layers are alike")
     return (window,) * layers
 

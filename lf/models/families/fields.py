@@ -4,9 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+MOST = 2**31 - 1  # of a whole number: nothing in a model is counted further
+LAYERS = 10_000  # of a model at most: each is planned and checked before anything is made
 
-def number(values: dict[str, Any], name: str, kind: type[int] | type[float], bad: list[str], default: float | None = None) -> Any:
-    """values[name] if it is a number above 0 of this kind; otherwise None, and a line in `bad`. Missing or null: `default` if there is one."""
+
+def yes(values: dict[str, Any], name: str, bad: list[str], default: bool = False) -> bool:
+    """values[name] if it is true or false; otherwise the default, and a line in `bad`. Missing or null: `default`."""
+    value = values.get(name)
+    if value is not None and not isinstance(value, bool):
+        bad.append(f"{name}={value!r} should be true or false")
+        return default
+    return default if value is None else value
+
+
+def number(
+    values: dict[str, Any], name: str, kind: type[int] | type[float], bad: list[str], default: float | None = None, most: int = MOST
+) -> Any:
+    """values[name] if it is a number above 0 of this kind, a whole one up to `most`; otherwise None, and a line in `bad`.
+
+    Missing or null: `default` if there is one."""
     value = values.get(name)
     if value is None and default is not None:
         return kind(default)
@@ -14,6 +30,8 @@ def number(values: dict[str, Any], name: str, kind: type[int] | type[float], bad
         bad.append(f"{name} is missing")
     elif isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < float("inf"):
         bad.append(f"{name}={value!r} should be a {'whole ' if kind is int else ''}number above 0")
+    elif kind is int and value > most:
+        bad.append(f"{name}={value!r} is more than {most}; is it a mistake?")
     else:
         return kind(value)
     return None

@@ -12,7 +12,7 @@ from typing import Any
 import attrs
 
 from lf.config import ConfigError
-from lf.models.families.fields import number
+from lf.models.families.fields import number, yes
 from lf.ops.rope import KINDS, Rope
 
 FIELDS: dict[str, dict[str, str]] = {
@@ -77,7 +77,7 @@ def read_rope(values: dict[str, Any], head_dim: int | None, max_len: int | None,
             bad.append(f"rotary positions of kind {kind!r} need {key}")
     for key, field in known.items():
         if key == "truncate":
-            made[field] = bool(merged.get(key, True))
+            made[field] = yes(merged, key, bad, default=True)
         elif key in merged:
             made[field] = number(merged, key, int if field == "original_len" else float, bad)
     if kind in ("llama3", "yarn"):
