@@ -258,6 +258,17 @@ def test_what_a_finished_run_refuses(config: pretrain.Config) -> None:
     _alone(config)
 
 
+def test_a_run_whose_rate_does_not_depend_on_its_length_can_be_lengthened(config: pretrain.Config) -> None:
+    short = attrs.evolve(config, mesh="", steps=2, micro_batch=4, schedule="constant", out=config.out + "-short")
+    _alone(short)
+    _alone(attrs.evolve(short, steps=4))
+    straight = attrs.evolve(short, steps=4, out=config.out)
+    _alone(straight)
+    assert _curve(short) == _curve(straight)
+    with pytest.raises(lf.config.ConfigError, match="steps: the run has 4, this command 6"):
+        _alone(attrs.evolve(short, steps=6, schedule="cosine"))
+
+
 def test_a_start_that_never_trained_can_be_put_right(config: pretrain.Config) -> None:
     config = attrs.evolve(config, mesh="", steps=2, micro_batch=4)
     with pytest.raises(lf.data.DataError, match="typo does not exist"):
