@@ -37,17 +37,18 @@ class HeldOut:
     n: int
 
 
-def named(words: Sequence[str], taken: Sequence[str] = ()) -> dict[str, str]:
-    """('held=texts/held', …) → {name: path}. Raises ConfigError for a word that does not read so, and for a name that stands twice or is taken."""
+def named(words: Sequence[str], flag: str = "--eval", taken: Sequence[str] = ()) -> dict[str, str]:
+    """('held=texts/held', …) → {name: path}. Raises ConfigError for a word that does not read so, and for a name that stands twice or is
+    taken."""
     out: dict[str, str] = {}
     for word in words:
         name, _, path = word.partition("=")
         if not path or not NAME.fullmatch(name):
-            raise ConfigError(f"--eval {word!r} should read NAME=path, with a name of letters, digits, '_', '.' and '-'")
+            raise ConfigError(f"{flag} {word!r} should read NAME=path, with a name of letters, digits, '_', '.' and '-'")
         if name in out:
-            raise ConfigError(f"--eval: the name {name!r} stands twice")
+            raise ConfigError(f"{flag}: the name {name!r} stands twice")
         if name in taken:
-            raise ConfigError(f"--eval {word!r}: the name {name!r} is that of another set; give this one another name")
+            raise ConfigError(f"{flag} {word!r}: the name {name!r} is that of another set; give this one another name")
         out[name] = path
     return out
 

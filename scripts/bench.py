@@ -4,8 +4,9 @@
     scripts/launch bench --device cuda --model qwen3-0.6b --precision bf16 --seq-len 4096 --micro-batch 1
 
 A step is one optimizer step of the same model from the same shapes: forward, backward, clipping, AdamW. transformers trains with its own class,
-SDPA and torch's fused AdamW; megatron-core with GPTModel and its local layers, on the CPU. The loader is compared with iterating a data set of
-the same rows with `datasets`. Memory is the peak beyond what stood there when the libraries were loaded.
+SDPA and torch's fused AdamW; megatron-core with GPTModel and its local layers, on the CPU. All get the device as lf sets it up: on the CPU, tiny
+numbers count as 0, or the peer whose softmax is surer would seem slower. The loader is compared with iterating a data set of the same rows with
+`datasets`. Memory is the peak beyond what stood there when the libraries were loaded.
 """
 
 import contextlib
@@ -114,6 +115,7 @@ def steps(config: Config) -> dict[str, dict[str, Any]]:
 def child(pipe: Connection, name: str, config: Config) -> None:
     """One peer: builds its step, then makes some whenever it is told to."""
     device = lf.devices.get(config.device)
+    device.select(0)
     try:
         build = PEERS[name]
         step = build(config)
@@ -142,7 +144,6 @@ def tokens_of(config: Config, vocab: int) -> np.ndarray:
 def lf_steps(config: Config) -> Iterator[int]:
     device = lf.devices.get(config.device)
     ctx = lf.Context(lf.solo(), device, config.precision)
-    device.select(0)
     model = lf.hf.model(config.model)
     layout = lf.layout(model, ctx.axes.mesh)
     program = lf.schedule.one_f_one_b(lf.data.microbatches(config.global_batch, config.micro_batch, 1))
@@ -167,7 +168,6 @@ def transformers_steps(config: Config) -> Iterator[int]:
 
     device = lf.devices.get(config.device)
     where = device.torch_device(0)
-    device.select(0)
     ours = lf.hf.model(config.model).config
     words = torch.from_numpy(tokens_of(config, ours.vocab)).to(where)
     with tempfile.TemporaryDirectory() as folder:

@@ -79,7 +79,8 @@ def tokenizer_of(run: Path, given: str | None) -> Path | None:
         return None
     if given is None:
         try:
-            given = json.loads((run / "config.json").read_text(encoding="utf-8")).get("tokenizer")
+            asked = json.loads((run / "config.json").read_text(encoding="utf-8"))
+            given = asked.get("tokenizer") or asked.get("weights")  # as scripts/pretrain.py decides it
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot read {run / 'config.json'} ({error}); is {run} the folder of a run?") from None
     if given is not None:

@@ -1,12 +1,13 @@
-"""Tokenize text, JSONL or Parquet into PREFIX.bin and PREFIX.idx, which a run maps and Megatron-LM reads, too.
+"""Tokenize text, JSONL or Parquet into OUT.bin and OUT.idx, which a run maps and Megatron-LM reads, too.
 
-scripts/launch tokenize --data my/texts 'crawl/*.jsonl.gz' --tokenizer my/model --prefix tokens/all --workers 16
+scripts/launch tokenize --data my/texts 'crawl/*.jsonl.gz' --tokenizer ./my/model --out tokens/all --workers 16
 """
 
 import os
 import sys
 
 RANKS = 1
+LOGS = "runs/tokenize"
 
 if __name__ == "tokenize":
     # `python scripts/pretrain.py` looks into this folder first, also when linecache wants Python's own tokenize to print a traceback
@@ -28,8 +29,8 @@ else:
     @attrs.frozen
     class Config:
         data: tuple[str, ...]  # files, folders or globs of text (one document a file), JSONL or Parquet; datasets saved with save_to_disk
-        prefix: str  # of PREFIX.bin, PREFIX.idx and PREFIX.json; nothing is overwritten
-        tokenizer: str | None = None  # a Hugging Face tokenizer folder; not needed for records with input_ids
+        out: str  # of OUT.bin, OUT.idx and OUT.json; nothing is overwritten
+        tokenizer: str | None = None  # a folder or a repository on the hub: org/name[@revision]; not needed for records with input_ids
         workers: int = os.cpu_count() or 1  # processes; the result is the same for any number of them
         match: str | None = None  # which files of a folder; without it text, JSONL or Parquet
         text_column: str = "text"
@@ -45,12 +46,13 @@ else:
             raise data.DataError("--data takes no weights and no indexed tokens here: they are for training")
         files = sources[0].files
         how = data.Reading("input_ids" if data.has_ids(files) else config.text_column, config.on_bad, config.vocab)
-        recipe = data.Recipe(how, config.tokenizer, config.eod)
+        tokenizer = None if config.tokenizer is None else str(lf.hf.folder(config.tokenizer, weights=False))
+        recipe = data.Recipe(how, tokenizer, config.eod)
         began = time.monotonic()
-        with data.new_files(config.prefix, data.SUFFIXES) as prefix, data.percent(screen, "tokenizing") as bar:
+        with data.new_files(config.out, data.SUFFIXES) as prefix, data.percent(screen, "tokenizing") as bar:
             counts = data.tokenize(files, recipe, prefix, config.workers, bar)
         seconds = time.monotonic() - began
-        screen.print(lf.console.table(config.prefix, ("what", "number"), [
+        screen.print(lf.console.table(config.out, ("what", "number"), [
             ("files", f"{len(files):,}"),
             ("documents", f"{counts.documents:,}"),
             ("tokens", f"{counts.tokens:,}"),

@@ -45,6 +45,20 @@ def test_attention_and_twin(dtype: torch.dtype, heads: int, kv: int, window: int
         torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * max(b.abs().max().item(), 1))
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_rms_norm_and_twin(dtype: torch.dtype, tolerance: float) -> None:
+    from lf.kernels.fused_norm import rms_norm
+    from lf.ops import norm as twin
+
+    results = []
+    for f in (rms_norm, twin.rms_norm):
+        leaves = [draw(k, shape=s).to(CUDA, dtype).requires_grad_() for k, s in (("x", (70, 3, 64)), ("w", (64,)))]
+        y = f(*leaves, 1e-5)
+        results.append([y.detach(), *torch.autograd.grad(y, leaves, draw("dy", shape=(70, 3, 64)).to(CUDA, dtype))])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+
+
 def test_adamw_and_twin() -> None:
     from lf.kernels import adamw as kernel
     from lf.ops import adamw as twin

@@ -97,6 +97,23 @@ def test_training_code_loads_no_library_of_others() -> None:
     assert not loaded & {"transformers", "datasets", "tokenizers", "huggingface_hub", "matplotlib", "transformer_engine", "pandas"}
 
 
+STEP = """
+import sys, torch
+already = "sympy" in sys.modules
+import lf
+from lf.models.small import tiny
+layout, ctx = lf.layout(model := tiny(), lf.Mesh(dp=1)), lf.Context(lf.solo(), lf.devices.get("cpu"))
+init, step = lf.train.make(layout, lf.optim.adamw(1e-3), lf.schedule.one_f_one_b(1), ctx)
+step(init(lf.init(layout, ctx, 0)), lf.parity.random_batches(model, 0, 0, 1, 7))
+assert already or "sympy" not in sys.modules
+"""
+
+
+def test_a_step_loads_no_library_of_others() -> None:
+    """torch itself loads sympy, 36 MiB, where its autograd.grad is given gradients."""
+    assert not loaded_after(STEP) & {"torch._dynamo", "transformers", "matplotlib", "pandas"}
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     import lf
 

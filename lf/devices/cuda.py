@@ -10,7 +10,7 @@ FLOAT64 = True
 OPS = {
     "adamw_update": "lf.kernels.adamw.adamw_update",
     "attention": "lf.kernels.varlen.attention",
-    "rms_norm": "lf.kernels.norm.rms_norm",
+    "rms_norm": "lf.kernels.fused_norm.rms_norm",
     "rope": "lf.kernels.rope.rope",
     "swiglu": "lf.kernels.swiglu.swiglu",
 }

@@ -26,12 +26,12 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, r = ctx.saved_tensors
-        h, dy = x.to(r.dtype), dy.to(r.dtype)
+        h, w, dy = x.to(r.dtype), weight.to(r.dtype), dy.to(r.dtype)
         dx = dw = None
+        both = dy * h  # what both gradients sum: dw over rows, dx within one
         if ctx.needs_input_grad[1]:
-            dw = torch.mv((dy * h).flatten(0, -2).T, r.flatten()).to(weight.dtype)
+            dw = torch.mv(both.flatten(0, -2).T, r.flatten()).to(weight.dtype)
         if ctx.needs_input_grad[0]:
-            g = dy * weight
-            scaled = torch.linalg.vecdot(g, h).unsqueeze(-1).mul_(r.pow(3)).div_(-x.shape[-1])
-            dx = g.mul_(r).addcmul_(h, scaled).to(x.dtype)
+            scaled = torch.matmul(both, w).unsqueeze(-1).mul_(r.pow(3)).div_(-x.shape[-1])
+            dx = torch.mul(dy, w, out=both).mul_(r).addcmul_(h, scaled).to(x.dtype)
         return dx, dw, None

@@ -26,8 +26,6 @@ class _SwiGLU(torch.autograd.Function):
         (gate_up,) = ctx.saved_tensors
         out = torch.empty_like(gate_up)
         (gate, up), (dgate, dup) = gate_up.chunk(2, -1), out.chunk(2, -1)
-        room = F.silu(gate)  # one tensor serves twice
-        torch.mul(dy, room, out=dup)
-        torch.mul(dy, up, out=room)
-        torch.ops.aten.silu_backward.grad_input(room, gate, grad_input=dgate)
+        torch.ops.aten.silu.out(gate, out=dup).mul_(dy)
+        torch.ops.aten.silu_backward.grad_input(torch.mul(dy, up, out=dgate), gate, grad_input=dgate)
         return out

@@ -97,5 +97,5 @@ PRESETS = {
     "internlm2.5-7b": internlm2(4096, 14336, 32, 32, factor=2.0),
     "internlm2.5-20b": internlm2(6144, 16384, 48, 48, factor=2.0),
     # Of no release: a CPU learns something with it in a few minutes. A wide embedding lets it see its tokens through fresh layers from the start.
-    "qwen3-demo": qwen3(128, 384, 3, heads=4, kv=2, head_dim=32, vocab=1024, tied=True, embed_std=0.5),
+    "qwen3-demo": qwen3(128, 384, 3, heads=4, kv=2, head_dim=32, vocab=1024, embed_std=0.5),
 }

@@ -111,7 +111,7 @@ class _Move(torch.autograd.Function):
 def redistribute(x: Tensor, axis: Any, src: Type, dst: Type) -> Tensor:
     """x laid out as `src` on `axis`, returned as `dst`; identity when the axis has one rank. Raises LayoutError on a pair not in EDGES."""
     pair = f"{src.kind}→{dst.kind}"
-    src, dst = (attrs.evolve(t, dim=t.dim % x.dim()) if t.kind == "S" else t for t in (src, dst))  # S(-1) is the last dim
+    src, dst = (attrs.evolve(t, dim=t.dim % x.dim()) if t.dim < 0 else t for t in (src, dst))  # S(-1) is the last dim
     if src.kind == dst.kind == "S":
         if src.dim == dst.dim:
             raise LayoutError(f"{src}→{dst} on {axis.name}: a shard moves to another dim; on the same dim there is nothing to do")

@@ -154,7 +154,11 @@ def _backward(
     outputs += [(loss, seeds[k].to(loss.dtype)) for k, loss in layer.losses.items()]
     inputs = {k: v for k, v in layer.x.items() if v.requires_grad}
     wanted = [*inputs.values(), *(leaves[p] for p in layer.paths)]
-    got = torch.autograd.grad([y for y, _ in outputs], wanted, [g for _, g in outputs], allow_unused=True)
+    got: Sequence[Tensor | None] = [None] * len(wanted)
+    if outputs:  # none where nothing that is differentiated leaves the layer
+        with torch.enable_grad():
+            root = _Root.apply([g for _, g in outputs], *(y for y, _ in outputs))
+        got = torch.autograd.grad(root, wanted, allow_unused=True)
     for path, g in zip(layer.paths, got[len(inputs) :]):
         if g is None:
             continue
@@ -163,6 +167,21 @@ def _backward(
         else:  # a copy: autograd may hand one tensor to several leaves, and later microbatches are added in place
             grads[path] = g.to(dtype, copy=True, memory_format=torch.contiguous_format)
     return {k: torch.zeros_like(v) if g is None else g for (k, v), g in zip(inputs.items(), got)}
+
+
+class _Root(torch.autograd.Function):
+    """A scalar whose gradient by each output is the one given. autograd.grad takes these too, but loads sympy to compare their shapes: 36 MiB and
+    half a second on every rank.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grads: Sequence[Tensor], *outputs: Tensor) -> Tensor:
+        ctx.grads = grads
+        return outputs[0].new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return None, *ctx.grads
 
 
 # A carry is a tensor or a dict of tensors; inside the interpreter it is always a dict.

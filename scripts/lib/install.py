@@ -222,7 +222,7 @@ def build(root: Path, venv: Path, want: list[str], there: str, lock: int) -> int
         if not cpu and (problem := too_little_disk(free, NEED_CUDA, str(root))):
             say(f"only PyPI's torch can be reached, which is the CUDA build. {problem}")
             return 1
-        say(f"torch {torch}, the CPU build: about 0.4 GB to download, 1.4 GB on disk" if cpu else
+        say(f"torch {torch}, the CPU build: about 0.4 GB to download, 1.6 GB on disk" if cpu else
             f"torch {torch} from PyPI, the CUDA build ({TORCH_CPU} cannot be reached): about 3 GB to download, 8 GB on disk")
     code, progress = run_pip(pip_command(venv, root, source), log, len(pins), lock)
     if code:

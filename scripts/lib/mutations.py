@@ -14,8 +14,11 @@ from typing import Any
 import attrs
 
 from lf import axes, axes_sim, drift, evaluate, loop, ramp, record, rng, state, train
+from lf.kernels import adamw as fused
+from lf.kernels import norm, rope, swiglu
 from lf.mesh import Mesh
 from lf.ops import attention
+from lf.ops.adamw import adamw_update as update
 from lf.optim import adamw, lr, sgd
 from lf.optim.adamw import is_matrix
 from lf.parallel import linear, redistribute, reduce, vocab
@@ -220,7 +223,9 @@ NORMALISER = [
     words("norm: squared", TRAIN, (train._world_sums, "total.sqrt()", "total")),
 ]
 
-PAIR = "redistribute(torch.stack([z.exp().sum(-1), target_T], 1), axis, P, seq)"
+PAIR = "redistribute(_Partials.apply(z_TV, labels_T - first, m_T), axis, P, seq)"
+TARGET = "z.gather(1, at)[:, 0].to(m.dtype) - m"
+POINTWISE = "tests/ops/test_pointwise.py"
 MODEL = [
     words(
         "cross-entropy: P→S as I",
@@ -235,7 +240,11 @@ MODEL = [
     ),
     words("cross-entropy: the rank's own largest logit", VOCAB, (vocab.vocab_cross_entropy, "axis.max(", "(")),
     words("cross-entropy: ignored labels count", VOCAB, (vocab.vocab_cross_entropy, "own == IGNORE", "own == IGNORE - 1")),
-    words("cross-entropy: targets of other ranks count", VOCAB, (vocab.vocab_cross_entropy, "[:, 0] * mine", "[:, 0]")),
+    words("cross-entropy: targets of other ranks count", VOCAB, (vocab._Partials.forward, f"torch.where(mine, {TARGET}, 0.0)", TARGET)),
+    words("cross-entropy: targets of other ranks pull", VOCAB, (vocab._Partials.backward, " * mine[:, None]", "")),
+    words("norm: its gradient forgets the scale", POINTWISE, (norm._RmsNorm.backward, ".addcmul_(h, scaled)", "")),
+    words("rope: its gradient turns on", POINTWISE, (rope._Rope.backward, "sin, -1)", "sin, 1)")),
+    words("swiglu: its gradient forgets what is gated", POINTWISE, (swiglu._SwiGLU.backward, "(dy, up, out=room)", "(dy, dy, out=room)")),
     words("embedding: ids of other ranks give a row", VOCAB, (vocab.vocab_embedding, " * mine[:, None]", "")),
     words("embedding: a rank without rows has no graph", VOCAB, (vocab.vocab_embedding, " + w_VD.sum()", "")),
     words(
@@ -243,6 +252,7 @@ MODEL = [
         "tests/ops/test_attention.py",
         (attention.causal_mask, "document[:, None] == document[None, :]", "document[:, None] >= document[None, :]"),
     ),
+    words("attention: a window of one more", "tests/ops/test_attention.py", (attention.causal_mask, ".triu(1 - window)", ".triu(-window)")),
     words("attention: sees the future", "tests/ops/test_attention.py", (attention.causal_mask, ".tril()", "")),
     words("draws: one tile for all", "tests/test_rng.py", (rng.draw, "generator(seed, key, *at)", "generator(seed, key)")),
     words("draws: one key for all", "tests/test_rng.py", (rng.draw, "generator(seed, key, *at)", "generator(seed, *at)")),
@@ -297,14 +307,16 @@ SCHEDULE = [
     words("compute copy of the old master", TRAIN, (train.make, 'compute_copy(state_of["master"], ctx)', "tree.map(torch.zeros_like, state.params)")),
     words("sgd: no clip factor", OPTIM, (sgd, "(lr * scale)", "lr")),
     words("sgd: not gated", OPTIM, (sgd, "torch.where(ok, ", "torch.where(ok | True, ")),
-    words("adamw: no clip factor", OPTIM, (adamw, "g * scale.to(g.dtype)", "g")),
-    words("adamw: no bias correction", OPTIM, (adamw, "(m / correct1.to(m.dtype))", "m")),
-    words("adamw: betas swapped", OPTIM, (adamw, "b1, b2 = betas", "b2, b1 = betas")),
-    words("adamw: decay coupled to the gradient", OPTIM, (adamw, "+ decay * w", "+ decay * g")),
+    words("adamw: no clip factor", OPTIM, (update, "grad * scale.to(grad.dtype)", "grad")),
+    words("adamw, fused: no clip factor", OPTIM, (fused.adamw_update, "scale.to(torch.float32).reciprocal()", "torch.ones(())")),
+    words("adamw, fused: not gated", OPTIM, (fused.adamw_update, "(~ok).to(torch.float32)", "torch.zeros(())")),
+    words("adamw: no bias correction", OPTIM, (update, "(m / correct1.to(m.dtype))", "m")),
+    words("adamw: betas swapped", OPTIM, (update, "b1, b2 = betas", "b2, b1 = betas")),
+    words("adamw: decay coupled to the gradient", OPTIM, (update, "+ decay * w", "+ decay * g")),
     words("adamw: gains decay", OPTIM, (is_matrix, ">= 2", ">= 1")),
-    words("adamw: eps under the root", OPTIM, (adamw, ".sqrt() + eps)", "+ eps).sqrt()")),
+    words("adamw: eps under the root", OPTIM, (update, ".sqrt() + eps)", "+ eps).sqrt()")),
     words("adamw: a skipped step ages", OPTIM, (adamw, ".add_(ok)", ".add_(1)")),
-    words("adamw: moments not gated", OPTIM, (adamw, "keep = ok.to(g.dtype)", "keep = torch.ones_like(ok, dtype=g.dtype)")),
+    words("adamw: moments not gated", OPTIM, (update, "keep = ok.to(g.dtype)", "keep = torch.ones_like(ok, dtype=g.dtype)")),
     words("rate: warm-up from 0", OPTIM, (lr._warmed, "(s + 1) / max(warmup, 1)", "s / max(warmup, 1)")),
     words("rate: falls on after the end", OPTIM, (lr._done, ".clamp(0, 1)", "")),
 ]

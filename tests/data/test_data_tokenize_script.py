@@ -48,7 +48,7 @@ def script() -> Iterator[Any]:
 def test_the_script_tokenizes_and_overwrites_nothing(bpe: Tokenizer, tmp_path: Path, script: Any) -> None:
     texts = some_text(60)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts) + '{"text": ""}\n{"txt": 1}\n')
-    options = ("--data", tmp_path / "a.jsonl", "--tokenizer", bpe.folder, "--workers", 2, "--prefix", tmp_path / "sub" / "all", "--on-bad", "skip")
+    options = ("--data", tmp_path / "a.jsonl", "--tokenizer", bpe.folder, "--workers", 2, "--out", tmp_path / "sub" / "all", "--on-bad", "skip")
     runs = [started(*options), started("--help", script=ROOT / "scripts/pretrain.py")]  # which finds tokenize.py in its folder
     (out, err), (usage, wrong) = [run.communicate(timeout=100) for run in runs]
     assert runs[0].returncode == 0, err
@@ -62,11 +62,11 @@ def test_the_script_tokenizes_and_overwrites_nothing(bpe: Tokenizer, tmp_path: P
     assert "--text-column" in usage
 
     (tmp_path / "there.idx").touch()
-    config = script.Config(data=(str(tmp_path / "a.jsonl"),), prefix=str(tmp_path / "x"), tokenizer=str(bpe.folder), workers=1)
+    config = script.Config(data=(str(tmp_path / "a.jsonl"),), out=str(tmp_path / "x"), tokenizer=str(bpe.folder), workers=1)
     for change, words in [
         ({}, "line 62: has no column 'text'"),
-        ({"prefix": str(tmp_path / "there"), "on_bad": "skip"}, "there.idx exists already"),
-        ({"prefix": str(tmp_path / "sub" / "all"), "on_bad": "skip"}, "all.bin, .*all.json, .*all.idx exists already"),
+        ({"out": str(tmp_path / "there"), "on_bad": "skip"}, "there.idx exists already"),
+        ({"out": str(tmp_path / "sub" / "all"), "on_bad": "skip"}, "all.bin, .*all.json, .*all.idx exists already"),
         ({"data": (f"1:{tmp_path / 'a.jsonl'}",)}, "takes no weights and no indexed tokens"),
         ({"data": (str(tmp_path / "sub" / "all"),)}, "takes no weights and no indexed tokens"),
         ({"tokenizer": None}, "texts need a tokenizer"),
@@ -90,7 +90,7 @@ def alive(pid: int) -> bool:
 @pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupt_leaves_nothing(bpe: Tokenizer, tmp_path: Path, how: signal.Signals) -> None:
     (tmp_path / "a.jsonl").write_text((json.dumps({"text": " ".join(some_text(100))}) + "\n") * 3000)  # far more than is read until then
-    run = started("--data", tmp_path / "a.jsonl", "--tokenizer", bpe.folder, "--prefix", tmp_path / "all", "--workers", 2)
+    run = started("--data", tmp_path / "a.jsonl", "--tokenizer", bpe.folder, "--out", tmp_path / "all", "--workers", 2)
     children: list[int] = []
     while not (part := list(tmp_path.glob(".all.part-*/all.bin"))) or len(children) < 2:
         assert run.poll() is None, run.communicate()
@@ -118,6 +118,6 @@ def test_a_traceback_beside_the_script_still_has_its_lines(tmp_path: Path) -> No
 
 def test_tokens_of_ids_fit_the_vocabulary_that_is_given(tmp_path: Path, script: Any) -> None:
     (tmp_path / "a.jsonl").write_text('{"input_ids": [1, 2]}\n')
-    script.main(script.Config(data=(str(tmp_path / "a.jsonl"),), prefix=str(tmp_path / "x"), vocab=300, workers=1))
+    script.main(script.Config(data=(str(tmp_path / "a.jsonl"),), out=str(tmp_path / "x"), vocab=300, workers=1))
     docs = open_documents(tmp_path / "x")
     assert (docs.tokens.dtype, docs.tokens.tolist(), docs.vocab_size) == (np.uint16, [1, 2], 300)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from helpers import draw
 
 from lf.context import wide
+from lf.kernels import fused_norm
 from lf.kernels import norm as fast_norm
 from lf.kernels import rope as fast_rope
 from lf.kernels import swiglu as fast_swiglu
@@ -88,6 +89,7 @@ def both(kernel, twin, *inputs: torch.Tensor) -> list[tuple[torch.Tensor, torch.
 def test_kernels_and_twins_agree(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> None:
     x, w = draw("x", shape=shape, dtype=dtype), draw("w", shape=shape[-1:], dtype=dtype)
     pairs = both(lambda x, w: fast_norm.rms_norm(x, w, 1e-5), lambda x, w: rms_norm(x, w, 1e-5), x, w)
+    pairs += both(lambda x, w: fused_norm.rms_norm(x, w, 1e-5), lambda x, w: rms_norm(x, w, 1e-5), x, w)
     pairs += both(fast_swiglu.swiglu, swiglu, x)
     if len(shape) == 3:
         for dim in (8, 4):  # all of a head turns, or its first half
