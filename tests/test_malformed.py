@@ -442,6 +442,12 @@ def locked(run: Path) -> Any:
     return lock
 
 
+def torn(run: Path) -> None:
+    """In the middle: nobody was killed there."""
+    metrics = run / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "lo\n' + metrics.read_text().splitlines(keepends=True)[1])
+
+
 def of_another_model(run: Path) -> None:
     """The checkpoint is, and the settings do not tell."""
     manifest = run / "checkpoints" / "step-00000002" / "manifest.json"
@@ -461,6 +467,7 @@ NEWEST = Path("checkpoints", "step-00000002")
         (lambda run: (run / NEWEST / "rank-00000.safetensors").write_bytes(b"x"), [], "cannot go on from .*: rank-00000.safetensors has 1 bytes"),
         (lambda run: (run / NEWEST / "manifest.json").write_text("{"), [], "cannot go on from .*is no manifest of a checkpoint"),
         (lambda run: (run / NEWEST / "rank-00000.safetensors").unlink(), [], "cannot go on from .*: No such file"),
+        (torn, [], "metrics.jsonl, line 1 is no record of a step; mend it, or remove it"),
         (of_another_model, [], "the model differs: config.dim was 32, is 16"),
         (lambda run: (run / "config.json").write_text("{"), [], "config.json is not JSON .*; remove .* or give another --out"),
         (lambda run: (run / "config.json").write_text('{"lr": 1}'), [], "holds a run with other settings"),

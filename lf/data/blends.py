@@ -23,8 +23,9 @@ def blend(parts: Sequence[tuple[float, Rows]], seed: int) -> Rows:
 
     Every window of W rows, beginning with row 0, has the same number of rows of each source, in an order keyed by (seed, window); W is the
     smallest number for which whole numbers agree with all weights within 0.1 % (10 for 0.7 and 0.3). Where none up to 2^20 does, or there are
-    more than 256 sources, it is 2^20 and each has its share to one row. A source's own rows are taken by their numbers, none left out, none twice; within a
-    window their order is that of the window. Weights need not add up to 1. Raises DataError when one is not a positive number, or has fewer than 64 of 2^20 rows and no W agrees."""
+    more than 256 sources, it is 2^20 and each has its share to one row. A source's own rows are taken by their numbers, none left out, none
+    twice; within a window their order is that of the window. Weights need not add up to 1. Raises DataError when one is not a positive number,
+    or has fewer than 64 of 2^20 rows and no W agrees."""
     numbers = window([weight for weight, _ in parts])
     firsts = [0, *np.cumsum(numbers).tolist()]
     size = firsts[-1]
