@@ -38,8 +38,7 @@ class HeldOut:
 
 
 def named(words: Sequence[str], flag: str = "--eval", taken: Sequence[str] = ()) -> dict[str, str]:
-    """('held=texts/held', …) → {name: path}. Raises ConfigError for a word that does not read so, and for a name that stands twice or is
-    taken."""
+    """('held=texts/held', …) → {name: path}. Raises ConfigError for a word that does not read so, and for a name that stands twice or is taken."""
     out: dict[str, str] = {}
     for word in words:
         name, _, path = word.partition("=")

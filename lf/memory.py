@@ -76,12 +76,12 @@ def measure(error: OutOfMemory, layout: Layout, state: State, used: int, ctx: An
 
 def refuse_what_cannot_fit(layout: Layout, init: Callable[[Tree], Tree], ctx: Any) -> None:
     """Raises OutOfMemory, before anything is allocated, when what lasts through a step (parameters, gradients, the optimizer's `init` of them)
-    is more than this rank's device has. Worked out on tensors without data."""
-    dtypes, coords = ctx.precision, ctx.axes.coords
-    master = tree.build([(p, torch.empty(spec.local_shape(coords), dtype=dtypes.master, device="meta")) for p, spec in layout.specs.items()])
-    elements, there = sum(x.numel() for x in tree.leaves(master)), ctx.device.memory_total()
+    is more than this rank's device has. The optimizer is asked with one element for each parameter: its trees are shaped like them, or scalars."""
+    dtypes, coords, there = ctx.precision, ctx.axes.coords, ctx.device.memory_total()
+    sizes = {path: math.prod(spec.local_shape(coords)) for path, spec in layout.specs.items()}
+    elements, small = sum(sizes.values()), init(tree.build([(path, torch.zeros(1, dtype=dtypes.master)) for path in sizes]))
     kinds = {"compute copy of the parameters": elements * dtypes.compute.itemsize * (dtypes.compute != dtypes.master)}
-    kinds |= {f"optimizer: {name}": sum(map(_size, tree.leaves(branch))) for name, branch in init(master).items()}
+    kinds |= {f"optimizer: {name}": sum(_size(x) * sizes.get(path, 1) for path, x in tree.items(branch)) for name, branch in small.items()}
     kinds["gradients"] = elements * dtypes.master.itemsize
     if (lasting := sum(kinds.values())) <= there:
         return

@@ -4,9 +4,8 @@
     scripts/launch bench --device cuda --model qwen3-0.6b --precision bf16 --seq-len 4096 --micro-batch 1
 
 A step is one optimizer step of the same model from the same shapes: forward, backward, clipping, AdamW. transformers trains with its own class,
-SDPA and torch's fused AdamW; megatron-core with GPTModel and its local layers, on the CPU. All get the device as lf sets it up: on the CPU, tiny
-numbers count as 0, or the peer whose softmax is surer would seem slower. The loader is compared with iterating a data set of the same rows with
-`datasets`. Memory is the peak beyond what stood there when the libraries were loaded.
+SDPA and torch's fused AdamW; megatron-core with GPTModel and its local layers, on the CPU. The loader is compared with iterating a data set of
+the same rows with `datasets`. Memory is the peak beyond what stood there when the libraries were loaded.
 """
 
 import contextlib

@@ -81,7 +81,8 @@ def main(config: Config) -> tuple[lf.State, lf.context.Context]:
 
     screen = lf.console.console(axes.rank)
     lf.data.look(config.data, evals, config.match, axes)
-    run = lf.runs.open_run(config.out, config, axes, FREE)  # the same command goes on with an unfinished run
+    longer = ("steps", "tokens") if config.schedule in ("constant", "wsd") else ()  # of which the rate at a step does not depend, till it falls
+    run = lf.runs.open_run(config.out, config, axes, (*FREE, *longer))  # the same command goes on with an unfinished run
     last = lf.checkpoint.latest(run.checkpoints)
     screen.print(lf.runs.summary(config.model, layout, ctx, config.seq_len, config.micro_batch, counts[-1]), soft_wrap=True)
     if config.batch_ramp:

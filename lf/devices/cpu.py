@@ -34,11 +34,7 @@ def torch_device(local_rank: int) -> torch.device:
 
 
 def select(local_rank: int) -> None:
-    """Numbers too small for a full mantissa (below 1e-38 in float32) count as 0 from now on, in this thread and those that it starts: CPUs work
-    with them in microcode, and a product of matrices that has some, as gradients of a sure softmax do, takes three times as long. Intel's and
-    ARM's can be told so; where one cannot, nothing changes.
-    """
-    torch.set_flush_denormal(True)
+    pass
 
 
 def peak_flops(dtype: torch.dtype) -> float | None:
