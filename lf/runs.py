@@ -215,17 +215,22 @@ def same_data(saved: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def cut_metrics(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drops the lines after `step` (they were not saved and will be made again) and a torn last one; returns those that stay."""
+    """Drops the lines after `step` (they were not saved and will be made again) and a torn last one; returns those that stay.
+
+    Raises RunError for any other line that is no record: what stands behind it would be lost."""
     kept = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for i, line in enumerate(lines):
+        try:
+            record = json.loads(line)
+            number = record["step"]
+        except (ValueError, TypeError, KeyError):
+            if i + 1 == len(lines):
                 break  # killed while writing
-            if record["step"] > step:
-                break
-            kept.append(record)
+            raise RunError(f"{path}, line {i + 1} is no record of a step; mend it, or remove it") from None
+        if number > step:
+            break
+        kept.append(record)
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
     temporary.replace(path)

@@ -80,7 +80,7 @@ def main(config: Config) -> tuple[lf.State, lf.context.Context]:
     init, step = lf.train.make(layout, lf.optim.adamw(rate, weight_decay=config.weight_decay), programs, ctx, config.clip)
 
     screen = lf.console.console(axes.rank)
-    lf.data.look([config.data, *([path] for path in evals.values())], config.match, axes)
+    lf.data.look(config.data, evals, config.match, axes)
     longer = ("steps", "tokens") if config.schedule in ("constant", "wsd") else ()  # of which the rate at a step does not depend, till it falls
     run = lf.runs.open_run(config.out, config, axes, (*FREE, *longer))  # the same command goes on with an unfinished run
     last = lf.checkpoint.latest(run.checkpoints)
@@ -95,7 +95,7 @@ def main(config: Config) -> tuple[lf.State, lf.context.Context]:
     corpora, tokenizer = lf.data.prepare(config.data, run.folder, model.config.vocab, axes, given, config.bpe_vocab, *how)
     held_out = {}
     for name, path in evals.items():
-        found, _ = lf.data.prepare((path,), run.folder, model.config.vocab, axes, str(tokenizer) if tokenizer else None, None, *how)
+        found, _ = lf.data.prepare((path,), run.folder, model.config.vocab, axes, str(tokenizer) if tokenizer else None, None, *how, may_train=False)
         held_out[name] = [c.documents for c in found]
     if config.validation is not None:
         parts = [lf.data.split(c.documents, config.validation) for c in corpora]

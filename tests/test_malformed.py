@@ -146,6 +146,22 @@ def about(b: Bench) -> Args:
     return args
 
 
+def beside(b: Bench) -> Args:
+    _, ids = indexed(lambda *_: None)(b)
+    return ["--data", f"0.5:{ids}", f"0.5:{b.good / 'texts'}"]
+
+
+def of_another(b: Bench) -> Args:
+    args = indexed(lambda *_: None)(b)
+    said = {"format": 2, "fingerprint": "x", "documents": 2, "tokens": 100, "vocab_size": 300, "eos": 0, "tokenizer": "another"}
+    b.file("x.json", json.dumps(said))
+    return [*args, "--tokenizer", b.good / "tokenizer"]
+
+
+def eval_of_texts(b: Bench) -> Args:
+    return [*indexed(lambda *_: None)(b), "--eval", f"a={b.good / 'texts'}"]
+
+
 def put(form: str, at: int, value: Any) -> Case:
     return indexed(lambda idx, _: struct.pack_into(form, idx, at, value))
 
@@ -266,6 +282,8 @@ TABLE: dict[str, dict[str, tuple[Case, str]]] = {
         "bin too short": (indexed(lambda _, tokens: tokens.__delitem__(slice(-2, None))), "x.bin has 198 bytes, its index says 0 to 200"),
         "ids of another vocabulary": (indexed(lambda _, tokens: struct.pack_into("<H", tokens, 60, 65535)), "x has id 65535, outside 0 … 299"),
         "about": (about, "x.json does not describe indexed documents"),
+        "texts beside ids": (beside, "texts is text, and no tokenizer was given: .* give theirs with --tokenizer"),
+        "ids of another tokenizer": (of_another, "x was made with another tokenizer than .*tokenizer: give the one that made it"),
         "weight below 0": (blend("-1:", "1:"), "-1:.*texts: the weight -1 must be a positive number"),
         "weight of 0": (blend("0:", "1:"), "the weight 0 must be a positive number; leave a source out"),
         "weight nan": (blend("nan:", "1:"), "the weight nan must be a positive number"),
@@ -305,6 +323,8 @@ TABLE: dict[str, dict[str, tuple[Case, str]]] = {
         "eval twice": (flags("--eval", "a=GOOD/texts", "a=GOOD/texts"), "--eval: the name 'a' stands twice"),
         "eval under a taken name": (flags("--eval", "validation=GOOD/texts", "--validation", "0.3"), "the name 'validation' is that of another"),
         "eval from nowhere": (flags("--eval", "a=GOOD/nothing-like-it"), "nothing-like-it does not exist"),
+        "eval with a weight": (flags("--eval", "a=0.5:GOOD/texts"), "a=0.5:.*texts: a set has no weight"),
+        "eval of texts beside ids": (eval_of_texts, "texts is text, and no tokenizer was given: .* give theirs with --tokenizer"),
         "validation of none": (flags("--validation", "0"), "--validation 0.0: must lie between 0 and 1"),
         "validation of all": (flags("--validation", "1"), "--validation 1.0: must lie between 0 and 1"),
         "validation of more": (flags("--validation", "2"), "--validation 2.0: must lie between 0 and 1"),
@@ -422,6 +442,12 @@ def locked(run: Path) -> Any:
     return lock
 
 
+def torn(run: Path) -> None:
+    """In the middle: nobody was killed there."""
+    metrics = run / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "lo\n' + metrics.read_text().splitlines(keepends=True)[1])
+
+
 def of_another_model(run: Path) -> None:
     """The checkpoint is, and the settings do not tell."""
     manifest = run / "checkpoints" / "step-00000002" / "manifest.json"
@@ -441,6 +467,7 @@ NEWEST = Path("checkpoints", "step-00000002")
         (lambda run: (run / NEWEST / "rank-00000.safetensors").write_bytes(b"x"), [], "cannot go on from .*: rank-00000.safetensors has 1 bytes"),
         (lambda run: (run / NEWEST / "manifest.json").write_text("{"), [], "cannot go on from .*is no manifest of a checkpoint"),
         (lambda run: (run / NEWEST / "rank-00000.safetensors").unlink(), [], "cannot go on from .*: No such file"),
+        (torn, [], "metrics.jsonl, line 1 is no record of a step; mend it, or remove it"),
         (of_another_model, [], "the model differs: config.dim was 32, is 16"),
         (lambda run: (run / "config.json").write_text("{"), [], "config.json is not JSON .*; remove .* or give another --out"),
         (lambda run: (run / "config.json").write_text('{"lr": 1}'), [], "holds a run with other settings"),

@@ -273,10 +273,11 @@ def test_a_start_that_never_trained_can_be_put_right(config: pretrain.Config) ->
     config = attrs.evolve(config, mesh="", steps=2, micro_batch=4)
     with pytest.raises(lf.data.DataError, match="typo does not exist"):
         _alone(attrs.evolve(config, data=("typo",)))
-    with pytest.raises(lf.config.ConfigError):
-        _alone(attrs.evolve(config, match="3.*", weights="nowhere", model="nowhere"))
     with pytest.raises(ValueError, match="nowhere"):
         _alone(attrs.evolve(config, match="3.*", weights="nowhere"))
+    bpe = lf.data.train_bpe(["abc"], 257, Path(config.out).parent / "bpe")
+    with pytest.raises(lf.checkpoint.CheckpointError, match=r"there is no model\.safetensors"):
+        _alone(attrs.evolve(config, match="3.*", weights=config.model, tokenizer=str(bpe)))
     assert not (Path(config.out) / "tokens").exists()  # no hours go into the data before
     _alone(config)
     clean = attrs.evolve(config, out=config.out + "-clean")

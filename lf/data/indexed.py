@@ -49,6 +49,7 @@ class Documents:
     fingerprint: str  # of the tokens: a run that resumes compares it
     vocab_size: int | None = None  # every id is below it; None where the file does not say
     eos: int | None = None  # the token that ends a document; None where the file does not say
+    tokenizer: str | None = None  # the fingerprint of the one that made them; None where the file does not say, or was made from ids
     base: int = 0  # tokens of the file before the first of these
 
     def __len__(self) -> int:
@@ -161,7 +162,7 @@ def open_documents(prefix: str | os.PathLike[str]) -> Documents:
     about = _about(path, borders - 1, len(tokens))
     if about is None:
         return Documents(tokens, pointers, documents, path, sampled(path))
-    return Documents(tokens, pointers, documents, path, about["fingerprint"], about["vocab_size"], about["eos"])
+    return Documents(tokens, pointers, documents, path, about["fingerprint"], about["vocab_size"], about["eos"], about["tokenizer"])
 
 
 def _fault(lengths: np.ndarray, pointers: np.ndarray, documents: np.ndarray, itemsize: int) -> str:
@@ -288,7 +289,7 @@ def _about(path: Path, documents: int, tokens: int) -> dict[str, Any] | None:
         said = about["documents"], about["tokens"]
         if said != (documents, tokens):
             raise DataError(f"{file} says {said[0]} documents of {said[1]} tokens, the index {documents} of {tokens}; remove the wrong one")
-        return {name: about[name] for name in ("fingerprint", "vocab_size", "eos")}
+        return {**{name: about[name] for name in ("fingerprint", "vocab_size", "eos")}, "tokenizer": about.get("tokenizer")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, DataError):
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,14 @@ class Corpus:
     documents: Documents
 
 
-def look(data: Sequence[Sequence[str]], match: str | None, axes: Any) -> None:
-    """Raises DataError on every rank when one of these lists of words, each as in `prepare`, names something that is not there. Reads nothing."""
+def look(data: Sequence[str], held_out: Mapping[str, str], match: str | None, axes: Any) -> None:
+    """Raises DataError on every rank when the words of --data, or one of the sets {name: path}, name something that is not there. Reads nothing."""
 
     def each() -> None:
-        for words in data:
-            find_sources(words, match)
+        find_sources(data, match)
+        for name, path in held_out.items():
+            if any(source.weight is not None for source in find_sources((path,), match)):
+                raise DataError(f"{name}={path}: a set has no weight, every token of it is read once; give each source a name of its own")
 
     on_first_rank(each, axes)
 
@@ -57,13 +59,15 @@ def prepare(
     text_column: str = "text",
     on_bad: str = "stop",
     eod: str = "auto",
+    may_train: bool = True,
 ) -> tuple[list[Corpus], Path | None]:
     """What the words of --data name, and the folder of its tokenizer: made by rank 0 below `folder` where they are not there yet. Collective.
 
     data, match: as in `find_sources`; without weights a token of any source is read as often as one of any other. vocab: the model's. tokenizer: a
     Hugging Face tokenizer folder; without one a BPE of at most `bpe_vocab` tokens is trained on the texts (None: min(vocab, 32768)), of fewer where
     they have too little in them: the model's other rows stay unused. Where all is tokens already, no tokenizer is needed, and None is returned
-    without one. text_column, on_bad: as in `Reading`; eod: as in `Recipe`. Raises DataError, before anything is read where that is possible.
+    without one. Texts beside tokens, or with `may_train` false, need the tokenizer that the others were made
+    with. text_column, on_bad: as in `Reading`; eod: as in `Recipe`. Raises DataError, before anything is read where that is possible.
     """
     if tokenizer is not None and bpe_vocab is not None:
         raise DataError(f"bpe_vocab={bpe_vocab} is for a BPE that is trained here, and tokenizer={tokenizer!r} was given: leave one of them out")
@@ -80,6 +84,9 @@ def prepare(
         sources = find_sources(data, match)
         texts = [s for s in sources if s.files and not has_ids(s.files)]
         if texts and used is None:
+            if not may_train or len(texts) < len(sources) or any(s.prefixes for s in sources):
+                why = "a BPE that is trained here would give other ids than those of the tokens beside them"
+                raise DataError(f"{texts[0].name} is text, and no tokenizer was given: {why}; give theirs with --tokenizer")
             if not SMALLEST <= size <= vocab:
                 raise DataError(f"bpe_vocab={size} must lie between {SMALLEST}, the bytes and one end of text, and the model's vocabulary of {vocab}")
             used = load_tokenizer(_bpe([f for s in texts for f in s.files], how, size, root / "tokenizer", screen))
@@ -91,7 +98,7 @@ def prepare(
                 prefixes.insert(0, (source.name, str(_tokens(source, recipe, used, root / "tokens", screen))))
             elif eod == "append":
                 raise DataError(f"eod='append' cannot change the indexed tokens of {source.name}: leave it out, or write them anew")
-            opened = [(name, prefix, _fits(open_documents(prefix), vocab)) for name, prefix in prefixes]
+            opened = [(name, prefix, _fits(open_documents(prefix), vocab, used)) for name, prefix in prefixes]
             total = sum(len(documents.tokens) for *_, documents in opened)
             for name, prefix, documents in opened:
                 share = len(documents.tokens) / total
@@ -103,7 +110,9 @@ def prepare(
     return corpora, made["tokenizer"] and Path(made["tokenizer"])
 
 
-def _fits(documents: Documents, vocab: int) -> Documents:
+def _fits(documents: Documents, vocab: int, tokenizer: Tokenizer | None) -> Documents:
+    if tokenizer and documents.tokenizer not in (None, tokenizer.fingerprint):
+        raise DataError(f"{documents.prefix} was made with another tokenizer than {tokenizer.folder}: give the one that made it, or tokenize again")
     if documents.vocab_size is not None and documents.vocab_size > vocab:
         raise DataError(f"{documents.prefix} was made with a vocabulary of {documents.vocab_size}, the model's is {vocab}")
     if documents.vocab_size is None:  # nobody says what it was made with: some of its ids do
