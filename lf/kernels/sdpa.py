@@ -22,11 +22,12 @@ def attention(q_thd: Tensor, k_tkd: Tensor, v_tkd: Tensor, cu_seqlens: Tensor, w
     tokens, heads, _ = q_thd.shape
     if not heads or not tokens:  # a rank may have no heads at all; the output still depends on q, so that its backward runs
         return q_thd * 1
-    blocks = _blocks(cu_seqlens.tolist(), tokens)
-    n = blocks[0][-1]
-    if window is None and len(blocks) > 1 and blocks == [[i, i + n] for i in range(0, tokens, n)]:  # documents of one length: one call
+    edges = sorted({0, tokens, *cu_seqlens.tolist()})
+    n = edges[1]
+    if len(edges) > 2 and (window is None or n <= window) and edges == list(range(0, tokens + 1, n)):  # documents of one length: one call
         q, k, v = (x.unflatten(0, (-1, n)).transpose(1, 2) for x in (q_thd, k_tkd, v_tkd))
         return _fused(q, k, v).transpose(1, 2).flatten(0, 1)
+    blocks = _blocks(edges)
     sizes = [starts[-1] - starts[0] for starts in blocks]
     pieces = zip(*(x.transpose(0, 1)[None].split(sizes, 2) for x in (q_thd, k_tkd, v_tkd)))
     out = [_block(q, k, v, starts, window)[0].transpose(0, 1) for (q, k, v), starts in zip(pieces, blocks)]
@@ -68,9 +69,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=group > 1)
 
 
-def _blocks(edges: list[int], tokens: int) -> list[list[int]]:
+def _blocks(edges: list[int]) -> list[list[int]]:
     """Runs of whole documents: the edges of each, first to last. A run is closed before it would pass BLOCK, unless it is one document."""
-    edges = sorted({0, tokens, *edges})
     runs = [[edges[0]]]
     for edge in edges[1:]:
         run = runs[-1]
