@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend
 
 from lf.ops.attention import causal_mask
 
-BLOCK = 256  # tokens: shorter documents share a call, so that hundreds of tiny ones do not mean hundreds of calls
+BLOCK = 128  # tokens: shorter documents share a call, so that hundreds of tiny ones do not mean hundreds of calls
 
 
 def attention(q_thd: Tensor, k_tkd: Tensor, v_tkd: Tensor, cu_seqlens: Tensor, window: int | None = None) -> Tensor:
