@@ -26,12 +26,13 @@ class _Rope(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
-    half = cos.shape[-1]
+    turned = 2 * cos.shape[-1]
     cos, sin = cos[:, None], sin[:, None]
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    a, b, u, v = x[..., :half], x[..., half : 2 * half], out[..., :half], out[..., half : 2 * half]
-    torch.mul(a, cos, out=u).addcmul_(b, sin, value=-way)
-    torch.mul(b, cos, out=v).addcmul_(a, sin, value=way)
-    if 2 * half < x.shape[-1]:
-        out[..., 2 * half :] = x[..., 2 * half :]
+    x_pairs, out_pairs = (y[..., :turned].unflatten(-1, (2, -1)) for y in (x, out))
+    torch.mul(x_pairs, cos[:, None], out=out_pairs)
+    out_pairs[..., 0, :].addcmul_(x_pairs[..., 1, :], sin, value=-way)
+    out_pairs[..., 1, :].addcmul_(x_pairs[..., 0, :], sin, value=way)
+    if turned < x.shape[-1]:
+        out[..., turned:] = x[..., turned:]
     return out

@@ -5,10 +5,11 @@ import itertools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from lf.ops.attention import causal_mask
 
-BLOCK = 256  # tokens: shorter documents share a call, so that hundreds of tiny ones do not mean hundreds of calls
+BLOCK = 128  # tokens: shorter documents share a call, so that hundreds of tiny ones do not mean hundreds of calls
 
 
 def attention(q_thd: Tensor, k_tkd: Tensor, v_tkd: Tensor, cu_seqlens: Tensor, window: int | None = None) -> Tensor:
@@ -21,16 +22,14 @@ def attention(q_thd: Tensor, k_tkd: Tensor, v_tkd: Tensor, cu_seqlens: Tensor, w
     tokens, heads, _ = q_thd.shape
     if not heads or not tokens:  # a rank may have no heads at all; the output still depends on q, so that its backward runs
         return q_thd * 1
-    group = heads // k_tkd.shape[1]
-    # A copy per query head instead of enable_gqa: with it torch's CPU path is not the fused one.
-    k_thd, v_thd = (x if group == 1 else x.repeat_interleave(group, 1) for x in (k_tkd, v_tkd))
-    blocks = _blocks(cu_seqlens.tolist(), tokens)
-    n = blocks[0][-1]
-    if window is None and len(blocks) > 1 and blocks == [[i, i + n] for i in range(0, tokens, n)]:  # documents of one length: one call
-        q, k, v = (x.unflatten(0, (-1, n)).transpose(1, 2) for x in (q_thd, k_thd, v_thd))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(0, 1)
+    edges = sorted({0, tokens, *cu_seqlens.tolist()})
+    n = edges[1]
+    if len(edges) > 2 and (window is None or n <= window) and edges == list(range(0, tokens + 1, n)):  # documents of one length: one call
+        q, k, v = (x.unflatten(0, (-1, n)).transpose(1, 2) for x in (q_thd, k_tkd, v_tkd))
+        return _fused(q, k, v).transpose(1, 2).flatten(0, 1)
+    blocks = _blocks(edges)
     sizes = [starts[-1] - starts[0] for starts in blocks]
-    pieces = zip(*(x.transpose(0, 1)[None].split(sizes, 2) for x in (q_thd, k_thd, v_thd)))
+    pieces = zip(*(x.transpose(0, 1)[None].split(sizes, 2) for x in (q_thd, k_tkd, v_tkd)))
     out = [_block(q, k, v, starts, window)[0].transpose(0, 1) for (q, k, v), starts in zip(pieces, blocks)]
     return torch.cat(out) if len(out) > 1 else out[0]
 
@@ -42,11 +41,11 @@ def _block(q: Tensor, k: Tensor, v: Tensor, starts: list[int], window: int | Non
         window = None
     if len(starts) == 2:
         if window is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return _fused(q, k, v)
         if tokens > BLOCK:
             return _windowed(q, k, v, window)
     edges = torch.tensor(starts, device=q.device) - starts[0]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(edges, tokens, window))
+    return _fused(q, k, v, causal_mask(edges, tokens, window))
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
@@ -57,13 +56,21 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         place = torch.arange(first, stop, device=q.device)
         back = torch.arange(at, stop, device=q.device)[:, None] - place[None, :]  # how far behind its query each key lies
         mask = (back >= 0) & (back < window)
-        out.append(F.scaled_dot_product_attention(q[:, :, at:stop], k[:, :, first:stop], v[:, :, first:stop], attn_mask=mask))
+        out.append(_fused(q[:, :, at:stop], k[:, :, first:stop], v[:, :, first:stop], mask))
     return torch.cat(out, 2)
 
 
-def _blocks(edges: list[int], tokens: int) -> list[list[int]]:
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(batch, heads, tokens, head dim), fewer heads in k and v than in q; causal where no mask is given."""
+    causal, group = mask is None, q.shape[1] // k.shape[1]
+    # asked, because torch before 2.9 takes groups by a path that keeps all scores: there each query head gets its own copy
+    if group > 1 and torch._fused_sdp_choice(q, k, v, mask, 0.0, causal, enable_gqa=True) != SDPBackend.FLASH_ATTENTION.value:
+        k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=group > 1)
+
+
+def _blocks(edges: list[int]) -> list[list[int]]:
     """Runs of whole documents: the edges of each, first to last. A run is closed before it would pass BLOCK, unless it is one document."""
-    edges = sorted({0, tokens, *edges})
     runs = [[edges[0]]]
     for edge in edges[1:]:
         run = runs[-1]
