@@ -214,6 +214,19 @@ def same_data(saved: dict[str, Any], now: dict[str, Any]) -> None:
         raise ConfigError(f"the data is not what this run began with: {lines}. Give the old data back, or another --out")
 
 
+def same_rate(run: Run, step: int, rate: Callable[[torch.Tensor], torch.Tensor], axes: Any) -> None:
+    """Raises ConfigError when the last of `step` steps was made at another learning rate than this command's. So a run of a wsd rate can be
+    lengthened until it falls, and not after: its rate would jump up again. Collective."""
+
+    def compare() -> None:
+        made = next((r["lr"] for r in cut_metrics(run.metrics, step) if r["step"] == step), None)
+        now = rate(torch.tensor(step - 1)).item()
+        if made is not None and not math.isclose(made, now, rel_tol=1e-5):
+            raise ConfigError(f"step {step} was made at a learning rate of {made}, this command has {now} there: give the old length back")
+
+    on_first_rank(compare, axes)
+
+
 def cut_metrics(path: Path, step: int) -> list[dict[str, Any]]:
     """Drops the lines after `step` (they were not saved and will be made again) and a torn last one; returns those that stay.
 

@@ -113,6 +113,7 @@ def main(config: Config) -> tuple[lf.State, lf.context.Context]:
     if last:
         state, saved = lf.checkpoint.load(last, layout, ctx)
         lf.runs.same_data(saved, data)
+        lf.runs.same_rate(run, int(state.step), rate, axes)
         screen.print(f"{config.out} goes on after step {int(state.step)} of {steps}")
     else:
         state = init(lf.hf.load(config.weights, layout, ctx, weights_dtype) if config.weights else lf.init(layout, ctx, config.seed))

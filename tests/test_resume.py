@@ -265,6 +265,10 @@ def test_a_run_whose_rate_does_not_depend_on_its_length_can_be_lengthened(config
     straight = attrs.evolve(short, steps=4, out=config.out)
     _alone(straight)
     assert _curve(short) == _curve(straight)
+    fallen = attrs.evolve(short, schedule="wsd", warmup=0, decay=0.5, out=config.out + "-fallen")
+    _alone(fallen)
+    with pytest.raises(lf.config.ConfigError, match=r"step 2 was made at a learning rate of 0\.001.*, this command has 0\.01"):
+        _alone(attrs.evolve(fallen, steps=8))
     with pytest.raises(lf.config.ConfigError, match="steps: the run has 4, this command 6"):
         _alone(attrs.evolve(short, steps=6, schedule="cosine"))
 

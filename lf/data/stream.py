@@ -42,7 +42,7 @@ def rows(documents: Documents, seq_len: int, seed: int, joined: bool = False) ->
     """`rows(documents, seq_len, seed)(k)` is row k of the shuffled stream: random access.
 
     joined: documents are not kept apart, as in Megatron-LM without reset attention masks: attention and labels run over their borders."""
-    _at_least_one(seq_len)
+    _possible(seq_len)
     total = len(documents.tokens)
     n = max(total // seq_len, 1)
 
@@ -66,7 +66,7 @@ def in_order(documents: Documents | Sequence[Documents], seq_len: int, joined: b
 
     Every row has seq_len tokens: behind the last token of a file, and in any row after the last, stands padding, a document of its own without
     labels. So a step may take more rows than there are, and sums over labels stay those of the set."""
-    _at_least_one(seq_len)
+    _possible(seq_len)
     files = [documents] if isinstance(documents, Documents) else list(documents)
     firsts = np.cumsum([0] + [-(-len(d.tokens) // seq_len) for d in files]).tolist()  # the first row of each file
 
@@ -106,6 +106,6 @@ def _one(parts: list[Row]) -> Row:
     return Row(tokens, labels, np.concatenate([p.starts + first for p, first in zip(parts, firsts)]))
 
 
-def _at_least_one(seq_len: int) -> None:
-    if seq_len < 1:
-        raise DataError(f"seq_len={seq_len} must be at least 1")
+def _possible(seq_len: int) -> None:
+    if not 1 <= seq_len < 2**31:  # where documents begin is an int32
+        raise DataError(f"seq_len={seq_len} must be at least 1, and below {2**31}")

@@ -244,7 +244,7 @@ MODEL = [
     words("cross-entropy: targets of other ranks pull", VOCAB, (vocab._Partials.backward, " * mine[:, None]", "")),
     words("norm: its gradient forgets the scale", POINTWISE, (norm._RmsNorm.backward, ".addcmul_(h, scaled)", "")),
     words("rope: its gradient turns on", POINTWISE, (rope._Rope.backward, "sin, -1)", "sin, 1)")),
-    words("swiglu: its gradient forgets what is gated", POINTWISE, (swiglu._SwiGLU.backward, "(dy, up, out=room)", "(dy, dy, out=room)")),
+    words("swiglu: its gradient forgets what is gated", POINTWISE, (swiglu._SwiGLU.backward, "(dy, up, out=dgate)", "(dy, dy, out=dgate)")),
     words("embedding: ids of other ranks give a row", VOCAB, (vocab.vocab_embedding, " * mine[:, None]", "")),
     words("embedding: a rank without rows has no graph", VOCAB, (vocab.vocab_embedding, " + w_VD.sum()", "")),
     words(
