@@ -222,7 +222,7 @@ def same_rate(run: Run, step: int, rate: Callable[[torch.Tensor], torch.Tensor],
         made = next((r["lr"] for r in cut_metrics(run.metrics, step) if r["step"] == step), None)
         now = rate(torch.tensor(step - 1)).item()
         if made is not None and not math.isclose(made, now, rel_tol=1e-5):
-            raise ConfigError(f"step {step} was made at a learning rate of {made}, this command has {now} there: give the old length back")
+            raise ConfigError(f"step {step} was made at a learning rate of {made:.4g}, this command has {now:.4g} there: give the old length back")
 
     on_first_rank(compare, axes)
 
