@@ -79,8 +79,7 @@ def test_adamw_and_twin() -> None:
 @pytest.mark.parametrize("mesh", ["tp=2,dp=2", "tp=5", "dp=3"])
 def test_law_1_in_float64(mesh: str) -> None:
     """Ranks simulated on one card."""
-    with torch.autograd.set_multithreading_enabled(False):
-        report = parity.compare(tiny(), lf.Mesh.parse(mesh), device="cuda", steps=2, padding=3)
+    report = parity.compare(tiny(), lf.Mesh.parse(mesh), device="cuda", steps=2, padding=3)
     assert report.ok, str(report)
 
 
