@@ -41,8 +41,10 @@ Rows = Callable[[int], Row]  # any source of rows: what blends and other formats
 def rows(documents: Documents, seq_len: int, seed: int, joined: bool = False) -> Rows:
     """`rows(documents, seq_len, seed)(k)` is row k of the shuffled stream: random access.
 
-    joined: documents are not kept apart, as in Megatron-LM without reset attention masks: attention and labels run over their borders."""
+    joined: documents are not kept apart, as in Megatron-LM without reset attention masks: attention and labels run over their borders.
+    Raises DataError where no document has a second token: no token has a label then, and a loss of 0 would say nothing."""
     _possible(seq_len)
+    _has_labels([documents], joined)
     total = len(documents.tokens)
     n = max(total // seq_len, 1)
 
@@ -65,9 +67,10 @@ def in_order(documents: Documents | Sequence[Documents], seq_len: int, joined: b
     """(rows, their number) with every token once, in the order of the file, of one file after another: what an evaluation reads.
 
     Every row has seq_len tokens: behind the last token of a file, and in any row after the last, stands padding, a document of its own without
-    labels. So a step may take more rows than there are, and sums over labels stay those of the set."""
+    labels. So a step may take more rows than there are, and sums over labels stay those of the set. Raises DataError as `rows` does."""
     _possible(seq_len)
     files = [documents] if isinstance(documents, Documents) else list(documents)
+    _has_labels(files, joined)
     firsts = np.cumsum([0] + [-(-len(d.tokens) // seq_len) for d in files]).tolist()  # the first row of each file
 
     def row(k: int) -> Row:
@@ -104,6 +107,17 @@ def _one(parts: list[Row]) -> Row:
     firsts = np.cumsum([0] + [len(p.tokens) for p in parts])
     tokens, labels = (np.concatenate([getattr(p, name) for p in parts]) for name in ("tokens", "labels"))
     return Row(tokens, labels, np.concatenate([p.starts + first for p, first in zip(parts, firsts)]))
+
+
+def _has_labels(files: Sequence[Documents], joined: bool) -> None:
+    if files and not joined and all(map(_single, files)):
+        names = " and ".join(str(d.prefix) for d in files[:3]) + " …" * (len(files) > 3)
+        raise DataError(f"{names}: documents of one token, so no token has a next one to be learned; read over their borders with --joined")
+
+
+def _single(d: Documents) -> bool:
+    """Whether every document has one token, or none. The places are counted only where there are as many documents as tokens."""
+    return len(d.tokens) <= len(d) and 1 + len(d.starts(0, len(d.tokens))) == len(d.tokens)
 
 
 def _possible(seq_len: int) -> None:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from itertools import chain
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -210,6 +211,21 @@ def test_refusals_name_the_numbers() -> None:
         in_order(documents([7]), 0)
     with pytest.raises(DataError, match="multiple=0"):
         pack([row(0)], 0)
+
+
+def test_documents_of_one_token_have_nothing_to_learn() -> None:
+    """A loss of 0 and a perplexity of 1 would be said of them."""
+    for seed in (None, 1):  # with a seed: empty documents among them
+        single = documents([1] * 9, seed)
+        for refused in (lambda d=single: rows(d, 4, 0), lambda d=single: in_order(d, 4), lambda d=single: in_order([d, d], 4)):
+            with pytest.raises(DataError, match="documents: documents of one token, .* --joined"):
+                refused()
+        assert (rows(single, 4, 0, joined=True)(0).labels != IGNORE).any()
+        assert in_order([single, documents([2])], 4)[1] == 4, "one of them has something"
+    indices = np.array([0, 1, 1, 1])  # one document of two tokens, two empty ones
+    pair = attrs.evolve(documents([2]), document_indices=indices)
+    assert len(pair) > len(pair.tokens)
+    assert (rows(pair, 2, 0)(0).labels != IGNORE).any() or (rows(pair, 2, 0)(1).labels != IGNORE).any()
 
 
 PINNED = [8, 9, 7, 0, 1, 3, 4, 5, 2, 6]

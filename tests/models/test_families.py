@@ -19,6 +19,7 @@ import lf
 from lf import box, tree
 from lf.config import ConfigError
 from lf.models import families
+from lf.models.families import rope
 from lf.models.families.place import Place
 from lf.models.presets import PRESETS
 from lf.ops.rope import Rope
@@ -221,16 +222,33 @@ def test_old_and_new_keys_mean_the_same(kind: str) -> None:
 
 def test_what_a_missing_field_means() -> None:
     """As for the classes of transformers."""
+    from transformers import CONFIG_MAPPING
+
     missing = ("num_key_value_heads", "max_position_embeddings", "tie_word_embeddings")
     least = {k: v for k, v in {**SHAPES, "hidden_size": 36}.items() if k not in missing}
     config = families.read({**least, "model_type": "llama"})
     a = config.layers[0].mixer
     assert (a.kv_heads, a.head_dim, a.rope, config.tied) == (6, 6, Rope(10000.0), False)
-    assert families.read({**least, "model_type": "mistral", "head_dim": 4}).layers[0].mixer.window == 4096
-    assert families.read({**least, "model_type": "qwen3"}).layers[0].mixer.head_dim == 128
+    wide = {**least, "hidden_size": 128, "num_attention_heads": 32}
+    for name in ("llama", "mistral", "qwen2", "qwen3"):
+        theirs, ours = CONFIG_MAPPING[name](**wide), families.read({**wide, "model_type": name})
+        a = ours.layers[0].mixer
+        assert (a.kv_heads, ours.max_len, ours.tied) == (theirs.num_key_value_heads, theirs.max_position_embeddings, theirs.tie_word_embeddings)
+        assert a.head_dim == (getattr(theirs, "head_dim", None) or 4)
+        assert a.window == getattr(theirs, "sliding_window", None)
+        assert families.read({**wide, "model_type": name, "num_key_value_heads": None}).layers[0].mixer.kv_heads == 32, "null is as many as heads"
     yarn = {"rope_type": "yarn", "original_max_position_embeddings": 512, "factor": None}
-    stretched = families.read({**least, "model_type": "qwen2", "max_position_embeddings": 2048, "rope_parameters": yarn})
+    long = {"num_key_value_heads": 2, "max_position_embeddings": 2048, "rope_parameters": yarn}
+    stretched = families.read({**least, "model_type": "qwen2", **long})
     assert stretched.layers[0].mixer.rope == Rope(10000.0, "yarn", 4.0, original_len=512)
+
+
+def test_every_part_of_a_head_that_turns_survives_both_ways() -> None:
+    """dim / head_dim is rounded, and readers cut off: 30 of 44 would come back as 29."""
+    for head_dim in range(4, 258, 2):
+        for dim in range(2, head_dim, 2):
+            factor = rope.write_rope(Rope(dim=dim), head_dim, 8)["partial_rotary_factor"]
+            assert int(head_dim * factor) == dim
 
 
 def test_a_family_writes_its_own_and_refuses_what_it_cannot_say() -> None:

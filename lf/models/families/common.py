@@ -51,7 +51,8 @@ Windows = tuple[int | None, ...]
 
 @attrs.frozen
 class Dialect:
-    """How one family differs. `head_dim`: what the class takes when the field is missing; None: hidden_size / num_attention_heads.
+    """How one family differs. `head_dim`, `kv_heads`, `max_len`: what the class takes when the field is missing; None: hidden_size /
+    num_attention_heads, and num_attention_heads.
 
     bias(values, bad) -> (of q, k and v; of the matrix out), and written(those) -> fields of config.json, or ConfigError where the family has no such
     biases. windows(values, layers) -> the sliding window of each layer, and slid(those) -> fields. only: further fields with one value that is built.
@@ -66,6 +67,8 @@ class Dialect:
     windows: Callable[[dict[str, Any], int], Windows]
     write_windows: Callable[[Windows], dict[str, Any]]
     head_dim: int | None = None
+    kv_heads: int | None = None
+    max_len: int = 2048
     only: dict[str, tuple[Any, ...]] = attrs.field(factory=dict)
     more: dict[str, Any] = attrs.field(factory=dict)
 
@@ -80,10 +83,10 @@ def read(d: Dialect, values: dict[str, Any]) -> DecoderConfig:
         number(values, name, int, bad) for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
     )
     count = number(values, "num_hidden_layers", int, bad, most=LAYERS)
-    kv_heads = number(values, "num_key_value_heads", int, bad, heads)
+    kv_heads = number(values, "num_key_value_heads", int, bad, heads if "num_key_value_heads" in values else d.kv_heads or heads)
     head_dim = number(values, "head_dim", int, bad, d.head_dim or (dim // heads if dim and heads else None))
     eps = number(values, "rms_norm_eps", float, bad)
-    max_len = number(values, "max_position_embeddings", int, bad, 2048)
+    max_len = number(values, "max_position_embeddings", int, bad, d.max_len)
     std = number(values, "initializer_range", float, bad, 0.02)
     tied = yes(values, "tie_word_embeddings", bad)
     rope = read_rope(values, head_dim, max_len, bad)

@@ -16,6 +16,8 @@ DIALECT = common.Dialect(
     write_bias=partial(common.write_fixed_bias, wanted=(True, False)),
     windows=common.last_layers_slide,
     write_windows=common.write_last_layers_slide,
+    kv_heads=32,
+    max_len=32768,
     only={"attention_bias": (True, None)},
     more={
         "attention_bias": True,

@@ -12,6 +12,8 @@ DIALECT = common.Dialect(
     write_bias=common.write_fixed_bias,
     windows=common.all_layers_slide,
     write_windows=common.write_all_layers_slide,
+    kv_heads=8,
+    max_len=131072,
 )
 read, write = partial(common.read, DIALECT), partial(common.write, DIALECT)
 names, copies, derived = common.names, common.copies, common.derived

@@ -12,6 +12,8 @@ DIALECT = common.Dialect(
     write_bias=partial(common.write_fixed_bias, wanted=(True, False)),
     windows=common.last_layers_slide,
     write_windows=common.write_last_layers_slide,
+    kv_heads=32,
+    max_len=32768,
 )
 read, write = partial(common.read, DIALECT), partial(common.write, DIALECT)
 names, copies, derived = common.names, common.copies, common.derived

@@ -13,6 +13,8 @@ DIALECT = common.Dialect(
     windows=common.last_layers_slide,
     write_windows=common.write_last_layers_slide,
     head_dim=128,
+    kv_heads=32,
+    max_len=32768,
 )
 read, write = partial(common.read, DIALECT), partial(common.write, DIALECT)
 names, copies, derived = common.names, common.copies, common.derived

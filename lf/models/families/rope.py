@@ -7,6 +7,7 @@ vLLM's do.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import attrs
@@ -107,13 +108,20 @@ def write_rope(r: Rope, head_dim: int, max_len: int) -> dict[str, Any]:
             scaling[key] = value
     if unsaid := [a.name for a in attrs.fields(Rope) if a.name not in SAID | set(FIELDS[r.kind].values()) and _differs(a.name, r, plain)]:
         raise ConfigError(f"rotary positions of kind {r.kind!r} have no {', '.join(unsaid)}")
-    part = {"partial_rotary_factor": r.dim / head_dim} if r.dim not in (None, head_dim) else {}
+    part = {} if r.dim in (None, head_dim) else {"partial_rotary_factor": _share(r.dim, head_dim)}
     return {
         "rope_theta": r.theta,
         "rope_scaling": None if r.kind == "default" else {**scaling, "type": r.kind},
         "rope_parameters": {**scaling, "rope_theta": r.theta, **part},
         **part,
     }
+
+
+def _share(dim: int | None, head_dim: int) -> float:
+    """The factor that readers, who cut off what is left of head_dim · factor, take for `dim`: int(44 · (30 / 44)) is 29."""
+    assert dim is not None
+    share = dim / head_dim
+    return share if int(head_dim * share) == dim else math.nextafter(share, 1)
 
 
 SAID = {"kind", "theta", "dim", "original_len"}
