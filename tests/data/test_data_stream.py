@@ -218,7 +218,7 @@ def test_documents_of_one_token_have_nothing_to_learn() -> None:
     for seed in (None, 1):  # with a seed: empty documents among them
         single = documents([1] * 9, seed)
         for refused in (lambda d=single: rows(d, 4, 0), lambda d=single: in_order(d, 4), lambda d=single: in_order([d, d], 4)):
-            with pytest.raises(DataError, match="documents: documents of one token, .* --joined"):
+            with pytest.raises(DataError, match=r"documents: documents of one token, .* --joined"):
                 refused()
         assert (rows(single, 4, 0, joined=True)(0).labels != IGNORE).any()
         assert in_order([single, documents([2])], 4)[1] == 4, "one of them has something"
