@@ -56,7 +56,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral without a window, one kv head": ("Mistral", {"head_dim": 8, "sliding_window": None, "num_key_value_heads": 1}),
     "mimo": ("Qwen2", {"hidden_size": 36, "rope_parameters": {"rope_type": "default", "rope_theta": 640000.0}}),
     "internlm2": ("Llama", {"hidden_size": 36, "rope_parameters": ROPES["dynamic"]}),
-    "partial": ("Phi3", {"hidden_size": 48, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5, **THETA}}),
+    "phi3 partial": ("Phi3", {"hidden_size": 48, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5, **THETA}}),
+    "phi3 slides": ("Phi3", {"hidden_size": 36, "sliding_window": 3, "rope_parameters": {**ROPES["default"]}}),
 }
 
 
@@ -89,17 +90,6 @@ def on_disk(case: str, values: dict[str, Any], of: dict[str, torch.Tensor]) -> t
         return {**values, "model_type": "mimo", "architectures": ["MiMoForCausalLM"], "attention_bias": True, "head_dim": 6}, {**of, **heads}
     if case == "internlm2":
         return {**values, "model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"], "bias": False}, internlm2(of, 3, 6)
-    if case == "partial":
-        out = {}
-        for name, w in of.items():
-            if "qkv_proj" in name:
-                q, kv = 6 * 8, 2 * 8
-                out |= {name.replace("qkv_proj", f"{n}_proj"): x.clone() for n, x in zip("qkv", w.split([q, kv, kv]))}
-            elif "gate_up_proj" in name:
-                out |= {name.replace("gate_up", n): x.clone() for n, x in zip(("gate", "up"), w.chunk(2))}
-            else:
-                out[name] = w
-        return {**values, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}, out
     return values, of
 
 
@@ -180,7 +170,7 @@ def test_logits_loss_every_gradient_and_files_both_ways(tmp_path: Any, case: str
         assert after.keys() == kept.keys()
         assert all(torch.equal(after[name], w) for name, w in kept.items())
         assert lf.hf.read_config(tmp_path / folder) == model.config
-    if case.split()[0] in ("llama", "qwen2", "qwen3", "mistral"):
+    if case.split()[0] in ("llama", "qwen2", "qwen3", "mistral", "phi3"):
         from transformers import AutoModelForCausalLM
 
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "b10", attn_implementation="eager").eval()
@@ -264,6 +254,16 @@ def test_a_family_writes_its_own_and_refuses_what_it_cannot_say() -> None:
         families.of(attrs.evolve(mistral, family="lama"))
     with pytest.raises(ConfigError, match="biases on no matrix"):
         families.of(attrs.evolve(mistral, layers=(attrs.evolve(layer, mixer=attrs.evolve(layer.mixer, qkv_bias=True)),)))
+
+
+def test_a_share_of_a_head_turns_only_where_the_class_of_the_family_does_it() -> None:
+    config = read_only("phi3 partial")
+    assert config.layers[0].mixer.rope.dim == 4
+    for family in ("llama", "mistral", "internlm2"):
+        with pytest.raises(ConfigError, match="whole heads"):
+            families.of(attrs.evolve(config, family=family))
+    with pytest.raises(ConfigError, match=r"kind 'linear' are not supported in phi3"):
+        families.read({**SHAPES, "hidden_size": 36, "model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 2.0}})
 
 
 COUNTS = {

@@ -14,10 +14,10 @@ from types import ModuleType
 from typing import Any
 
 from lf.config import ConfigError, one_of
-from lf.models.families import internlm2, llama, mimo, mistral, qwen2, qwen3
+from lf.models.families import internlm2, llama, mimo, mistral, phi3, qwen2, qwen3
 
 FAMILIES: dict[str, ModuleType] = {
-    "llama": llama, "internlm2": internlm2, "mimo": mimo, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3,
+    "llama": llama, "internlm2": internlm2, "mimo": mimo, "mistral": mistral, "phi3": phi3, "qwen2": qwen2, "qwen3": qwen3,
 }  # fmt: skip
 """`model_type` of a config.json → its family."""
 

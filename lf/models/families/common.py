@@ -56,6 +56,7 @@ class Dialect:
 
     bias(values, bad) -> (of q, k and v; of the matrix out), and written(those) -> fields of config.json, or ConfigError where the family has no such
     biases. windows(values, layers) -> the sliding window of each layer, and slid(those) -> fields. only: further fields with one value that is built.
+    partial: whether the class turns only a share of each head where the file says so; the others do not look at it, so it is refused there.
     more: fields that are written as they stand.
     """
 
@@ -69,6 +70,7 @@ class Dialect:
     head_dim: int | None = None
     kv_heads: int | None = None
     max_len: int = 2048
+    partial: bool = False
     only: dict[str, tuple[Any, ...]] = attrs.field(factory=dict)
     more: dict[str, Any] = attrs.field(factory=dict)
 
@@ -90,6 +92,8 @@ def read(d: Dialect, values: dict[str, Any]) -> DecoderConfig:
     std = number(values, "initializer_range", float, bad, 0.02)
     tied = yes(values, "tie_word_embeddings", bad)
     rope = read_rope(values, head_dim, max_len, bad)
+    if rope is not None and rope.dim is not None and not d.partial:
+        bad.append(f"a partial_rotary_factor that turns {rope.dim} of head_dim={head_dim} is not supported; {d.architecture} turns whole heads")
     for name, good in {**ONLY, **d.only}.items():
         if name in values and values[name] not in good:
             bad.append(f"{name}={values[name]!r} is not supported; only {good[0]!r} is")
@@ -116,6 +120,8 @@ def write(d: Dialect, config: DecoderConfig) -> dict[str, Any]:
     if len(alike) != 1:
         raise ConfigError(f"its layers must all be alike but for their windows; of {len(config.layers)} layers, {len(alike)} kinds were given")
     a, inner = config.layers[0].mixer, config.layers[0].ffn.dim
+    if a.rope.dim not in (None, a.head_dim) and not d.partial:
+        raise ConfigError(f"its rotary positions are of whole heads; those of the model turn {a.rope.dim} of {a.head_dim} dims")
     if a.qk_norm != d.qk_norm:
         raise ConfigError(f"its layers {'have' if d.qk_norm else 'have no'} norms of q and k; those of the model {'do' if a.qk_norm else 'do not'}")
     return {
@@ -136,6 +142,7 @@ def write(d: Dialect, config: DecoderConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tied,
         "attention_dropout": 0.0,
         "use_cache": True,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),  # none, or the classes take ids of their own releases
         **d.write_bias((a.qkv_bias, a.out_bias)),
         **d.write_windows(tuple(layer.mixer.window for layer in config.layers)),
         **d.more,
