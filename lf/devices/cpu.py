@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -49,7 +51,12 @@ def memory_peak() -> int:
 
 
 def memory_total() -> int:
-    """Bytes of memory of this machine, or fewer where this process has been given a limit."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    """Bytes of memory for this process: those of this machine, or fewer where it or its container has been given a limit, shared among the
+    ranks that run here."""
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return there if limit == resource.RLIM_INFINITY else min(limit, there)
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # 'max', and no such file, are no limit
+            there = min(there, int(Path(limit).read_text()))
+    own, _ = resource.getrlimit(resource.RLIMIT_AS)
+    share = there // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return share if own == resource.RLIM_INFINITY else min(own, share)

@@ -29,9 +29,10 @@ def llama3(dim: int, inner: int, layers: int, heads: int, factor: float = 0, tie
 
 
 def qwen2(
-    dim: int, inner: int, layers: int, heads: int, kv: int, vocab: int = 151936, eps: float = 1e-6, max_len: int = 32768, tied: bool = False
-) -> DecoderConfig:
-    return _dense("qwen2", dim, inner, layers, heads, kv, vocab, eps, max_len, 1e6, qkv_bias=True, tied=tied)
+    dim: int, inner: int, layers: int, heads: int, kv: int, vocab: int = 151936, eps: float = 1e-6, max_len: int = 32768, tied: bool = False,
+    theta: float = 1e6,
+) -> DecoderConfig:  # fmt: skip
+    return _dense("qwen2", dim, inner, layers, heads, kv, vocab, eps, max_len, theta, qkv_bias=True, tied=tied)
 
 
 def qwen3(
@@ -64,7 +65,7 @@ PRESETS = {
     "llama-3.2-3b": llama3(3072, 8192, 28, 24, factor=32.0, tied=True),
     "qwen1.5-0.5b": qwen2(1024, 2816, 24, 16, 16, tied=True),
     "qwen1.5-1.8b": qwen2(2048, 5504, 24, 16, 16),
-    "qwen1.5-4b": qwen2(2560, 6912, 40, 20, 20),
+    "qwen1.5-4b": qwen2(2560, 6912, 40, 20, 20, theta=5e6),
     "qwen1.5-7b": qwen2(4096, 11008, 32, 32, 32),
     "qwen1.5-14b": qwen2(5120, 13696, 40, 40, 40, vocab=152064),
     "qwen1.5-32b": qwen2(5120, 27392, 64, 40, 8, vocab=152064),
