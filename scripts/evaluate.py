@@ -25,11 +25,11 @@ class Config:
     step: int | None = None  # of the run's checkpoints; the newest without
     tokenizer: str | None = None  # a folder or a repository, or "none" where all is tokens already; that of the model without
     match: str | None = None  # which files of a folder; without it text, JSONL, Parquet or indexed tokens
-    text_column: str = "text"
     on_bad: str = "stop"  # at a bad record; skip: leave it out, and count it
-    eod: str = "auto"  # end of document, as in training
-    seq_len: int = 1024  # as in training: the tokens at the beginning of a row have little before them
-    joined: bool = False  # attention and labels run on from one document into the next
+    text_column: str | None = None  # this and the next three: without one as the run has it, with --model text, auto, 1024 and no
+    eod: str | None = None  # end of document
+    seq_len: int | None = None  # the tokens at the beginning of a row have little before them
+    joined: bool | None = None  # attention and labels run on from one document into the next
     micro_batch: int = 1  # rows at a time
     mesh: str = ""
     device: str | None = None
@@ -38,12 +38,17 @@ class Config:
     out: str = "runs/evaluate"  # where logs and the tokens of the data are kept
 
 
+DEFAULTS = {"text_column": "text", "eod": "auto", "seq_len": 1024, "joined": False}
+
+
 def main(config: Config) -> dict[str, float]:
-    lf.config.at_least(1, config, "seq_len", "micro_batch")
     sets = lf.evaluate.named(config.data, "--data")
     if (config.model is None) == (config.run is None) or (config.step is not None and config.run is None):
         raise ConfigError("give --model, a folder or a repository on the hub, or --run, the folder of a run, whose checkpoint --step may say")
     axes = lf.connect(lf.Mesh.parse(config.mesh), lf.devices.get(config.device))
+    config = attrs.evolve(config, **lf.runs.on_first_rank(lambda: rows_as_trained(config), axes))
+    lf.config.at_least(1, config, "seq_len", "micro_batch")
+    assert config.seq_len is not None
     ctx = lf.Context(axes, lf.devices.get(config.device), config.precision)
     lf.runs.on_first_rank(lambda: refuse(config, sets), axes)
 
@@ -52,10 +57,10 @@ def main(config: Config) -> dict[str, float]:
     layout = lf.layout(model, axes.mesh)
     held, rows = {}, []
     for name, path in sets.items():
-        how = (config.match, config.text_column, config.on_bad, config.eod)
+        how = (config.match, str(config.text_column), config.on_bad, str(config.eod))
         corpora, _ = lf.data.prepare((path,), config.out, model.config.vocab, axes, tokenizer, None, *how)
         documents = [c.documents for c in corpora]
-        held[name] = lf.evaluate.HeldOut(*lf.data.in_order(documents, config.seq_len, config.joined))
+        held[name] = lf.evaluate.HeldOut(*lf.data.in_order(documents, config.seq_len, bool(config.joined)))
         rows.append([name, f"{sum(map(len, documents)):,}", f"{sum(len(d.tokens) for d in documents):,}"])
     evaluate = lf.evaluate.make(layout, held, config.micro_batch, ctx)
     values = evaluate(params(config, where, layout, ctx))
@@ -63,11 +68,20 @@ def main(config: Config) -> dict[str, float]:
     if axes.rank == 0:
         shown = [(*row, *(f"{values[f'eval/{row[0]}/{key}']:.4f}" for key in ("loss", "perplexity"))) for row in rows]
         screen = lf.console.console()
-        screen.print(f"{config.model or where} on {axes.mesh}, {config.precision}, rows of {config.seq_len} tokens", soft_wrap=True)
+        kind = "rows, documents joined," if config.joined else "rows"
+        screen.print(f"{config.model or where} on {axes.mesh}, {config.precision}, {kind} of {config.seq_len} tokens", soft_wrap=True)
         screen.print(lf.console.table("", ("set", "documents", "tokens", "loss", "perplexity"), shown))
         if config.json:
             Path(config.json).write_text(json.dumps({"config": lf.config.to_dict(config), "model": str(where), **values}, indent=1) + "\n")
     return values
+
+
+def rows_as_trained(config: Config) -> dict[str, Any]:
+    """How rows are made: as --run makes them where nothing else is said, so that the numbers are those of its own evaluation."""
+    file = Path(config.run or "") / "config.json"
+    run = lf.config.parse(file.read_text(encoding="utf-8")) if config.run and file.is_file() else {}
+    given = {name: getattr(config, name) for name in DEFAULTS}
+    return {name: run.get(name, DEFAULTS[name]) if value is None else value for name, value in given.items()}
 
 
 def refuse(config: Config, sets: dict[str, str]) -> None:

@@ -51,9 +51,9 @@ def evaluated(axes: Any, config: script.Config) -> dict[str, float]:
 def test_the_numbers_are_those_of_training_and_of_any_layout(root: Path, capsys: Any) -> None:
     logged = {r["step"]: {k: v for k, v in r.items() if k.startswith("eval/")} for r in lf.runs.read_metrics(root / "run" / "metrics.jsonl")}
     assert logged[2] != logged[3]
-    assert script.main(config(root, run=str(root / "run"), step=2)) == pytest.approx(logged[2], rel=1e-5)
+    assert script.main(config(root, run=str(root / "run"), step=2, seq_len=None)) == pytest.approx(logged[2], rel=1e-5)
     capsys.readouterr()
-    assert script.main(config(root, run=str(root / "run"), json=str(root / "report.json"))) == pytest.approx(logged[3], rel=1e-5)
+    assert script.main(config(root, run=str(root / "run"), seq_len=None, json=str(root / "report.json"))) == pytest.approx(logged[3], rel=1e-5)
     cells = [cell.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("│") for cell in line.strip("│").split("│")]
     loss = logged[3]["eval/held/loss"]
     assert cells[:2] == ["held", "3"]
