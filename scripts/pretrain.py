@@ -9,9 +9,8 @@ import attrs
 
 import lf
 
-FREE = (  # what may be another when a run goes on: none of it changes which rows a step takes, or what it makes of them but for rounding
-    *("out", "mesh", "device", "micro_batch", "save_every", "keep", "eval", "eval_every", "drift_every", "on_nonfinite", "log", "export_dtype"),
-)
+# What may be another when a run goes on: none of it changes which rows a step takes, or what it makes of them but for rounding.
+FREE = ("out", "mesh", "device", "micro_batch", "save_every", "keep", "eval", "eval_every", "drift_every", "on_nonfinite", "log", "export_dtype")
 
 
 @attrs.frozen

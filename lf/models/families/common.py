@@ -1,7 +1,7 @@
 """What the families that look like Llama on disk share: one reader, one writer and one table of names, told apart by a `Dialect`.
 
 A config.json means what the class of transformers makes of it. A value that changes the mathematics and that lf cannot build is refused by name;
-fields that the reference never looks at are left alone.
+fields that the reference never looks at are left alone, but for partial_rotary_factor: other readers do, so it is refused where the class does not.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ class Dialect:
     """How one family differs. `head_dim`, `kv_heads`, `max_len`: what the class takes when the field is missing; None: hidden_size /
     num_attention_heads, and num_attention_heads.
 
-    bias(values, bad) -> (of q, k and v; of the matrix out), and written(those) -> fields of config.json, or ConfigError where the family has no such
-    biases. windows(values, layers) -> the sliding window of each layer, and slid(those) -> fields. only: further fields with one value that is built.
+    bias(values, bad) -> whether there are biases: (of q, k and v; of the matrix out), and write_bias(those) -> fields of config.json, or ConfigError
+    where the family has no such biases. windows(values, layers) -> the sliding window of each layer, and write_windows(those) -> fields, or
+    ConfigError. only: further fields with one value that is built.
     partial: whether the class turns only a share of each head where the file says so; the others do not look at it, so it is refused there.
     more: fields that are written as they stand.
     """
