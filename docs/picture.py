@@ -47,7 +47,7 @@ def losses(axes: Any, precision: str, steps: int) -> list[float]:
     """The loss of each step on this rank's mesh, which may be one rank."""
     ctx = lf.Context(axes, lf.devices.get("cpu"), precision)
     layout, dp = lf.layout(model(), axes.mesh), axes["dp"]
-    init, step = lf.train.make(layout, lf.optim.adamw(3e-3), lf.schedule.one_f_one_b(MICROBATCHES // dp.size), ctx)
+    init, step = lf.train.make(layout, lf.optim.adamw(3e-3), lf.schedule.one_f_one_b(1, MICROBATCHES // dp.size), ctx)
     state, out = init(lf.init(layout, ctx, seed=0)), []
     for i in range(steps):
         state, metrics = step(state, lf.data.step_batches(licence, i * MICROBATCHES, MICROBATCHES, 1, dp.size, dp.index))
@@ -59,7 +59,7 @@ def main(config: Config) -> dict[str, dict[str, list[float]]]:
     """The losses that are drawn: {"one" or "many": {precision: of each step}}."""
     mesh = lf.Mesh.parse(MESH)
     layout = lf.layout(model(), mesh)
-    program = lf.schedule.add_reduce(lf.schedule.one_f_one_b(MICROBATCHES // mesh["dp"]), layout)
+    program = lf.schedule.add_reduce(lf.schedule.one_f_one_b(1, MICROBATCHES // mesh["dp"]), layout)
     one, many = ({p: lf.sim.spmd(m, losses, p, config.steps)[0] for p in ("fp32", "fp64")} for m in (lf.Mesh(dp=1), mesh))
 
     figure = Figure(figsize=(9.4, 6), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06))

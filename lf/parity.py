@@ -154,7 +154,7 @@ def trace(
     ctx = Context(axes, devices.get(device), "fp64")
     where, (d, dp) = layout(model, axes.mesh, rules), (axes["dp"].index, axes["dp"].size)
     seen: list[dict[str, Tensor]] = []
-    start, step = make(where, _recording(sgd(lr), seen), one_f_one_b(len(batches[0]) // dp), ctx, clip)
+    start, step = make(where, _recording(sgd(lr), seen), one_f_one_b(1, len(batches[0]) // dp), ctx, clip)
     state, metrics = start(randomised(where, ctx, seed)), []
     for row in batches:
         state, new = step(state, [b for i, b in enumerate(row) if i % dp == d])

@@ -145,7 +145,7 @@ def lf_steps(config: Config) -> Iterator[int]:
     ctx = lf.Context(lf.solo(), device, config.precision)
     model = lf.hf.model(config.model)
     layout = lf.layout(model, ctx.axes.mesh)
-    program = lf.schedule.one_f_one_b(lf.data.microbatches(config.global_batch, config.micro_batch, 1))
+    program = lf.schedule.one_f_one_b(1, lf.data.microbatches(config.global_batch, config.micro_batch, 1))
     init, step = lf.train.make(layout, lf.optim.adamw(1e-4), program, ctx)
     words = tokens_of(config, model.config.vocab)
 

@@ -74,7 +74,7 @@ def main(config: Config) -> tuple[lf.State, lf.context.Context]:
         first_loss=None if config.weights else math.log(model.config.vocab),
     )  # fmt: skip
     counts = ramp.microbatches(config.micro_batch, axes.mesh["dp"])
-    programs = [lf.schedule.one_f_one_b(n) for n in counts]  # what a step does, for each number of microbatches
+    programs = [lf.schedule.one_f_one_b(1, n) for n in counts]  # what a step does, for each number of microbatches
     rate = lf.optim.schedule(config.schedule, config.lr, config.warmup, steps, config.final, config.decay)
     init, step = lf.train.make(layout, lf.optim.adamw(rate, weight_decay=config.weight_decay), programs, ctx, config.clip)
 

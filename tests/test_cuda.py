@@ -89,7 +89,7 @@ def stepped(device: str, precision: str, config: Any, tokens: int) -> tuple[dict
     layout = lf.layout(model, ctx.axes.mesh)
     params = lf.init(layout, ctx, seed=0)
     batches = parity.random_batches(model, 0, 0, 1, tokens)
-    program = lf.schedule.one_f_one_b(1)
+    program = lf.schedule.one_f_one_b(1, 1)
     grads, _ = lf.train.gradients(layout, program, ctx)(tree.map(lambda w: w.to(ctx.precision.compute), params), batches)
     init, step = lf.train.make(layout, lf.optim.adamw(1e-3), program, ctx)
     state, metrics = step(init(params), batches)
@@ -115,7 +115,7 @@ def test_the_host_never_waits_inside_a_step() -> None:
     """Law 9: torch raises at any operation that makes the host wait for the device."""
     ctx, model = on("cuda", "bf16"), lf.models.decoder.decoder(lf.models.presets.PRESETS["qwen3-demo"])
     layout = lf.layout(model, ctx.axes.mesh)
-    init, step = lf.train.make(layout, lf.optim.adamw(lf.optim.warmup_cosine(1e-3, 2, 10)), lf.schedule.one_f_one_b(2), ctx)
+    init, step = lf.train.make(layout, lf.optim.adamw(lf.optim.warmup_cosine(1e-3, 2, 10)), lf.schedule.one_f_one_b(1, 2), ctx)
     state = init(lf.init(layout, ctx, seed=0))
     state, _ = step(state, parity.random_batches(model, 0, 0, 2, 300))  # the first one loads kernels
     batches = parity.random_batches(model, 0, 1, 2, 300)
@@ -140,7 +140,7 @@ def test_a_step_that_does_not_fit_is_explained() -> None:
     config = lf.models.presets.PRESETS["qwen3-demo"]
     ctx, model = on("cuda", "fp32"), lf.models.decoder.decoder(config)
     layout = lf.layout(model, ctx.axes.mesh)
-    init, step = lf.train.make(layout, lf.optim.adamw(1e-3), lf.schedule.one_f_one_b(1), ctx)
+    init, step = lf.train.make(layout, lf.optim.adamw(1e-3), lf.schedule.one_f_one_b(1, 1), ctx)
     state = init(lf.init(layout, ctx, seed=0))
     batches = parity.random_batches(model, 0, 0, 1, 120_000)
     torch.cuda.empty_cache()

@@ -18,7 +18,7 @@ def checked(axes: Any, leaf: str, rank: int, at: int) -> str:
     """What is said after one bit of a leaf has changed on one rank. tiny has 6 query and 3 kv heads of 4, 15 columns."""
     ctx = context(axes, "fp32")
     layout = lf.layout(tiny(), axes.mesh)
-    init, _ = lf.train.make(layout, lf.optim.adamw(1e-3), lf.schedule.one_f_one_b(1), ctx)
+    init, _ = lf.train.make(layout, lf.optim.adamw(1e-3), lf.schedule.one_f_one_b(1, 1), ctx)
     state = init(parity.randomised(layout, ctx, 0))
     drift.check(layout, state, ctx)
     if axes.rank == rank:

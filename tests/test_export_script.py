@@ -35,7 +35,7 @@ def run(tmp_path_factory: Any) -> Path:
 
     def rank(axes: Any) -> None:
         ctx, layout = context(axes, "bf16"), lf.layout(MODEL, axes.mesh)
-        init, _ = lf.train.make(layout, lf.optim.adamw(1e-3), lf.schedule.one_f_one_b(1), ctx)
+        init, _ = lf.train.make(layout, lf.optim.adamw(1e-3), lf.schedule.one_f_one_b(1, 1), ctx)
         for step in (5, 10):
             state = init(randomised(layout, ctx, step))
             state = attrs.evolve(state, step=state.step + step)

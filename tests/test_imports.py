@@ -103,7 +103,7 @@ already = "sympy" in sys.modules
 import lf
 from lf.models.small import tiny
 layout, ctx = lf.layout(model := tiny(), lf.Mesh(dp=1)), lf.Context(lf.solo(), lf.devices.get("cpu"))
-init, step = lf.train.make(layout, lf.optim.adamw(1e-3), lf.schedule.one_f_one_b(1), ctx)
+init, step = lf.train.make(layout, lf.optim.adamw(1e-3), lf.schedule.one_f_one_b(1, 1), ctx)
 step(init(lf.init(layout, ctx, 0)), lf.parity.random_batches(model, 0, 0, 1, 7))
 assert already or "sympy" not in sys.modules
 """

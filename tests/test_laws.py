@@ -70,7 +70,7 @@ def a_step(axes: Any, monkeypatch: pytest.MonkeyPatch, readable: bool) -> list[s
     if readable:
         ctx = attrs.evolve(ctx, ops=SimpleNamespace(**{**vars(ctx.ops), "attention": twin}))
     layout, dp = lf.layout(tiny(), axes.mesh), axes["dp"]
-    init, step = lf.train.make(layout, lf.optim.adamw(lf.optim.warmup_cosine(0.1, 1, 9)), one_f_one_b(2), ctx, clip=0.5)
+    init, step = lf.train.make(layout, lf.optim.adamw(lf.optim.warmup_cosine(0.1, 1, 9)), one_f_one_b(1, 2), ctx, clip=0.5)
     rows = [parity.random_batches(tiny(), 0, i, 2 * dp.size, 15)[dp.index :: dp.size] for i in range(2)]
     state, _ = step(init(lf.init(layout, ctx, 0)), rows[0])
     axes.world.barrier()
@@ -136,7 +136,7 @@ def trained(axes: Any, model: lf.segment.Model, seed: int) -> Iterator[dict[str,
     """The metrics of three steps, one at a time; in the end a number for every parameter."""
     ctx = context(axes)
     layout, dp = lf.layout(model, axes.mesh), axes["dp"]
-    init, step = lf.train.make(layout, lf.optim.adamw(0.05), one_f_one_b(4 // dp.size), ctx)
+    init, step = lf.train.make(layout, lf.optim.adamw(0.05), one_f_one_b(1, 4 // dp.size), ctx)
     state = init(lf.init(layout, ctx, seed))
     for i in range(3):
         state, metrics = step(state, parity.random_batches(model, seed, i, 4, 15)[dp.index :: dp.size])

@@ -51,7 +51,7 @@ def test_what_filled_the_memory_is_counted(precision: str) -> None:
     ctx = context(lf.solo(), precision)
     ctx = attrs.evolve(ctx, device=SimpleNamespace(**{**vars(ctx.device), "memory_peak": lambda: 900_000, "memory_total": lambda: 1 << 20}))
     layout = lf.layout(tiny(), lf.Mesh(dp=1))
-    init, _ = lf.train.make(layout, lf.optim.adamw(1e-3), lf.schedule.one_f_one_b(1), ctx)
+    init, _ = lf.train.make(layout, lf.optim.adamw(1e-3), lf.schedule.one_f_one_b(1, 1), ctx)
     state = init(lf.init(layout, ctx, 0))
     n = sum(x.numel() for x in tree.leaves(state.params))
     error = OutOfMemory("full", "the forward of head, action 0F0", forward=0.5, gradients=100, wanted=50_000)
@@ -93,7 +93,7 @@ def _full(axes: Any, folder: Path) -> str:
     """A step that fits, and one whose logits alone, 8192 x 20000 float32, are as much as this process may still get."""
     ctx, model = context(axes, "fp32"), tiny(vocab=20000)
     layout = lf.layout(model, axes.mesh)
-    init, step = lf.train.make(layout, lf.optim.adamw(1e-3), lf.schedule.one_f_one_b(1), ctx)
+    init, step = lf.train.make(layout, lf.optim.adamw(1e-3), lf.schedule.one_f_one_b(1, 1), ctx)
     rows = [parity.random_batches(model, 0, i, 1, n) for i, n in enumerate((16, 8192))]
     feed = lf.loop.Feed(lambda i: rows[i], lambda i: 4 * i, 2048, {})
     state = init(lf.init(layout, ctx, 0))
@@ -121,9 +121,9 @@ def test_a_state_that_cannot_fit_is_refused_before_anything_is_made(monkeypatch:
     ctx = lf.Context(lf.solo(), lf.devices.get("cpu"), "bf16")
     monkeypatch.setattr(lf.devices.get("cpu"), "memory_total", lambda: 80 << 30)
     with pytest.raises(OutOfMemory, match=r"before the first step: rank 0 needs 134\.6 GiB besides activations, its device has 80\.0 GiB") as caught:
-        lf.train.make(layout, lf.optim.adamw(0.1), lf.schedule.one_f_one_b(1), ctx)
+        lf.train.make(layout, lf.optim.adamw(0.1), lf.schedule.one_f_one_b(1, 1), ctx)
     words = str(caught.value)
     for line in ("15.0 GiB  compute copy", "29.9 GiB  optimizer: master", "29.9 GiB  optimizer: m", "29.9 GiB  gradients", "tp=2 instead of 1"):
         assert line in words
     monkeypatch.setattr(lf.devices.get("cpu"), "memory_total", lambda: 140 << 30)
-    lf.train.make(layout, lf.optim.adamw(0.1), lf.schedule.one_f_one_b(1), ctx)
+    lf.train.make(layout, lf.optim.adamw(0.1), lf.schedule.one_f_one_b(1, 1), ctx)

@@ -23,7 +23,7 @@ ONE = lf.Mesh(dp=1)
 def made(model=None, microbatches: int = 2, optimizer=None, clip: float | None = None, axes=None, precision: str = "fp64"):
     ctx = context(axes or solo(), precision)
     layout = lf.layout(model or tiny(), ctx.axes.mesh)
-    init, step = lf.train.make(layout, optimizer or lf.optim.sgd(0.1), one_f_one_b(microbatches), ctx, clip)
+    init, step = lf.train.make(layout, optimizer or lf.optim.sgd(0.1), one_f_one_b(1, microbatches), ctx, clip)
     return init(parity.randomised(layout, ctx, 0)), step
 
 
@@ -57,7 +57,7 @@ def test_labels_cut_into_other_microbatches_give_the_same_gradients() -> None:
     for copies in (1, 3):
         ctx = context(solo())
         layout = lf.layout(tiny(), ONE)
-        fn = lf.train.gradients(layout, one_f_one_b(copies), ctx)
+        fn = lf.train.gradients(layout, one_f_one_b(1, copies), ctx)
         grads.append(fn(parity.randomised(layout, ctx, 0), row * copies))
     tree.map(lambda a, b: torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-14), grads[0][0], grads[1][0])
     assert grads[0][1]["grad_norm"].item() == pytest.approx(grads[1][1]["grad_norm"].item(), rel=1e-12)
@@ -66,7 +66,7 @@ def test_labels_cut_into_other_microbatches_give_the_same_gradients() -> None:
 def test_the_norm_is_that_of_the_gradients() -> None:
     ctx = context(solo())
     layout = lf.layout(tiny(), ONE)
-    grads, metrics = lf.train.gradients(layout, one_f_one_b(2), ctx)(parity.randomised(layout, ctx, 0), batches())
+    grads, metrics = lf.train.gradients(layout, one_f_one_b(1, 2), ctx)(parity.randomised(layout, ctx, 0), batches())
     flat = torch.cat([g.flatten() for g in tree.leaves(grads)])
     assert metrics["grad_norm"].item() == pytest.approx(flat.norm().item(), rel=1e-12)
 
@@ -170,7 +170,7 @@ def test_the_rate_follows_the_step() -> None:
 
 def test_what_does_not_fit_is_refused_before_the_first_step() -> None:
     ctx, layout = context(solo()), lf.layout(tiny(), ONE)
-    sgd, program = lf.optim.sgd(0.1), one_f_one_b(2)
+    sgd, program = lf.optim.sgd(0.1), one_f_one_b(1, 2)
     with pytest.raises(MeshError, match="the layout is for mesh dp=2, the context has mesh one rank"):
         lf.train.make(lf.layout(tiny(), lf.Mesh(dp=2)), sgd, program, ctx)
     with pytest.raises(ProgramError, match=r"the gradients of microbatches \[1\] would come after it"):
@@ -193,7 +193,7 @@ def test_what_does_not_fit_is_refused_before_the_first_step() -> None:
 
 def test_several_programs_are_one_step_for_several_numbers_of_microbatches() -> None:
     ctx, layout = context(solo()), lf.layout(tiny(), ONE)
-    init, step = lf.train.make(layout, lf.optim.sgd(0.1), [one_f_one_b(1), one_f_one_b(3)], ctx, clip=None)
+    init, step = lf.train.make(layout, lf.optim.sgd(0.1), [one_f_one_b(1, 1), one_f_one_b(1, 3)], ctx, clip=None)
     for n in (1, 3):
         state, alone = made(microbatches=n)
         _, want = alone(state, batches(n))
@@ -202,9 +202,9 @@ def test_several_programs_are_one_step_for_several_numbers_of_microbatches() -> 
     with pytest.raises(lf.batch.BatchError, match="the program is for 1 or 3 microbatches; 2 were given"):
         step(init(parity.randomised(layout, ctx, 0)), batches(2))
     with pytest.raises(ProgramError, match="two programs are for 3 microbatches"):
-        lf.train.make(layout, lf.optim.sgd(0.1), [one_f_one_b(3)] * 2, ctx)
+        lf.train.make(layout, lf.optim.sgd(0.1), [one_f_one_b(1, 3)] * 2, ctx)
     with pytest.raises(ProgramError, match=r"the gradients of microbatches \[2\] would come after it"):
-        lf.train.make(layout, lf.optim.sgd(0.1), [one_f_one_b(1), (one_f_one_b(3)[0][:-1],)], ctx)
+        lf.train.make(layout, lf.optim.sgd(0.1), [one_f_one_b(1, 1), (one_f_one_b(1, 3)[0][:-1],)], ctx)
 
 
 def test_forward_gives_logits_or_terms() -> None:

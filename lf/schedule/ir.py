@@ -1,32 +1,83 @@
 """A training step is a program: for each pipeline rank, a tuple of actions. It is data: print it, check it, draw it, run it.
 
-    F   forward of a stage for a microbatch       B        its backward: gradients of the input and of the weights
-    REDUCE  sum a layer's gradients over the ranks that hold it; starts the collectives, the end of the program waits
+    F   forward                B   backward: gradients of the input and of the weights       REMAT   the forward again, for what was not kept
+    I   gradient of the input alone       W   gradients of the weights that its I has left
+    SEND_F, RECV_F   what a stage gives to the next one      SEND_B, RECV_B   the gradient of that, back
+    REDUCE   sum a layer's gradients over the ranks that hold them; REDUCE of a path ('embed/weight'): over the stages that use it
+    OFFLOAD, FETCH   what a forward has kept, to the host's memory and back        FREE   drop what was sent, once it has left
+    OVERLAP(a, b)    a pair that may interleave
 
-The text form of an action is '0F3' (stage, op, microbatch); a REDUCE names its layer: '0REDUCE[layers.2]'.
+An action without a segment is of the whole stage; `segment` names one layer of it, or one segment of a layer. A SEND stands on the rank of its
+stage and names that stage; its RECV names the stage that receives: 3SEND_F1 and 4RECV_F1 belong together, and 4SEND_B1 and 3RECV_B1.
+What a movement starts, the first action that needs it waits for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import attrs
 
+COMPUTE = ("F", "B", "I", "W", "REMAT")
+MOVES = ("SEND_F", "RECV_F", "SEND_B", "RECV_B")
+STATE = ("REDUCE",)
+MEMORY = ("OFFLOAD", "FETCH", "FREE")
+OPS = (*COMPUTE, *MOVES, *STATE, *MEMORY, "OVERLAP")
 
-@attrs.frozen
+
+@attrs.frozen(cache_hash=True)
 class Action:
-    """`segment` is the layer of a REDUCE; `microbatch` is None there."""
+    """`segment`: a layer or segment, or None: the whole stage; of a FREE, the movement whose buffer goes: SEND_F or SEND_B. `ops`: of a REMAT,
+    the ops that are run again (none named: all that the forward did). `chain`: of a model of several chains. `pair`: of an OVERLAP."""
 
     op: str
     stage: int
     microbatch: int | None = None
     segment: str | None = None
+    ops: tuple[str, ...] = ()
+    chain: str = ""
+    pair: tuple[Action, ...] = ()
 
     def __str__(self) -> str:
-        place = "" if self.segment is None else f"[{self.segment}]"
-        return f"{self.stage}{self.op}{'' if self.microbatch is None else self.microbatch}{place}"
+        if self.op == "OVERLAP":
+            return f"({';'.join(map(str, self.pair))})OVERLAP_{'_'.join(a.op for a in self.pair)}"
+        words = ": ".join(filter(None, (self.segment, ", ".join(self.ops))))
+        place = f"[{words}]" if words else ""
+        chain = f"{self.chain}:" if self.chain else ""
+        return f"{chain}{self.stage}{self.op}{'' if self.microbatch is None else self.microbatch}{place}"
+
+
+def OVERLAP(a: Action, b: Action) -> Action:
+    """The pair as one action: its two may interleave, layer by layer."""
+    return Action("OVERLAP", a.stage, pair=(a, b))
 
 
 Program = tuple[tuple[Action, ...], ...]
+Placement = tuple[int, ...]
+"""The pipeline rank of each stage."""
 
 
 class ProgramError(ValueError):
     """A program that cannot be run, with the action that fails."""
+
+
+def flat(actions: Sequence[Action]) -> tuple[Action, ...]:
+    """The actions with each OVERLAP as its two, one after the other: what it means without the freedom to interleave."""
+    return tuple(part for a in actions for part in (a.pair if a.op == "OVERLAP" else (a,)))
+
+
+def placement(program: Program) -> Placement:
+    """The rank of each stage, from where its forwards stand. Raises ProgramError for a stage on two ranks or on none."""
+    where: dict[int, int] = {}
+    for rank, actions in enumerate(program):
+        for a in flat(actions):
+            if a.op == "F" and where.setdefault(a.stage, rank) != rank:
+                raise ProgramError(f"{a} stands on rank {rank}, other forwards of stage {a.stage} on rank {where[a.stage]}: a stage has one rank")
+    if missing := sorted(set(range(max(where, default=0) + 1)) - where.keys()):
+        raise ProgramError(f"stages {missing} have no forward on any rank")
+    return tuple(where[s] for s in range(len(where)))
+
+
+def microbatches(program: Program) -> int:
+    """How many microbatches the program is for: one more than the largest that is named."""
+    return 1 + max((a.microbatch for row in program for a in flat(row) if a.microbatch is not None), default=-1)

@@ -120,7 +120,7 @@ def test_a_state_saves_its_masters_and_the_tokenizer_comes_along(tmp_path: Path)
     def rank(axes: Any) -> None:
         ctx = context(axes, "bf16")
         layout = lf.layout(model, axes.mesh)
-        init, _ = lf.train.make(layout, lf.optim.adamw(1e-3), lf.schedule.one_f_one_b(1), ctx)
+        init, _ = lf.train.make(layout, lf.optim.adamw(1e-3), lf.schedule.one_f_one_b(1, 1), ctx)
         master = lf.init(layout, ctx, 0)
         lf.hf.save(tmp_path / "out", layout, init(master), ctx, tokenizer=tmp_path / "tokenizer")
         again = lf.hf.load(tmp_path / "out", lf.layout(lf.hf.model(tmp_path / "out"), axes.mesh), ctx)

@@ -28,7 +28,7 @@ MESHES = ["", "tp=2", "tp=3,dp=2", "tp=4", "dp=3", "tp=8", "tp=2,dp=2"]
 
 def some_state(layout: Any, ctx: Any, optimizer: Any = None) -> lf.State:
     """A state of which every tensor is random and the same logical one under any layout."""
-    init, _ = lf.train.make(layout, optimizer or lf.optim.adamw(1e-3), lf.schedule.one_f_one_b(1), ctx)
+    init, _ = lf.train.make(layout, optimizer or lf.optim.adamw(1e-3), lf.schedule.one_f_one_b(1, 1), ctx)
     state = init(randomised(layout, ctx, 1))
     for i, name in enumerate(state.optimizer):
         if name in ("m", "v"):
@@ -113,7 +113,7 @@ def test_real_processes_and_threads_exchange_checkpoints(tmp_path: Path) -> None
 def test_a_run_that_goes_on_is_the_run_that_was_never_stopped(tmp_path: Path, first: str, then: str) -> None:
     def steps(axes: Any, start: Any, numbers: range) -> Any:
         ctx, layout = context(axes, "bf16"), lf.layout(MODEL, axes.mesh)
-        init, step = lf.train.make(layout, lf.optim.adamw(1e-2), lf.schedule.one_f_one_b(1), ctx)
+        init, step = lf.train.make(layout, lf.optim.adamw(1e-2), lf.schedule.one_f_one_b(1, 1), ctx)
         state = lf.checkpoint.load(start, layout, ctx)[0] if start else init(lf.init(layout, ctx, 0))
         losses = []
         for i in numbers:

@@ -152,7 +152,7 @@ def test_logits_loss_every_gradient_and_files_both_ways(tmp_path: Any, case: str
         for batch, (want, _) in zip(batches[dp.index :: dp.size], results[dp.index :: dp.size]):
             bare = lf.Batch({k: v for k, v in batch.plan.items() if k != "labels"})
             torch.testing.assert_close(lf.forward(model, params, bare, ctx), want.detach(), atol=1e-4, rtol=0)
-        program = lf.schedule.one_f_one_b(4 // dp.size)
+        program = lf.schedule.one_f_one_b(1, 4 // dp.size)
         grads, metrics = lf.train.gradients(layout, program, ctx)(params, batches[dp.index :: dp.size])
         torch.testing.assert_close(metrics["loss"], loss.detach(), atol=1e-5, rtol=1e-5)
         names = families.of(model.config).names(model.config)

@@ -44,7 +44,7 @@ def test_logits_loss_and_every_gradient(tmp_path: Any, tied: bool, mesh: str) ->
         for batch, (want, _) in zip(mine, results[axes.coords["dp"] :: sizes["dp"]]):
             bare = lf.Batch({k: v for k, v in batch.plan.items() if k != "labels"})
             torch.testing.assert_close(lf.forward(model, params, bare, ctx), want.detach(), atol=1e-4, rtol=0)
-        grads, metrics = lf.train.gradients(layout, lf.schedule.one_f_one_b(2), ctx)(params, mine)
+        grads, metrics = lf.train.gradients(layout, lf.schedule.one_f_one_b(1, 2), ctx)(params, mine)
         torch.testing.assert_close(metrics["loss"], loss.detach(), atol=1e-5, rtol=1e-5)
         assert_pieces(grads, layout, axes.coords, whole, atol=1e-4 * max(1.0, max(g.abs().max().item() for g in whole.values())))
 

@@ -16,7 +16,7 @@ LAYERS = ["embed", "layers.0", "layers.1", "head"]
 
 
 def program(microbatches: int = 3) -> tuple[Action, ...]:
-    (row,) = add_reduce(one_f_one_b(microbatches), LAYOUT)
+    (row,) = add_reduce(one_f_one_b(1, microbatches), LAYOUT)
     return row
 
 
@@ -101,7 +101,7 @@ def test_ranks_and_stages_must_be_those_of_the_mesh() -> None:
 
 def test_no_microbatch_is_refused() -> None:
     with pytest.raises(ProgramError, match="microbatches=0 must be at least 1"):
-        one_f_one_b(0)
+        one_f_one_b(1, 0)
 
 
 @pytest.mark.parametrize("tied", [True, False])

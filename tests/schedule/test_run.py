@@ -40,7 +40,7 @@ def test_gradients_are_those_of_plain_autograd(tied: bool, order: str) -> None:
     params = parity.randomised(layout, ctx, seed=3)
     batches = [lf.shard_batch(b, layout.model, ctx) for b in parity.random_batches(layout.model, 3, 0, 3, 17)]
     backward = range(3) if order != "backwards the other way" else reversed(range(3))
-    program = one_f_one_b(3) if order == "one by one" else (tuple([Action("F", 0, i) for i in range(3)] + [Action("B", 0, i) for i in backward]),)
+    program = one_f_one_b(1, 3) if order == "one by one" else (tuple([Action("F", 0, i) for i in range(3)] + [Action("B", 0, i) for i in backward]),)
     program = add_reduce(program, layout)
     check(program, layout, 3)
     weight = torch.tensor(0.25, dtype=torch.float64)
@@ -72,7 +72,7 @@ def test_params_are_not_changed_by_a_run() -> None:
     layout = lf.layout(tiny(), lf.Mesh(dp=1))
     params = parity.randomised(layout, ctx, seed=0)
     before = tree.map(torch.clone, params)
-    (actions,) = add_reduce(one_f_one_b(1), layout)
+    (actions,) = add_reduce(one_f_one_b(1, 1), layout)
     batches = [lf.shard_batch(b, layout.model, ctx) for b in parity.random_batches(layout.model, 0, 0, 1, 9)]
     run(bind(actions, layout), params, batches, {"cross_entropy": torch.ones(())}, ctx)
     tree.map(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), params, before)
@@ -89,7 +89,7 @@ def test_a_gradient_that_two_parameters_share_is_not_added_twice() -> None:
     model = Model(None, (Segment("only", "only", {"a": one, "b": one}, apply),), {"loss": Objective(1.0, lambda batch: torch.tensor(1))})
     ctx, layout = context(solo()), lf.layout(model, lf.Mesh(dp=1))
     batches = [lf.Batch({"tokens": torch.tensor([1.0, 10.0], dtype=torch.float64)})] * 3
-    (actions,) = add_reduce(one_f_one_b(3), layout)
+    (actions,) = add_reduce(one_f_one_b(1, 3), layout)
     grads, *_ = run(bind(actions, layout), lf.init(layout, ctx, 0), batches, {"loss": torch.ones((), dtype=torch.float64)}, ctx)
     assert {k: g.tolist() for k, g in grads.items()} == {"only/a": [3.0, 30.0], "only/b": [3.0, 30.0]}
 
@@ -116,7 +116,7 @@ def test_the_microbatch_that_is_not_finite_is_known(where: str) -> None:
     ctx, layout = context(solo()), lf.layout(model, lf.Mesh(dp=1))
     rows = parity.random_batches(tiny(), 0, 0, 3, 9)
     batches = [lf.shard_batch(lf.Batch({**b.plan, "bad": torch.tensor(i == 1)}), model, ctx) for i, b in enumerate(rows)]
-    (actions,) = add_reduce(one_f_one_b(3), layout)
+    (actions,) = add_reduce(one_f_one_b(1, 3), layout)
     grads, terms, finite = run(bind(actions, layout), parity.randomised(layout, ctx, 0), batches, {"cross_entropy": torch.ones(())}, ctx)
     assert finite.tolist() == [True, False, True]
     assert torch.isfinite(terms["losses"]["cross_entropy"]) == (where == "backward")
@@ -130,7 +130,7 @@ def test_memory_that_runs_out_says_in_which_action_and_layer() -> None:
     first, *rest = tiny().segments
     model = attrs.evolve(tiny(), segments=(first, Segment("full", "full", {}, full), *rest))
     ctx, layout = context(solo()), lf.layout(model, lf.Mesh(dp=1))
-    (actions,) = add_reduce(one_f_one_b(1), layout)
+    (actions,) = add_reduce(one_f_one_b(1, 1), layout)
     params, batches = lf.init(layout, ctx, 0), parity.random_batches(tiny(), 0, 0, 1, 9)
     with pytest.raises(OutOfMemory, match=r"out of memory in the forward of full, action 0F0: .*allocate memory") as caught:
         run(bind(actions, layout), params, batches, {"cross_entropy": torch.ones(())}, ctx)
