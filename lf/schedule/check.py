@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lf.layouts import Layout
+from lf.schedule.draw import draw
 from lf.schedule.ir import Action, Program, ProgramError
 
 
@@ -55,12 +56,3 @@ def check(program: Program, layout: Layout, microbatches: int) -> tuple[int, ...
     if missing_actions := [str(a) for a in wanted if a not in done]:
         raise ProgramError(f"missing: {', '.join(missing_actions)}; without them gradients would be lost\n{draw(program)}")
     return tuple(peaks)
-
-
-def draw(program: Program, mark: tuple[int, int] | None = None) -> str:
-    """One line a rank; the marked action stands between >> and <<."""
-    lines = []
-    for rank, actions in enumerate(program):
-        words = [f">>{a}<<" if mark == (rank, i) else str(a) for i, a in enumerate(actions)]
-        lines.append(f"rank {rank}: " + " ".join(words))
-    return "\n".join(lines)
