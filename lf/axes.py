@@ -33,6 +33,7 @@ class Axis:
     def __init__(self, group: dist.ProcessGroup | None, ranks: tuple[int, ...], rank: int, name: str):
         self.group, self.ranks, self.name = group, ranks, name
         self.size, self.index = len(ranks), ranks.index(rank)
+        self.ways: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None  # messages up and down the ranks, see Axes.pipe
 
     def sum(self, x: Tensor) -> Tensor:
         return self.all_reduce(x)
@@ -112,6 +113,32 @@ class Axis:
             work.wait()
         return out
 
+    def send(self, x: Tensor, to: int, what: str) -> Callable[[], None]:
+        """Starts sending x to place `to`, which must receive it in the same order; the function returned waits until it has left. `what` says
+        what it is: simulated ranks compare it."""
+        x = x.detach().contiguous()
+        if not x.numel():
+            return _nothing
+        work = dist.isend(x, self.ranks[to], self._way(self.index, to))
+
+        def wait() -> None:
+            assert x is not None  # it lives until it has left
+            work.wait()
+
+        return wait
+
+    def recv(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, source: int, what: str) -> Later:
+        """Starts receiving what place `source` sends; the function returned waits for it."""
+        out = torch.empty(tuple(shape), dtype=dtype, device=device)
+        if not out.numel():
+            return lambda: out
+        work = dist.irecv(out, self.ranks[source], self._way(source, self.index))
+        return _finish(work, lambda: out, later=True)  # type: ignore[return-value]
+
+    def _way(self, source: int, to: int) -> dist.ProcessGroup:
+        assert self.ways is not None, "Axes.pipe makes them"
+        return self.ways[source > to]
+
     def barrier(self) -> None:
         """Every rank of the group has come this far."""
         self.all_reduce(torch.zeros(1))
@@ -142,14 +169,29 @@ class Axes:
         """Whether this rank does what is done once on each node; a launcher that does not number the ranks of a node makes each one the first."""
         return os.environ.get("LOCAL_RANK", "0") == "0"
 
+    def some(self, name: str, places: tuple[int, ...]) -> Any:
+        """The ranks at these places of one axis, this one among them."""
+        ranks = self[name].ranks
+        return self._axis(tuple(ranks[p] for p in places), f"{name}{list(places)}")
+
+    def pipe(self) -> Any:
+        """The pp axis, ready for `send` and `recv`: each direction has a communicator of its own, so that neither waits for the other. The first
+        call is collective over the axis."""
+        axis = self["pp"]
+        if axis.size > 1 and axis.ways is None:
+            axis.ways = (self._new_group(axis.ranks), self._new_group(axis.ranks))
+        return axis
+
     def _axis(self, ranks: tuple[int, ...], name: str) -> Any:
         if len(ranks) > 1 and ranks not in self._groups:
             world = dist.group.WORLD
             assert world is not None
-            # Only the members call, in the order in which the program reaches their first collective.
-            mine = len(ranks) < self.mesh.size
-            self._groups[ranks] = dist.new_group(list(ranks), self.timeout, use_local_synchronization=True) if mine else world
+            self._groups[ranks] = self._new_group(ranks) if len(ranks) < self.mesh.size else world
         return Axis(self._groups.get(ranks), ranks, self.rank, name)
+
+    def _new_group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+        """Only the members call, in the order in which the program reaches their first collective."""
+        return dist.new_group(list(ranks), self.timeout, use_local_synchronization=True)
 
 
 def connect(mesh: Mesh, device: ModuleType, timeout_s: float = 600.0) -> Axes:
@@ -183,6 +225,10 @@ def solo() -> Axes:
 def check_rows(axis: Any, what: str, got: int, want: int) -> None:
     if got != want:
         raise ValueError(f"{what} over {axis.name} of {axis.size} ranks: rank {axis.ranks[axis.index]} has {got} rows, the sizes say {want}")
+
+
+def _nothing() -> None:
+    """What waits for a message without content."""
 
 
 def at_once(x: Tensor, later: bool) -> Tensor | Later:

@@ -27,12 +27,14 @@ Apply = Callable[[dict[str, Tensor], Any, Batch, Any], tuple[Any, Terms]]
 
 @attrs.frozen
 class Segment:
-    """`layer` groups segments: the unit of reduction, recompute and compilation. `name` is global, and the checkpoint key."""
+    """`layer` groups segments: the unit of reduction, recompute and compilation. `name` is global, and the checkpoint key. `products`: the
+    parameters that arrive as a W, each the weight of one column_linear or row_linear."""
 
     name: str
     layer: str
     params: dict[str, Param | Tied]
     apply: Apply
+    products: tuple[str, ...] = ()
 
 
 @attrs.frozen

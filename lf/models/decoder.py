@@ -109,10 +109,10 @@ def decoder(config: DecoderConfig) -> Model:
         name, a, inner = f"layers.{i}", layer.mixer, layer.ffn.dim
         down = Param((config.dim, inner), ("embed", "mlp"), added, part_dim=1)
         gate_up = Param((2 * inner, config.dim), ("mlp", "embed"), matrix, (Part("gate", inner), Part("up", inner)))
-        segments.append(Segment(f"{name}.attn", name, {"norm": norm, **attention_params(a, config.dim, matrix, added)}, attn[a]))
-        segments.append(Segment(f"{name}.mlp", name, {"norm": norm, "gate_up": gate_up, "down": down}, mlp))
+        segments.append(Segment(f"{name}.attn", name, {"norm": norm, **attention_params(a, config.dim, matrix, added)}, attn[a], ("qkv", "out")))
+        segments.append(Segment(f"{name}.mlp", name, {"norm": norm, "gate_up": gate_up, "down": down}, mlp, ("gate_up", "down")))
     weight = Tied("embed/weight") if config.tied else attrs.evolve(table, init=matrix)
-    segments.append(Segment("head", "head", {"norm": norm, "weight": weight}, partial(head, config)))
+    segments.append(Segment("head", "head", {"norm": norm, "weight": weight}, partial(head, config), ("weight",)))
     objectives = {"cross_entropy": Objective(1.0, valid_labels)}
     ropes = tuple(dict.fromkeys((layer.mixer.rope, layer.mixer.head_dim) for layer in config.layers))
     return Model(config, tuple(segments), objectives, RULES, partial(accepts, config), partial(tables, ropes), partial(flops, config))
