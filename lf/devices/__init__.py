@@ -1,13 +1,15 @@
 """One plain module per device, with the same names in each; chosen by name, never guessed.
 
-NAME       as given to --device                BACKEND   torch.distributed's backend
-FLOAT64    whether float64 can be used         OPS       name of an op → where its fastest function here lives
-found()    what of this device the machine has, in words, or ''
-missing()  why it cannot be used here, or ''
-torch_device(local_rank) -> torch.device
-select(local_rank)          this process works on that device from now on
-peak_flops(dtype)           floating-point operations a second of one device at most, None where unknown
-memory_peak()               bytes taken up at most so far by this process; memory_total(): that there are
+    NAME       as given to --device                BACKEND   torch.distributed's backend
+    FLOAT64    whether float64 can be used         OPS       name of an op → where its fastest function here lives
+    found()    what of this device the machine has, in words, or ''
+    missing()  why it cannot be used here, or ''
+    torch_device(local_rank) -> torch.device
+    select(local_rank)          this process works on that device from now on
+    peak_flops(dtype)           floating-point operations a second of one device at most, None where unknown
+    memory_peak()               bytes taken up at most so far by this process; memory_total(): that there are
+    memory_now()                bytes that tensors take up now, None where that is not known
+    moment(), seconds(a, b)     when the work so far is done, and the time between two such moments, to be read once both have passed
 """
 
 from __future__ import annotations
