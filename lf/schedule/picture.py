@@ -120,7 +120,8 @@ def _legend(figure: Any, timeline: Timeline) -> None:
 def _lines(ax: Any, timeline: Timeline) -> None:
     from matplotlib.collections import LineCollection
 
-    ends = [[(a.end, i), (b.start, j)] for i, a, j, b in pairs(timeline)]
+    ends = [[(a.start if a.action.op in MOVES else a.end, i), (max(a.end, b.end) if a.action.op in MOVES else b.start, j)]
+            for i, a, j, b in pairs(timeline)]  # fmt: skip
     ax.add_collection(LineCollection(ends, colors="#333333", linewidths=0.6, alpha=0.6, zorder=3))
 
 
