@@ -20,12 +20,11 @@ from lf.batch import Batch
 from lf.parallel.product import W, probe_of, weight_gradient
 from lf.parallel.reduce import reduce_gradients
 from lf.schedule.bind import Bound, Piece
-from lf.schedule.ir import Action
+from lf.schedule.ir import Action, flat
 from lf.schedule.memory import memory_at
 from lf.segment import Segment, Terms, path_of
 
 Carry = dict[str, Any]  # name → Tensor, or a function that waits for one
-Clock = Callable[[int], None]
 
 
 @attrs.define
@@ -43,26 +42,28 @@ class _Kept:
 
 
 def run(
-    bound: Bound, params: dict[str, Any], batches: Sequence[Batch], seeds: Mapping[str, Tensor], ctx: Any, clock: Clock | None = None
+    bound: Bound, params: dict[str, Any], batches: Sequence[Batch], seeds: Mapping[str, Tensor], ctx: Any, clock: Any = None
 ) -> tuple[dict[str, Tensor], Terms, Tensor]:
     """(gradients of Σ_k seeds[k] · Σ losses_k by path, reduced over the ranks that hold them; terms summed over microbatches; finite).
 
     params: {segment: {name: Tensor}}, the compute copy. seeds: objective → λ_k / N_k, a scalar. Gradients come in the master dtype, terms as
     this rank's own sums (P over all ranks). finite, (microbatches,) bool: whether the losses of each microbatch on this rank, and the gradient
-    at the first layer of its stages, were finite. `clock(i)` is called before action i and once at the end. Without any backward in the
-    program nothing is kept and there are no gradients.
+    at the first layer of its stages, were finite. `clock`: takes down when each action begins and ends. Without any backward in the program
+    nothing is kept and there are no gradients.
     """
     rank = _Rank(bound, params, batches, seeds, ctx)
     do, position = rank.handlers(), ctx.axes.position
     position.start(bound.number)
     for i, a in enumerate(bound.actions):
         position.at(i)
-        if clock is not None:
-            clock(i)
-        do[a.op](a)
+        if clock is None:
+            do[a.op](a)
+        else:
+            rank.settle(a)
+            start = clock.moment()
+            do[a.op](a)
+            clock(i, start, clock.moment())
     position.done()
-    if clock is not None:
-        clock(len(bound.actions))
     return rank.results()
 
 
@@ -109,7 +110,7 @@ class _Rank:
         s, m = at = a.stage, a.microbatch
         assert m is not None
         pieces = self.bound.pieces[s, a.segment]
-        carry = {k: v() if callable(v) else v for k, v in self.values.pop(("F", s, m), {}).items()}
+        carry = _here(self.values.pop(("F", s, m), {}))
         for i, piece in enumerate(pieces):
             with memory_at(f"the forward of {piece.name}, action {a}", (i + 1) / len(pieces), self.grads):
                 keeps = self.trains and piece.back
@@ -127,6 +128,13 @@ class _Rank:
             self.values["F", s, m] = carry  # the next piece of this stage takes it
         elif to < len(where):
             self.values[("F", to, m) if where[to] == self.bound.rank else ("out F", s, m)] = carry
+
+    def settle(self, a: Action) -> None:
+        """Waits for what the action takes, so that what is measured is the action."""
+        for part in flat((a,)):
+            where = ("F" if part.op == "F" else "B", part.stage, part.microbatch)
+            if part.op in ("F", "B", "I") and where in self.values:
+                self.values[where] = _here(self.values[where])
 
     def make(self, piece: Piece, carry: Carry, m: int, graph: bool, split: bool) -> tuple[_Kept, Carry, dict[str, Tensor]]:
         """Runs a piece from a cut: its input is a leaf of a graph of its own."""
@@ -176,7 +184,7 @@ class _Rank:
         s, m = at = a.stage, a.microbatch
         assert m is not None
         covered, pieces = self.bound.spans[s, a.segment], self.kept.get(at, [])
-        dy = {k: v() if callable(v) else v for k, v in self.values.pop(("B", s, m), {}).items()}
+        dy = _here(self.values.pop(("B", s, m), {}))
         while pieces and pieces[-1].piece.name in covered:  # a piece's activations go as soon as its backward is done
             kept = pieces.pop()
             with memory_at(f"the backward of {kept.piece.name}, action {a}", 1.0, self.grads):
@@ -329,6 +337,11 @@ def _to_the_end(turns: Callable[[Action], Iterator[None]]) -> Callable[[Action],
 
 # A carry is a tensor or a dict of tensors; inside the interpreter it is always a dict.
 _ONLY = "x"
+
+
+def _here(carry: Carry) -> dict[str, Tensor]:
+    """The tensors, once they have arrived."""
+    return {k: v() if callable(v) else v for k, v in carry.items()}
 
 
 def _wrap(x: Any) -> dict[str, Tensor]:
