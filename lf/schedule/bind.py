@@ -67,8 +67,9 @@ class Bound:
         return any(a.op in ("B", "I") for a in flat(self.actions))
 
 
-def bind(program: Program, layout: Layout, ctx: Any, compile: bool = False) -> Bound:
-    """The actions of this rank. `compile`: each distinct layer by torch.compile, as a full graph. Collective over pp the first time."""
+def bind(program: Program, layout: Layout, ctx: Any, compile: bool = False, name: str = "step") -> Bound:
+    """The actions of this rank. `compile`: each distinct layer by torch.compile, as a full graph. `name`: what one run of it is called, where a
+    rank says how far it is. Collective over pp the first time."""
     rank = ctx.axes.coords["pp"]
     ctx.axes.pipe()
     actions, known = program[rank], stages(program, layout)
@@ -94,7 +95,7 @@ def bind(program: Program, layout: Layout, ctx: Any, compile: bool = False) -> B
         {where: tuple(layout.specs[p] for p in paths) for where, paths in reduced_layers(layout, rank).items()},
         {path: layout.holders(path) for path in tied_paths(layout, rank)},
         _traced(layout),
-        ctx.axes.position.program([str(a) for a in actions], "step"),
+        ctx.axes.position.program([str(a) for a in actions], name),
     )  # fmt: skip
 
 
