@@ -29,7 +29,7 @@ from lf.schedule.memory import memory_at
 from lf.schedule.run import Bound, bind, run
 from lf.segment import Terms
 from lf.spec import Piece
-from lf.state import State, compute_copy, shard_batch
+from lf.state import State, compute_copy, device_of, shard_batch
 from lf.tree import Tree
 
 Metrics = dict[str, Tensor]
@@ -48,7 +48,7 @@ def gradients(layout: Layout, program: Program | Sequence[Program], ctx: Any) ->
         raise MeshError(f"the layout is for mesh {layout.mesh}, the context has mesh {ctx.axes.mesh}")
     bound = _bound(layout, program, ctx)
     model, objectives = layout.model, layout.model.objectives
-    owned = [(spec.path, piece) for spec in layout.specs.values() for piece in spec.owned(ctx.axes.coords)]
+    owned = [(path, piece) for path, piece in layout.owned(ctx.axes.coords) if path not in layout.frozen]
 
     def fn(params: Tree, batches: Sequence[Batch]) -> Gradients:
         if len(batches) not in bound:
@@ -92,7 +92,7 @@ def _world_sums(
     """Mean of each objective and the global gradient norm, in one sum over all ranks: terms and owned squares are P everywhere."""
     if missing := [k for k in norms if k not in terms.get("losses", {})]:
         raise ConfigError(f"no segment gives a loss for objective {', '.join(missing)}; they give {', '.join(terms.get('losses', {})) or 'none'}")
-    squares = owned_square_sum(owned, grads)
+    squares = owned_square_sum(owned, grads, torch.zeros((), dtype=ctx.precision.master, device=device_of(ctx)))
     losses = [terms["losses"][k].to(squares.dtype) for k in norms]
     *sums, total = ctx.axes.world.sum(torch.stack([*losses, squares])).unbind()
     return {k: s / n for (k, n), s in zip(norms.items(), sums)}, total.sqrt()
@@ -112,12 +112,14 @@ def make(
         raise ConfigError(f"clip={clip} must be above 0, or None for no clipping")
     backward = gradients(layout, program, ctx)
     refuse_what_cannot_fit(layout, optimizer.init, ctx)
-    params = {path: spec.param for path, spec in layout.specs.items()}
+    held, params = layout.held(ctx.axes.coords), {path: spec.param for path, spec in layout.trained(ctx.axes.coords).items()}
 
     def init(master: Tree) -> State:
-        if missing := sorted(layout.specs.keys() - dict(tree.items(master))):
+        if missing := sorted(held.keys() - dict(tree.items(master))):
             raise ValueError(f"parameters are missing: {', '.join(missing)}")
-        return State(compute_copy(master, ctx), optimizer.init(master), torch.zeros((), dtype=torch.int64, device=tree.leaves(master)[0].device))
+        state = optimizer.init(tree.build([(path, tree.get(master, path)) for path in params]), device_of(ctx))
+        state["master"] = tree.build([(path, tree.get(state["master"] if path in params else master, path)) for path in held])
+        return State(compute_copy(state["master"], ctx), state, torch.zeros((), dtype=torch.int64, device=device_of(ctx)))
 
     def step(state: State, batches: Sequence[Batch]) -> tuple[State, Metrics]:
         with torch.no_grad():
