@@ -30,7 +30,7 @@ from lf.schedule.lower import is_lowered, lower
 from lf.schedule.memory import memory_at
 from lf.schedule.run import run
 from lf.spec import Piece
-from lf.state import State, compute_copy, shard_batch
+from lf.state import State, compute_copy, device_of, shard_batch
 from lf.tree import Tree
 
 Metrics = dict[str, Tensor]
@@ -123,12 +123,14 @@ def make(
         raise ConfigError(f"clip={clip} must be above 0, or None for no clipping")
     backward = gradients(layout, program, ctx, compile)
     refuse_what_cannot_fit(layout, optimizer.init, ctx)
-    params = {path: spec.param for path, spec in layout.specs.items()}
+    held, params = layout.held(ctx.axes.coords), {path: spec.param for path, spec in layout.trained(ctx.axes.coords).items()}
 
     def init(master: Tree) -> State:
-        if missing := sorted(layout.specs.keys() - dict(tree.items(master))):
+        if missing := sorted(held.keys() - dict(tree.items(master))):
             raise ValueError(f"parameters are missing: {', '.join(missing)}")
-        return State(compute_copy(master, ctx), optimizer.init(master), torch.zeros((), dtype=torch.int64, device=tree.leaves(master)[0].device))
+        state = optimizer.init(tree.build([(path, tree.get(master, path)) for path in params]), device_of(ctx))
+        state["master"] = tree.build([(path, tree.get(state["master"] if path in params else master, path)) for path in held])
+        return State(compute_copy(state["master"], ctx), state, torch.zeros((), dtype=torch.int64, device=device_of(ctx)))
 
     def step(state: State, batches: Sequence[Batch]) -> tuple[State, Metrics]:
         with torch.no_grad():
