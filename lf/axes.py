@@ -123,7 +123,8 @@ class Axis:
         work = dist.isend(x, self.ranks[to], self._way(self.index, to))
 
         def wait() -> None:
-            assert x is not None  # it lives until it has left
+            assert x.numel()  # held here, it lives until it has left
+            assert work is not None
             work.wait()
 
         return wait

@@ -1,3 +1,0 @@
-Shapes = object
-def key(b): return 0
-def trace(l,b,c): raise NotImplementedError
