@@ -18,7 +18,7 @@ from helpers import ROOT
 LEVELS = (
     ("tree", "box", "mesh", "config", "batch", "console", "worker", "cluster", "signals"),
     ("spec", "axes", "devices", "runs", "cli", "supervise"),
-    ("rng", "axes_sim", "context", "segment", "launch", "log"),
+    ("rng", "axes_sim", "axes_meta", "context", "segment", "launch", "log"),
     ("layouts", "ops"),
     ("kernels", "parallel"),
     ("models",),
