@@ -18,7 +18,10 @@ import lf.ops
 from lf.config import ConfigError
 from lf.context import PRECISIONS, Precision
 
-NAMES = ("NAME", "BACKEND", "FLOAT64", "OPS", "found", "missing", "torch_device", "select", "peak_flops", "memory_peak", "memory_total")
+NAMES = (
+    *("NAME", "BACKEND", "FLOAT64", "OPS", "found", "missing", "torch_device", "select", "peak_flops", "memory_peak", "memory_total"),
+    *("memory_now", "moment", "seconds"),
+)
 
 
 def test_every_device_has_the_same_names() -> None:

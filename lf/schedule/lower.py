@@ -8,7 +8,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 
 import attrs
 
@@ -35,15 +36,15 @@ def is_lowered(program: Program) -> bool:
 
 
 def each(program: Program, change: Callable[[Action], Sequence[Action]]) -> Program:
-    """The program with each action replaced by `change(action)`; of an OVERLAP, each of its two by one."""
+    """The program with each action replaced by `change(action)`; the parts of an OVERLAP's two are paired as far as they go."""
 
     def row(actions: Sequence[Action]) -> Iterator[Action]:
         for a in actions:
             if a.op != "OVERLAP":
                 yield from change(a)
                 continue
-            pair = [c for part in a.pair for c in change(part)]
-            yield from [OVERLAP(*pair)] if len(pair) == 2 else pair
+            for one, other in zip_longest(*(change(part) for part in a.pair)):
+                yield OVERLAP(one, other) if one and other else one or other
 
     return tuple(tuple(row(actions)) for actions in program)
 
@@ -96,14 +97,16 @@ def add_reduce(program: Program, layout: Layout) -> Program:
                     last[part.stage] = i
         row: list[Action] = []
         for i, a in enumerate(actions):
-            parts = flat((a,))
-            if any(last.get(p.stage) == i for p in parts):
-                names = {s: tuple(dict.fromkeys(known[s].layers[known[s].stop :])) for s in last}
-                row += refine((parts,), lambda p, i=i: names[p.stage] if last.get(p.stage) == i and p.op in ("B", "W") else None)[0]  # type: ignore[misc]
-            else:
-                row.append(a)
+            ends = [s for s, at in last.items() if at == i]
+            row += _by_layers(a, {s: known[s] for s in ends}) if ends else [a]
         rows.append(_with_reductions(row, rank, layout, known))
     return tuple(rows)
+
+
+def _by_layers(action: Action, known: Mapping[int, Stage]) -> tuple[Action, ...]:
+    """The action with its weight gradients of these stages refined by layers; an OVERLAP becomes its two."""
+    names = {s: tuple(dict.fromkeys(stage.layers[stage.stop :])) for s, stage in known.items()}
+    return refine((flat((action,)),), lambda a: names.get(a.stage) if a.op in ("B", "W") else None)[0]
 
 
 def _with_reductions(actions: Sequence[Action], rank: int, layout: Layout, known: Sequence[Stage]) -> tuple[Action, ...]:
@@ -202,7 +205,9 @@ def move(program: Program, layout: Layout | None = None) -> Program:
             if 0 <= to < len(where) and where[to] != rank and (kind == "F" or known[a.stage].upstream):
                 rows[rank].append(Action(f"SEND_{kind}", a.stage, a.microbatch))
                 rows[where[to]].append(Action(f"RECV_{kind}", to, a.microbatch))
-        starts = [ready(r) if at[r] < len(program[r]) else None for r in range(len(program))]
+        for r in range(len(program)):
+            if r == rank or (starts[r] is None and at[r] < len(program[r])):  # what can start stays so
+                starts[r] = ready(r) if at[r] < len(program[r]) else None
     return tuple(map(tuple, rows))
 
 

@@ -63,7 +63,7 @@ def stages(program: Program, layout: Layout | None) -> tuple[Stage, ...]:
     """Of a layout, or of the names in a program: then everything trains."""
     if layout is not None:
         out, upstream = [], False
-        for s, segments in enumerate(layout.stages):
+        for segments in layout.stages:
             inside = tuple(any(path_of(segment, n) not in layout.frozen for n in segment.params) for segment in segments)
             atoms = tuple(segment.name for segment in segments) or (WHOLE,)
             out.append(Stage(atoms, tuple(segment.layer for segment in segments) or (WHOLE,), inside or (False,), upstream))
