@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lf.cluster import ClusterError, find
 from lf.mesh import Mesh, MeshError
+from lf.position import Position
 
 Later = Callable[[], Tensor]
 # torch 2.13 renamed these two; older ones have the names that stand second
@@ -145,10 +146,14 @@ class Axis:
 
 
 class Axes:
-    """Live axes of one rank: axes["tp"], or a joint group axes["dp", "tp"]. Groups are made when first used and shared by their ranks."""
+    """Live axes of one rank: axes["tp"], or a joint group axes["dp", "tp"]. Groups are made when first used and shared by their ranks.
 
-    def __init__(self, mesh: Mesh, rank: int, timeout: datetime.timedelta | None = None):
+    `position`: where the rank is in its program; the interpreter tells it. logs: the folder where a launcher looks for it.
+    """
+
+    def __init__(self, mesh: Mesh, rank: int, timeout: datetime.timedelta | None = None, logs: str | None = None):
         self.mesh, self.rank, self.coords, self.timeout = mesh, rank, mesh.coords(rank), timeout
+        self.position = Position(rank, ",".join(f"{a}={self.coords[a]}" for a in ("pp", "dp", "cp", "tp") if mesh[a] > 1), logs)
         self._axes: dict[tuple[str, ...], Any] = {}
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
@@ -214,7 +219,7 @@ def connect(mesh: Mesh, device: ModuleType, timeout_s: float = 600.0) -> Axes:
     rank = dist.get_rank() if dist.is_initialized() else 0
     if dist.is_initialized() and dist.get_world_size() != mesh.size:
         raise MeshError(f"mesh {mesh} has {mesh.size} ranks; the process group has {dist.get_world_size()}")
-    return Axes(mesh, rank, timeout)
+    return Axes(mesh, rank, timeout, os.environ.get("LF_RANK_LOGS"))
 
 
 def solo() -> Axes:

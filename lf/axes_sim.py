@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lf.axes import at_once, check_rows
 from lf.mesh import Mesh
+from lf.position import Position
 
 
 class CollectiveMismatch(RuntimeError):
@@ -47,6 +48,7 @@ class World:
 
     def __init__(self, mesh: Mesh):
         self.mesh, self.baton = mesh, threading.Lock()
+        self.positions = [Position(rank) for rank in range(mesh.size)]
         self.rooms: dict[tuple[Any, ...], _Room] = {}
         self.waiting: dict[int, tuple[_Room, tuple[int, ...]]] = {}
         self.returned: set[int] = set()
@@ -54,12 +56,12 @@ class World:
 
     def meet(self, key: tuple[Any, ...], ranks: tuple[int, ...], rank: int, tag: tuple[Any, ...], x: Any, wait: bool = True) -> list[Any]:
         """Leave (tag, x) in the room and return what every rank of `ranks` has left, once all are there; without `wait` leave it and go on."""
-        here = f"{tag[0]}{tag[1:]} at {_call_site()}"
+        here = f"{self.positions[rank].action()}: {tag[0]}{tag[1:]} at {_call_site()}"
         room = self.rooms.setdefault(key, _Room({}, {}, threading.Condition(self.baton)))
         room.left[rank], room.where[rank] = (tag, x), here
         for other, (theirs, _) in room.left.items():
             if theirs != tag:
-                raise CollectiveMismatch(f"ranks {other} and {rank} differ:\n  rank {other}: {room.where[other]}\n  rank {rank}: {here}")
+                raise CollectiveMismatch(f"ranks {other} and {rank} differ:\n  rank {other}{room.where[other]}\n  rank {rank}{here}")
         if len(room.left) == len(ranks):
             del self.rooms[key]
             for r in ranks:
@@ -81,8 +83,8 @@ class World:
             lines = []
             for r in range(self.mesh.size):
                 room, ranks = self.waiting.get(r, (None, ()))
-                words = f"{room.where[r]}, for ranks {sorted(set(ranks) - set(room.left))}" if room else "has returned"
-                lines.append(f"  rank {r}: {words}")
+                words = f"{room.where[r]}, for ranks {sorted(set(ranks) - set(room.left))}" if room else ": has returned"
+                lines.append(f"  rank {r}{words}")
             raise Deadlock("no rank can go on:\n" + "\n".join(lines))
 
     def fail(self, rank: int, error: BaseException) -> None:
@@ -174,7 +176,7 @@ class SimAxes:
     """The same as `lf.axes.Axes`, over threads."""
 
     def __init__(self, world: World, rank: int):
-        self.mesh, self.rank, self.coords = world.mesh, rank, world.mesh.coords(rank)
+        self.mesh, self.rank, self.coords, self.position = world.mesh, rank, world.mesh.coords(rank), world.positions[rank]
         self._world, self._axes = world, dict[tuple[str, ...], SimAxis]()
 
     def __getitem__(self, names: str | tuple[str, ...]) -> SimAxis:

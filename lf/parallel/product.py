@@ -110,8 +110,3 @@ def _add_product(acc: Tensor, rows: Tensor, dy: Tensor) -> None:
         torch.ops.aten.addmm.dtype_out(acc, dy.T, rows, acc.dtype, out=acc)
     else:
         acc.add_(F.linear(dy.T, rows.T))
-
-
-@torch.library.impl(_LIBRARY, "add_product", "Meta")
-def _add_nothing(acc: Tensor, rows: Tensor, dy: Tensor) -> None:
-    pass

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 
 import attrs
 
@@ -35,15 +36,15 @@ def is_lowered(program: Program) -> bool:
 
 
 def each(program: Program, change: Callable[[Action], Sequence[Action]]) -> Program:
-    """The program with each action replaced by `change(action)`; of an OVERLAP, each of its two by one."""
+    """The program with each action replaced by `change(action)`; the parts of an OVERLAP's two are paired as far as they go."""
 
     def row(actions: Sequence[Action]) -> Iterator[Action]:
         for a in actions:
             if a.op != "OVERLAP":
                 yield from change(a)
                 continue
-            pair = [c for part in a.pair for c in change(part)]
-            yield from [OVERLAP(*pair)] if len(pair) == 2 else pair
+            for one, other in zip_longest(*(change(part) for part in a.pair)):
+                yield OVERLAP(one, other) if one and other else one or other
 
     return tuple(tuple(row(actions)) for actions in program)
 

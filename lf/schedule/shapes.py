@@ -1,0 +1,3 @@
+Shapes = object
+def key(b): return 0
+def trace(l,b,c): raise NotImplementedError
