@@ -66,19 +66,19 @@ def memory_total() -> int:
     return share if own == resource.RLIM_INFINITY else min(own, share)
 
 
-def moment() -> float:
+def moment() -> Any:
     """Now, on a clock of this machine."""
     return time.perf_counter()
 
 
-def seconds(start: float, end: float) -> float:
+def seconds(start: Any, end: Any) -> float:
     """Between two moments."""
     return end - start
 
 
-def memory_now() -> None:
+def memory_now() -> int | None:
     """Not known: what tensors take up is not counted apart from the rest of the process."""
-    return
+    return None  # noqa: RET501
 
 
 def copy_streams() -> Any:

@@ -74,14 +74,14 @@ def memory_total() -> int:
     return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
 
-def moment() -> torch.cuda.Event:
+def moment() -> Any:
     """When the work that the current stream has been given so far will be done: the host does not wait for it."""
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
 
 
-def seconds(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+def seconds(start: Any, end: Any) -> float:
     """Between two moments; the host waits until both have come."""
     start.synchronize()
     end.synchronize()
