@@ -7,9 +7,12 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 NAME = "cpu"
 BACKEND = "gloo"
@@ -63,16 +66,35 @@ def memory_total() -> int:
     return share if own == resource.RLIM_INFINITY else min(own, share)
 
 
-def moment() -> float:
+def moment() -> Any:
     """Now, on a clock of this machine."""
     return time.perf_counter()
 
 
-def seconds(start: float, end: float) -> float:
+def seconds(start: Any, end: Any) -> float:
     """Between two moments."""
     return end - start
 
 
-def memory_now() -> None:
+def memory_now() -> int | None:
     """Not known: what tensors take up is not counted apart from the rest of the process."""
+    return None  # noqa: RET501
+
+
+def copy_streams() -> Any:
+    """Nothing runs beside the computation here."""
     return None
+
+
+def copy_out(sources: Sequence[Tensor], chunk: int, streams: Any) -> tuple[list[list[Tensor]], Callable[[], None]]:
+    """Copies of the bytes, in pieces; they are there when this returns."""
+    return [[piece.clone() for piece in source.split(chunk)] for source in sources], _nothing
+
+
+def copy_in(pieces: Sequence[Tensor], to: torch.device, after: Callable[[], None], streams: Any) -> tuple[Tensor, Callable[[], None]]:
+    """The pieces joined; they are there when this returns."""
+    return torch.cat(list(pieces)), _nothing
+
+
+def _nothing() -> None:
+    pass

@@ -10,6 +10,6 @@ from lf.schedule.picture import picture
 from lf.schedule.timeline import Span, Timeline
 
 __all__ = [
-    *("OVERLAP", "Action", "Program", "ProgramError", "Span", "Timeline"),
-    *("add_reduce", "check", "chrome", "draw", "grid", "lower", "one_f_one_b", "picture"),
-]
+    "OVERLAP", "Action", "Program", "ProgramError", "Span", "Timeline",
+    "add_reduce", "check", "chrome", "draw", "grid", "lower", "one_f_one_b", "picture",
+]  # fmt: skip
