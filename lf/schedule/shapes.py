@@ -56,13 +56,16 @@ def trace(layout: Layout, batch: Batch, ctx: Any) -> Shapes:
     table = SimpleNamespace(**{**vars(ctx.ops), **vars(op_table(ops))})
     ctx = attrs.evolve(ctx, axes=MetaAxes(layout.mesh, ctx.axes.rank), ops=table)
     done: dict[Any, tuple[Any, dict[str, Seen], frozenset[str]]] = {}
-    inputs, products, losses, x = [], {}, [], {}
+    inputs: list[Carry] = []
+    products: dict[str, dict[str, Seen]] = {}
+    losses: list[frozenset[str]] = []
+    x: Any = {}
     with torch.no_grad():
         bare = attrs.evolve(batch, plan=_meta(batch.plan), payload=_meta(batch.payload), derived={})
         batch = _run("Model.prepare", layout.model.prepare, bare, ctx)
         for stage in layout.stages:
             inputs.append(_carry(x))
-            found = set()
+            found: set[str] = set()
             for segment in stage:
                 shapes = {name: layout.specs[path_of(segment, name)].local_shape(ctx.axes.coords) for name in segment.params}
                 like = (segment.apply, segment.products, tuple(shapes.items()), tuple(_carry(x).items()))
