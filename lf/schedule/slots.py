@@ -139,7 +139,7 @@ class Slots:
         self.keep, self.ops = keep, tuple(ops)
         self._slots: list[weakref.ref[_Slot]] = []
         self._recipes: list[weakref.ref[_Recipe]] = []
-        self._made: dict[int, tuple[StorageWeakRef, _Recipe, int]] = {}  # outputs of chosen ops, by storage, while a forward files
+        self._made: dict[int, tuple[StorageWeakRef, _Recipe, int, int]] = {}  # outputs of chosen ops with their versions, by storage, in a forward
         self._filing = False
 
     @contextmanager
@@ -192,7 +192,7 @@ class Slots:
     def remat(self) -> None:
         """Runs the chosen ops again, in their order, from what they were given: their outputs lie in their slots, and their backwards can run."""
         for ref in self._recipes:
-            if (recipe := ref()) is not None and not recipe.outputs:
+            if (recipe := ref()) is not None and recipe.args and not recipe.outputs:
                 recipe.run()
 
     def bytes(self) -> tuple[int, int]:
@@ -214,8 +214,8 @@ class Slots:
         """The place of x: without its graph, or a node that keeps its own output would keep itself."""
         storage, value, version, place = x.untyped_storage(), x.detach(), x._version, (x.shape, x.stride(), x.storage_offset())
         if made := self._made.get(storage._cdata):
-            _, recipe, at = made
-            if version == 0 and x.dtype == recipe.metas[at][-1]:  # changed since, it is no longer what the op gives
+            _, recipe, at, given = made
+            if version == given and x.dtype == recipe.metas[at][-1]:  # changed since, it is no longer what the op gives
                 value.data = value.new_empty(0)
                 return _Output(recipe, at, value, version, place)
         slot = _Slot(value, version, place)
@@ -236,7 +236,7 @@ class Slots:
             given = {a.untyped_storage()._cdata for a in args if isinstance(a, Tensor)}
             for at, y in enumerate(_several(out)):
                 if (storage := y.untyped_storage())._cdata not in given:
-                    self._made[storage._cdata] = (StorageWeakRef(storage), recipe, at)
+                    self._made[storage._cdata] = (StorageWeakRef(storage), recipe, at, y._version)
             return out
 
         return again
@@ -251,7 +251,7 @@ class _Again(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         out = recipe.op(*args)
         recipe.metas = tuple(_meta(y) for y in _several(out))
-        return out
+        return out if isinstance(out, Tensor) else tuple(out)  # a list would go past autograd
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
@@ -265,7 +265,7 @@ class _Again(torch.autograd.Function):
 
 def entry(x: Tensor) -> tuple[Tensor, Tensor]:
     """(leaf, x in a graph): the gradient of `leaf`, which is as large as one element, is that of x. A leaf that is x itself would hold its memory."""
-    leaf = x.new_zeros(()).expand(x.shape).requires_grad_()
+    leaf = x.new_empty(()).expand(x.shape).requires_grad_()
     return leaf, _Entry.apply(leaf, x)
 
 
