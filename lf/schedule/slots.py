@@ -12,15 +12,16 @@ graph owns the places, `Slots` only knows of them: what a node's backward has us
 else `keep` names are handed through. So that the graph holds no other device memory, its two ends must not be the tensors themselves: `entry`
 and `handle` stand for them.
 
-Ops that are run again. A chosen op keeps its inputs, and so do those who keep its output: they keep a recipe. What each saves, in elements of
-the activations' dtype for each layer of a decoder (T tokens of the rank, F feed-forward columns, D width, h heads of d dims, k kv heads):
+Ops that are run again. A chosen op keeps its inputs and nothing else, and whoever keeps its output keeps a recipe instead. What that saves, in
+elements for each layer of a decoder (T tokens of the tp group, t of this rank, F feed-forward columns, D width, h heads of d dims, k kv heads):
 
-    swiglu      T·F           its output, which `down` keeps
-    rms_norm    T·D for each norm before a matrix (its output, T/tp of them on each rank), T·(h+k)·d for the norms of q and k where rope is chosen too
-    rope        T·(h+k)·d     its outputs, which attention keeps
-    attention   T·h·d         its output, which `out` keeps, and the T·h log-sum-exps
+    swiglu      T·F         its output, which the product after it keeps
+    rms_norm    2·t·D       its outputs before the two products; with norms of q and k and with rope chosen, theirs too: T·(h+k)·d
+    rope        T·(h+k)·d   its outputs, which attention keeps; nothing where its inputs are the outputs of norms that are not chosen
+    attention   T·h·d       its output, and the log-sum-exp of each head and token
 
-A chosen op's inputs must then be there: where nobody else keeps them, they are kept instead of the output, and nothing is saved.
+Inputs that nobody else keeps must be kept then, as those of rope may: choose the op before as well. The numbers are those of the op to the bit.
+Autograd may add up the gradients of an input in another order where the op is several nodes that use it several times, as lf's kernels are not.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def test_after_an_offload_the_graph_holds_none_of_what_was_filed(case: Case, ops
     assert all(ref.expired() for ref in made)
     small, moved = slots.bytes()
     assert small + moved == on_device
-    assert small < SMALL < moved
+    assert small < 4 * SMALL < moved
     slots.fetch(CPU, CPU.copy_streams())
     slots.remat()
     backward(case, *kept)
@@ -181,9 +181,9 @@ def test_a_value_that_is_not_there_is_named(case: Case) -> None:
     with pytest.raises(SlotError, match="no FETCH of it has run"):
         backward(case, *kept)
     kept = forward(case, Slots(case.keep, ("swiglu",)), segments)
-    with pytest.raises(SlotError, match="output of swiglu .* no REMAT of it has run"):
+    with pytest.raises(SlotError, match=r"output of swiglu .* no REMAT of it has run"):
         backward(case, *kept)
-    with pytest.raises(ConfigError, match="unknown op to run again 'swigl'; did you mean 'swiglu'.* Known: adamw_update, attention"):
+    with pytest.raises(ConfigError, match=r"unknown op to run again 'swigl'; did you mean 'swiglu'.* Known: adamw_update, attention"):
         Slots(ops=("swigl",)).table(case.ctx.ops)
 
 
@@ -204,9 +204,25 @@ def test_a_change_in_place_is_seen_as_autograd_sees_it(when: str) -> None:
         torch.autograd.grad(y, a)
 
 
-def test_outputs_of_every_kind() -> None:
-    """Kept by the node that made them (softmax, exp), changed in place by the next op before they are kept, several of one op, a view of what the
-    op was given, one that nobody differentiates, and an op of an op."""
+class OwnOutput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        y = x.sigmoid()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        (y,) = ctx.saved_tensors
+        assert y.grad_fn is not None, "what a node keeps of its own is still its own"
+        return dy * (y * (1 - y)).detach()
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["stay", "offload"])
+@pytest.mark.parametrize("again", [(), ("two", "first", "double")], ids=["none", "all"])
+def test_outputs_of_every_kind(again: tuple[str, ...], moved: bool) -> None:
+    """Kept by the node that made them (softmax, exp, a Function's), changed in place by the next op before they are kept, several of one op, a view
+    of what the op was given, one that nobody differentiates, and an op of an op."""
 
     def two(x: torch.Tensor, scale: float, parts: torch.Tensor) -> list[torch.Tensor]:
         return [x.exp() * scale, (x * parts).softmax(-1), x.argmax(-1)]
@@ -214,7 +230,7 @@ def test_outputs_of_every_kind() -> None:
     ops = SimpleNamespace(two=two, first=lambda x: x[:20], double=lambda x: x * 2)
 
     def f(a: torch.Tensor, ops: SimpleNamespace) -> torch.Tensor:
-        b = a * 3  # used by several nodes, but by each op once: how autograd orders their sum is then the same
+        b = OwnOutput.apply(a * 3)
         top = ops.first(b)
         e, s, at = ops.two(top, 0.5, parts)
         d = ops.double(e).mul_(1.5)
@@ -222,17 +238,18 @@ def test_outputs_of_every_kind() -> None:
 
     a, parts = draw("a", shape=(30, 20)).requires_grad_(), draw("parts", shape=(20, 20))
     (want,) = torch.autograd.grad(f(a, ops), a)
-    for moved in (False, True):
-        slots = Slots(ops=("two", "first", "double"))
-        with slots.filing():
-            y = f(a, slots.table(ops))
-        if moved:
-            slots.offload(CPU, None)
-            slots.fetch(CPU, None)
-        slots.remat()
-        slots.remat()
-        assert torch.equal(torch.autograd.grad(y, a)[0], want)
-        slots.remat()  # there is nothing left to run
+    slots = Slots(ops=again)
+    with slots.filing():
+        y = f(a, slots.table(ops))
+    if moved:
+        slots.offload(CPU, None)
+        slots.fetch(CPU, None)
+    slots.remat()
+    slots.remat()
+    (got,) = torch.autograd.grad(y, a)
+    slots.remat()  # there is nothing left to run
+    # an input of `two` that is used in it and elsewhere: autograd may add in another order
+    torch.testing.assert_close(got, want, rtol=1e-14 if again else 0, atol=0)
 
 
 def test_an_op_that_is_not_the_same_again_is_refused() -> None:
