@@ -19,7 +19,10 @@ from lf.config import ConfigError
 from lf.context import PRECISIONS, Precision
 
 NAMES = ("NAME", "BACKEND", "FLOAT64", "OPS")
-FUNCTIONS = ("found", "missing", "torch_device", "select", "peak_flops", "memory_peak", "memory_total", "copy_streams", "copy_out", "copy_in")
+FUNCTIONS = (
+    *("found", "missing", "torch_device", "select", "peak_flops", "memory_peak", "memory_total"),
+    *("memory_now", "moment", "seconds", "copy_streams", "copy_out", "copy_in"),
+)
 
 
 def test_every_device_has_the_same_names() -> None:

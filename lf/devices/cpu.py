@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,21 @@ def memory_total() -> int:
     own, _ = resource.getrlimit(resource.RLIMIT_AS)
     share = there // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return share if own == resource.RLIM_INFINITY else min(own, share)
+
+
+def moment() -> Any:
+    """Now, on a clock of this machine."""
+    return time.perf_counter()
+
+
+def seconds(start: Any, end: Any) -> float:
+    """Between two moments."""
+    return end - start
+
+
+def memory_now() -> int | None:
+    """Not known: what tensors take up is not counted apart from the rest of the process."""
+    return None  # noqa: RET501
 
 
 def copy_streams() -> Any:

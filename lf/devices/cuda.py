@@ -74,6 +74,25 @@ def memory_total() -> int:
     return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
 
+def moment() -> Any:
+    """When the work that the current stream has been given so far will be done: the host does not wait for it."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds(start: Any, end: Any) -> float:
+    """Between two moments; the host waits until both have come."""
+    start.synchronize()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def memory_now() -> int | None:
+    """Bytes that tensors take up on this process's card, in the order of the host's calls."""
+    return torch.cuda.memory_allocated()
+
+
 def copy_streams() -> Any:
     """(to the host's memory, from it): the card has an engine for each way."""
     return torch.cuda.Stream(), torch.cuda.Stream()
