@@ -10,7 +10,7 @@
 Autograd's hooks do nothing but file: each tensor that a node of the graph keeps is given to `Slots`, and the node keeps its place there. The
 graph owns the places, `Slots` only knows of them: what a node's backward has used goes at once, as it would without. Parameters and whatever
 else `keep` names are handed through. So that the graph holds no other device memory, its two ends must not be the tensors themselves: `entry`
-and `handle` stand for them.
+stands for what goes in, `Root` (vjp.py) for what comes out.
 
 Ops that are run again. A chosen op keeps its inputs and nothing else, and whoever keeps its output keeps a recipe instead. What that saves, in
 elements for each layer of a decoder (T tokens of the tp group, t of this rank, F feed-forward columns, D width, h heads of d dims, k kv heads):
@@ -259,20 +259,15 @@ class _Again(torch.autograd.Function):
         recipe = ctx.recipe
         pairs = [(y, g) for y, g in zip(recipe.done(), grads) if g is not None and y.requires_grad]
         wanted = [x for x, n in zip(recipe.inputs, recipe.needs) if n]
-        got = iter(vjp([y for y, _ in pairs], [g for _, g in pairs], wanted) if pairs else [None] * len(wanted))
+        found = iter(vjp([y for y, _ in pairs], [g for _, g in pairs], wanted) if pairs else [None] * len(wanted))
         recipe.args, recipe.inputs, recipe.outputs = (), (), ()
-        return None, *(next(got) if n else None for n in recipe.needs)
+        return None, *(next(found) if n else None for n in recipe.needs)
 
 
 def entry(x: Tensor) -> tuple[Tensor, Tensor]:
     """(leaf, x in a graph): the gradient of `leaf`, which is as large as one element, is that of x. A leaf that is x itself would hold its memory."""
     leaf = x.new_empty(()).expand(x.shape).requires_grad_()
     return leaf, _Entry.apply(leaf, x)
-
-
-def handle(y: Tensor) -> Tensor:
-    """What stands for y when its gradient comes: of its shape, as large as one element, differentiable as y."""
-    return _Handle.apply(y)
 
 
 class _Entry(torch.autograd.Function):
@@ -283,16 +278,6 @@ class _Entry(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return dy, None
-
-
-class _Handle(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor) -> Tensor:
-        return y.new_empty(()).expand(y.shape)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:  # type: ignore[override]
-        return dy
 
 
 def got(place: Any) -> Any:

@@ -17,8 +17,8 @@ import lf
 from lf import parity, tree
 from lf.config import ConfigError
 from lf.models.small import tiny
-from lf.schedule.slots import SMALL, SlotError, Slots, entry, handle
-from lf.schedule.vjp import vjp
+from lf.schedule.slots import SMALL, SlotError, Slots, entry
+from lf.schedule.vjp import Root
 from lf.segment import path_of
 
 CPU = lf.devices.get("cpu")
@@ -46,32 +46,37 @@ def case() -> Case:
     return Case(ctx, layout, leaves, batch, frozenset(t.untyped_storage().data_ptr() for t in fixed))
 
 
-def forward(case: Case, slots: Slots | None, segments: Any, tokens: int = 33) -> tuple[Any, ...]:
-    """(leaf of the input, handles of what comes out, paths) of some segments, the input drawn."""
-    leaf, y = entry(draw("x", shape=(tokens, 15)))
+@attrs.define
+class Kept:
+    """What stays of a forward: the leaf of its input, what stands for its outputs, and the paths it uses."""
+
+    leaf: torch.Tensor
+    seeds: list[torch.Tensor]
+    root: torch.Tensor
+    paths: list[str]
+
+
+def forward(case: Case, slots: Slots | None, segments: Any, tokens: int = 33) -> Kept:
+    """Some segments, their input and the gradients of what comes out drawn."""
     ctx = case.ctx if slots is None else attrs.evolve(case.ctx, ops=slots.table(case.ctx.ops))
     paths: dict[str, None] = {}
-
-    def run(y: Any) -> list[torch.Tensor]:
-        losses: list[torch.Tensor] = []
+    outs: list[torch.Tensor] = []
+    leaf, y = entry(draw("x", shape=(tokens, 15)))
+    with contextlib.nullcontext() if slots is None else slots.filing():
         for s in segments:
             named = {n: path_of(s, n) for n in s.params}
             paths.update(dict.fromkeys(named.values()))
             y, terms = s.apply({n: case.leaves[p] for n, p in named.items()}, y, case.batch, ctx)
-            losses += terms.get("losses", {}).values()
-        return [handle(out) for out in ([y] if isinstance(y, torch.Tensor) else [])] + losses
-
-    if slots is None:
-        return leaf, run(y), [*paths]
-    with slots.filing():
-        return leaf, run(y), [*paths]
+            outs += terms.get("losses", {}).values()
+        outs += [y] if isinstance(y, torch.Tensor) else []
+        seeds = [draw("dy", i, shape=tuple(out.shape)) for i, out in enumerate(outs)]
+        return Kept(leaf, seeds, Root.apply(seeds, *outs), [*paths])
 
 
-def backward(case: Case, leaf: Any, outs: Any, paths: Any) -> list[torch.Tensor]:
-    grads = [draw("dy", i, shape=tuple(y.shape)) for i, y in enumerate(outs)]
-    got = vjp(outs, grads, [leaf, *(case.leaves[p] for p in paths)])
-    assert all(g is not None and g.abs().max() > 0 for g in got)
-    return list(got)  # type: ignore[arg-type]
+def backward(case: Case, kept: Kept) -> list[torch.Tensor]:
+    grads = torch.autograd.grad(kept.root, [kept.leaf, *(case.leaves[p] for p in kept.paths)])
+    assert all(g.abs().max() > 0 for g in grads)
+    return list(grads)
 
 
 LAYERS = {"layer": "layers.0", "head": "head"}
@@ -83,14 +88,14 @@ ALL = ("attention", "rms_norm", "rope", "swiglu")
 @pytest.mark.parametrize("name", LAYERS.values())
 def test_gradients_are_those_without_slots_to_the_bit(case: Case, name: str, moved: bool, ops: tuple[str, ...]) -> None:
     segments = [s for s in case.layout.model.segments if s.layer == name]
-    want = backward(case, *forward(case, None, segments))
+    want = backward(case, forward(case, None, segments))
     slots = Slots(case.keep, ops)
     kept = forward(case, slots, segments)
     if moved:
         slots.offload(CPU, CPU.copy_streams(), chunk=1000)
         slots.fetch(CPU, CPU.copy_streams())
     slots.remat()
-    got = backward(case, *kept)
+    got = backward(case, kept)
     assert all(torch.equal(a, b) for a, b in zip(want, got))
     assert slots.bytes() == (0, 0), "what a backward has used goes"
 
@@ -107,8 +112,8 @@ def test_after_an_offload_the_graph_holds_none_of_what_was_filed(case: Case, ops
         return x
 
     class Looking(Slots):
-        def _file(self, x: torch.Tensor) -> Any:
-            return super()._file(look(x))
+        def file(self, x: torch.Tensor) -> Any:
+            return super().file(look(x))
 
     table = {name: lambda *args, op=op: look(op(*args)) for name, op in vars(case.ctx.ops).items()}
     slots = Looking(case.keep, ops)
@@ -124,7 +129,7 @@ def test_after_an_offload_the_graph_holds_none_of_what_was_filed(case: Case, ops
     assert small < 4 * SMALL < moved
     slots.fetch(CPU, CPU.copy_streams())
     slots.remat()
-    backward(case, *kept)
+    backward(case, kept)
 
 
 def test_ops_that_run_again_keep_less(case: Case) -> None:
@@ -179,10 +184,10 @@ def test_a_value_that_is_not_there_is_named(case: Case) -> None:
     kept = forward(case, slots, segments)
     slots.offload(CPU, CPU.copy_streams())
     with pytest.raises(SlotError, match="no FETCH of it has run"):
-        backward(case, *kept)
+        backward(case, kept)
     kept = forward(case, Slots(case.keep, ("swiglu",)), segments)
     with pytest.raises(SlotError, match=r"output of swiglu .* no REMAT of it has run"):
-        backward(case, *kept)
+        backward(case, kept)
     with pytest.raises(ConfigError, match=r"unknown op to run again 'swigl'; did you mean 'swiglu'.* Known: adamw_update, attention"):
         Slots(ops=("swigl",)).table(case.ctx.ops)
 
@@ -294,7 +299,7 @@ def test_under_tensor_parallelism_ops_that_run_again_do_not_communicate(case: Ca
             slots.offload(CPU, None)
             slots.fetch(CPU, None)
             slots.remat()
-        return backward(one, *kept)
+        return backward(one, kept)
 
     for want, got in zip(lf.sim.spmd(lf.Mesh(tp=2), run, None), lf.sim.spmd(lf.Mesh(tp=2), run, ALL)):
         assert all(torch.equal(a, b) for a, b in zip(want, got))
@@ -323,12 +328,12 @@ def test_a_compiled_segment(backend: str) -> None:
     for slots in (None, Slots({t.untyped_storage().data_ptr() for t in (w, n, d)}), Slots()):
         leaf, x = entry(draw("x", shape=(33, 16)))
         with contextlib.nullcontext() if slots is None else slots.filing():
-            y = handle(compiled(x, ops))
+            root = Root.apply([draw("dy", shape=(33, 16))], compiled(x, ops))
         if slots is not None:
             slots.offload(CPU, None, 1000)
             assert slots.bytes()[0] < SMALL < slots.bytes()[1]
             slots.fetch(CPU, None)
-        results.append(vjp([y], [draw("dy", shape=(33, 16))], [leaf, w, n, d]))
+        results.append(torch.autograd.grad(root, [leaf, w, n, d]))
     assert counter.frame_count == 1
     for got in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], got))
