@@ -103,10 +103,10 @@ def chunks(timeline: Timeline) -> tuple[tuple[int, ...], ...]:
 def colour(action: Action, stages: Sequence[int]) -> str:
     """As #rrggbb: the hue is that of the op; of a rank's `stages` the first is the lightest and the last the darkest."""
     back = COLOURS.get(action.op, OTHER)
-    if len(stages) < 2 or action.stage not in stages:
+    if len(stages) < 2 or action.stage not in stages or action.op not in COMPUTE:
         return back
     at = 2 * stages.index(action.stage) / (len(stages) - 1) - 1  # from -1 to 1
-    return _mixed(back, 255, -at / 2) if at < 0 else _mixed(back, 0, at / 3)
+    return _mixed(back, 255, -at / 2) if at < 0 else _mixed(back, 0, at / 5)
 
 
 def _mixed(back: str, other: int, share: float) -> str:
