@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lf import dump
 from lf.cluster import ClusterError, find
+from lf.config import ConfigError
 from lf.mesh import Mesh, MeshError
 from lf.position import Position
 
@@ -123,7 +125,8 @@ class Axis:
         work = dist.isend(x, self.ranks[to], self._way(self.index, to))
 
         def wait() -> None:
-            assert x is not None  # it lives until it has left
+            assert x.numel()  # held here, it lives until it has left
+            assert work is not None
             work.wait()
 
         return wait
@@ -199,12 +202,14 @@ class Axes:
         return dist.new_group(list(ranks), self.timeout, use_local_synchronization=True)
 
 
-def connect(mesh: Mesh, device: ModuleType, timeout_s: float = 600.0) -> Axes:
+def connect(mesh: Mesh, device: ModuleType, timeout_s: float | None = None) -> Axes:
     """Live axes for this process, in the world that torchrun, srun or a plain `python` (one rank) has set up.
 
-    A collective that some rank does not join ends with an error after `timeout_s` seconds. Raises MeshError when the mesh does not have
-    exactly the ranks of the world, ClusterError when srun has started several ranks but nobody has told them how to meet.
+    A collective that some rank does not join ends with an error after `timeout_s` seconds; None: what `scripts/launch --timeout` says, or 600.
+    From here on SIGUSR1 makes this process write where it is (lf/dump.py). Raises MeshError when the mesh does not have exactly the ranks of the
+    world, ClusterError when srun has started several ranks but nobody has told them how to meet.
     """
+    timeout_s = _limit() if timeout_s is None else timeout_s
     cluster = find(os.environ)
     if cluster.world and cluster.world > 1 and "WORLD_SIZE" not in os.environ:
         if cluster.rank is None:
@@ -219,7 +224,19 @@ def connect(mesh: Mesh, device: ModuleType, timeout_s: float = 600.0) -> Axes:
     rank = dist.get_rank() if dist.is_initialized() else 0
     if dist.is_initialized() and dist.get_world_size() != mesh.size:
         raise MeshError(f"mesh {mesh} has {mesh.size} ranks; the process group has {dist.get_world_size()}")
-    return Axes(mesh, rank, timeout, os.environ.get("LF_RANK_LOGS"))
+    axes = Axes(mesh, rank, timeout, os.environ.get("LF_RANK_LOGS"))
+    dump.listen(axes.position.line)
+    return axes
+
+
+def _limit() -> float:
+    words = os.environ.get("LF_TIMEOUT", "600")
+    try:
+        if 0 < (seconds := float(words)) < 1e9:
+            return seconds
+    except ValueError:
+        pass
+    raise ConfigError(f"LF_TIMEOUT={words}: give seconds, more than 0; it is how long a collective waits for the other ranks")
 
 
 def solo() -> Axes:

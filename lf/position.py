@@ -102,6 +102,10 @@ class Position:
         name, words, _ = self._programs[self._current]
         return Place(self.rank, "", self.where, name, cells[COUNT], words, cells[INDEX], cells[SINCE] / 1e9)
 
+    def line(self) -> str:
+        """The rank's line of the drawing, or ''."""
+        return draw([at]).strip() if (at := self.place()) else ""
+
     def action(self) -> str:
         """' in 1RECV_B0 (action 7 of 24)', or '' outside of a program: what an error message adds behind 'rank 3'."""
         at = self.place()

@@ -28,18 +28,16 @@ Apply = Callable[[dict[str, Tensor], Any, Batch, Any], tuple[Any, Terms]]
 
 @attrs.frozen
 class Segment:
-    """`layer` groups segments: the unit of reduction, recompute and compilation. `name` is global, and the checkpoint key.
-
-    `flops(batch)`: floating-point operations of forward and backward of one microbatch, worked out on the host; equal segments share one
-    function. `products`: the parameters that `apply` hands to column_linear or row_linear, and to nothing else.
-    """
+    """`layer` groups segments: the unit of reduction, recompute and compilation. `name` is global, and the checkpoint key. `products`: the
+    parameters that arrive as a W, each the weight of one column_linear or row_linear. `flops(batch)`: floating-point operations of forward and
+    backward of one microbatch, worked out on the host; equal segments share one function."""
 
     name: str
     layer: str
     params: dict[str, Param | Tied]
     apply: Apply
-    flops: Callable[[Batch], float] | None = None
     products: tuple[str, ...] = ()
+    flops: Callable[[Batch], float] | None = None
 
     def __attrs_post_init__(self) -> None:
         if unknown := [name for name in self.products if name not in self.params]:

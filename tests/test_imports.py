@@ -19,7 +19,7 @@ LEVELS = (
     ("position", "dump"),
     ("tree", "box", "mesh", "config", "batch", "console", "worker", "cluster", "signals"),
     ("spec", "axes", "devices", "runs", "cli", "supervise"),
-    ("rng", "axes_sim", "context", "segment", "launch", "log"),
+    ("rng", "axes_sim", "axes_meta", "context", "segment", "launch", "log"),
     ("split", "ops"),
     ("layouts",),
     ("kernels", "parallel"),

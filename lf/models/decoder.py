@@ -106,17 +106,17 @@ def decoder(config: DecoderConfig) -> Model:
     mlp = partial(mlp_block, config.norm_eps)
     attn_flops = {a: partial(attention_flops, a, config.dim) for a in attn}
     mlp_flops = {n: partial(matrix_flops, 3 * n * config.dim) for n in {layer.ffn.dim for layer in config.layers}}
-    segments = [Segment("embed", "embed", {"weight": table}, partial(embed, config), embed_flops)]
+    segments = [Segment("embed", "embed", {"weight": table}, partial(embed, config), (), embed_flops)]
     for i, layer in enumerate(config.layers):
         name, a, inner = f"layers.{i}", layer.mixer, layer.ffn.dim
         down = Param((config.dim, inner), ("embed", "mlp"), added, part_dim=1)
         gate_up = Param((2 * inner, config.dim), ("mlp", "embed"), matrix, (Part("gate", inner), Part("up", inner)))
         mixer = {"norm": norm, **attention_params(a, config.dim, matrix, added)}
-        segments.append(Segment(f"{name}.attn", name, mixer, attn[a], attn_flops[a], ("qkv", "out")))
-        segments.append(Segment(f"{name}.mlp", name, {"norm": norm, "gate_up": gate_up, "down": down}, mlp, mlp_flops[inner], ("gate_up", "down")))
+        segments.append(Segment(f"{name}.attn", name, mixer, attn[a], ("qkv", "out"), attn_flops[a]))
+        segments.append(Segment(f"{name}.mlp", name, {"norm": norm, "gate_up": gate_up, "down": down}, mlp, ("gate_up", "down"), mlp_flops[inner]))
     weight = Tied("embed/weight") if config.tied else attrs.evolve(table, init=matrix)
     logits = partial(matrix_flops, config.dim * config.vocab)
-    segments.append(Segment("head", "head", {"norm": norm, "weight": weight}, partial(head, config), logits, ("weight",)))
+    segments.append(Segment("head", "head", {"norm": norm, "weight": weight}, partial(head, config), ("weight",), logits))
     objectives = {"cross_entropy": Objective(1.0, valid_labels)}
     ropes = tuple(dict.fromkeys((layer.mixer.rope, layer.mixer.head_dim) for layer in config.layers))
     return Model(config, tuple(segments), objectives, RULES, partial(accepts, config), partial(tables, ropes))

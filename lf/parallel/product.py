@@ -97,16 +97,16 @@ def into(acc: Tensor | None, rows: Tensor, dy: Tensor) -> Tensor | None:
     return None
 
 
-# An op of its own, so that a compiler sees one call that changes acc. Not by torch.library.custom_op: that loads Dynamo on the first call.
-_LIBRARY = torch.library.Library("lf", "FRAGMENT")
-_LIBRARY.define("add_product(Tensor(a!) acc, Tensor rows, Tensor dy) -> ()")
-
-
-@torch.library.impl(_LIBRARY, "add_product", "CompositeExplicitAutograd")
 def _add_product(acc: Tensor, rows: Tensor, dy: Tensor) -> None:
     if acc.dtype == rows.dtype:
         acc.addmm_(dy.T, rows)
-    elif acc.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # since torch 2.8: what the matrix units add up in is kept
+    elif acc.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # newer torch: what the matrix units add up in is kept
         torch.ops.aten.addmm.dtype_out(acc, dy.T, rows, acc.dtype, out=acc)
     else:
         acc.add_(F.linear(dy.T, rows.T))
+
+
+# An op of its own, so that a compiler sees one call that changes acc. Not by torch.library.custom_op: that loads Dynamo on the first call.
+_LIBRARY = torch.library.Library("lf", "FRAGMENT")
+_LIBRARY.define("add_product(Tensor(a!) acc, Tensor rows, Tensor dy) -> ()")
+_LIBRARY.impl("add_product", _add_product, "CompositeExplicitAutograd")

@@ -55,9 +55,9 @@ def _laid_out(piece: Piece, grad: Tensor) -> Tensor:
 
 
 def owned_square_sum(owned: Sequence[tuple[str, Piece]], grads: dict[str, Tensor], zero: Tensor) -> Tensor:
-    """Σ g² over the elements that this rank counts: P over all ranks, so that its sum is the square of the global norm.
+    """Σ g² over the elements that this rank counts, or `zero`: P over all ranks, so that its sum is the square of the global norm.
 
-    owned: (path, piece) for all that `Layout.owned` gives this rank, perhaps nothing: then the sum is `zero`.
+    owned: (path, piece) for all that `Layout.owned` gives this rank.
     """
     views = [piece.view(grads[path]) for path, piece in owned]
     return torch.stack(torch._foreach_norm(views)).square().sum() if views else zero

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lf.layouts import Layout
 from lf.parallel.product import W
-from lf.schedule.ir import Action, Program, flat
+from lf.schedule.ir import Action, Program, ProgramError, flat
 from lf.schedule.lower import reduced_layers, tied_paths
 from lf.schedule.pieces import Stage, stages
 from lf.schedule.shapes import Shapes, key, trace
@@ -30,6 +30,7 @@ class Piece:
     anything before it trains, so that its input has a gradient · `back`: whether it has a backward.
     """
 
+    stage: int
     name: str
     fn: LayerFn
     names: tuple[tuple[str, tuple[tuple[str, str, bool], ...]], ...]
@@ -81,10 +82,12 @@ def bind(program: Program, layout: Layout, ctx: Any, compile: bool = False, name
         if a.op == "F" and where not in pieces:
             segments = {s.name: s for s in layout.stages[a.stage]}
             names = known[a.stage].pieces(a.segment) if segments else ()
-            pieces[where] = tuple(_piece(name, known[a.stage], segments, layout, fns, compile) for name in names)
+            pieces[where] = tuple(_piece(a.stage, name, known[a.stage], segments, layout, fns, compile) for name in names)
         elif a.op != "REDUCE" and a.op != "FREE" and a.op not in ("SEND_F", "SEND_B", "RECV_F", "RECV_B") and where not in spans:
             lo, hi = known[a.stage].span(a.segment) or (0, 0)
             spans[where] = frozenset((*known[a.stage].atoms[lo:hi], *known[a.stage].layers[lo:hi]))
+    if compile and (named := sorted({op for a in flat(actions) for op in a.ops})):
+        raise ProgramError(f"ops {', '.join(named)} are to be run again: a compiler decides itself what it keeps; leave out compile, or these ops")
     again = {(a.stage, a.microbatch, p): a.ops for a in flat(actions) if a.op == "REMAT" for p in spans[a.stage, a.segment]}
     away = {(a.stage, a.microbatch, p) for a in flat(actions) if a.op == "OFFLOAD" for p in spans[a.stage, a.segment]}
     return Bound(
@@ -100,7 +103,7 @@ def bind(program: Program, layout: Layout, ctx: Any, compile: bool = False, name
 
 
 def _piece(
-    name: str, stage: Stage, segments: dict[str, Segment], layout: Layout, fns: dict[tuple[Any, ...], LayerFn], compile: bool
+    index: int, name: str, stage: Stage, segments: dict[str, Segment], layout: Layout, fns: dict[tuple[Any, ...], LayerFn], compile: bool
 ) -> Piece:
     lo, hi = stage.span(name) or (0, 0)
     mine = [segments[atom] for atom in stage.atoms[lo:hi]]
@@ -111,7 +114,7 @@ def _piece(
     if key not in fns:  # equal layers share one function, and so one compilation
         fns[key] = _compiled(_layer(key)) if compile else _layer(key)
     leaves = tuple(dict.fromkeys(path for _, _, path, w in trained if not w))
-    return Piece(name, fns[key], names, leaves, tuple((s, n, path) for s, n, path, w in trained if w), upstream, hi > stage.stop)
+    return Piece(index, name, fns[key], names, leaves, tuple((s, n, path) for s, n, path, w in trained if w), upstream, hi > stage.stop)
 
 
 def _layer(applies: Sequence[Callable[..., Any]]) -> LayerFn:

@@ -27,7 +27,9 @@ def recompute(program: Program, layout: Layout, policy: Recompute) -> Program:
         row: list[Action] = []
         for part in _parts(a, known, cuts):
             ops = chosen[a.stage].get(part.segment or "") if part.op in BACKWARD else None
-            row += [attrs.evolve(part, op="REMAT", ops=ops)] * (ops is not None) + [part]
+            if ops is not None:
+                row.append(attrs.evolve(part, op="REMAT", ops=ops))
+            row.append(part)
         return row
 
     return each(program, change)

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lf.batch import Batch
 from lf.parallel.product import W, probe_of, weight_gradient
@@ -22,6 +24,8 @@ from lf.parallel.reduce import reduce_gradients
 from lf.schedule.bind import Bound, Piece
 from lf.schedule.ir import Action, flat
 from lf.schedule.memory import memory_at
+from lf.schedule.slots import Slots, entry, got
+from lf.schedule.vjp import Root
 from lf.segment import Segment, Terms, path_of
 
 Carry = dict[str, Any]  # name → Tensor, or a function that waits for one
@@ -29,12 +33,15 @@ Carry = dict[str, Any]  # name → Tensor, or a function that waits for one
 
 @attrs.define
 class _Kept:
-    """What the forward of a piece leaves for its backward. `root`: a scalar from which the gradients in `seeds` flow into the graph; None where the
-    piece is to be made again, or leads to nothing that trains."""
+    """What the forward of a piece leaves for its backward. `x`: where it is to be made again, its input, or the slots of that · `inputs`: what the
+    gradients of its input are those of · `root`: a scalar from which the gradients in `seeds` flow into the graph; None where there is none yet,
+    or it leads to nothing that trains · `slots`: where a later action moves or makes again what the graph keeps."""
 
     piece: Piece
-    x: dict[str, Tensor]
+    x: dict[str, Any] = attrs.field(factory=dict)
+    inputs: dict[str, Tensor] = attrs.field(factory=dict)
     root: Tensor | None = None
+    slots: Slots | None = None
     outputs: tuple[str, ...] = ()
     losses: tuple[str, ...] = ()
     seeds: list[Tensor | None] = attrs.field(factory=list)
@@ -81,6 +88,7 @@ class _Rank:
         self.values: dict[tuple[str, int, int | None], Carry] = {}
         self.sent: dict[tuple[str, int, int | None], list[Callable[[], None]]] = {}
         self.waits: list[Callable[[], None]] = []
+        self.streams = ctx.device.copy_streams() if bound.away else None
         device = next(iter(batches[0].plan.values())).device
         true = torch.ones((), dtype=torch.bool, device=device)
         self.device, self.seen = device, [[true] for _ in batches]  # of each microbatch, whether what was looked at is finite
@@ -98,7 +106,7 @@ class _Rank:
                     turns.append(turn)
 
         do |= {"SEND_F": self.send, "SEND_B": self.send, "RECV_F": self.recv, "RECV_B": self.recv, "FREE": self.free, "REDUCE": self.reduce}
-        return do | {"OVERLAP": overlap}
+        return do | {"OVERLAP": overlap, "OFFLOAD": self.copy, "FETCH": self.copy}
 
     def results(self) -> tuple[dict[str, Tensor], Terms, Tensor]:
         self.finish_sums()
@@ -115,7 +123,10 @@ class _Rank:
             with memory_at(f"the forward of {piece.name}, action {a}", (i + 1) / len(pieces), self.grads):
                 keeps = self.trains and piece.back
                 again = self.bound.again.get((s, m, piece.name)) if keeps else None
-                kept, carry, losses = self.make(piece, carry, m, graph=keeps and again is None, split=at in self.bound.split)
+                if keeps and again != ():
+                    kept, carry, losses = self.make(piece, carry, m, again or ())
+                else:
+                    kept, carry, losses = self.pass_by(piece, carry, m, keeps)
             if keeps:
                 self.kept.setdefault(at, []).append(kept)
             _add_terms(self.terms, {"losses": losses})
@@ -136,27 +147,49 @@ class _Rank:
             if part.op in ("F", "B", "I") and where in self.values:
                 self.values[where] = _here(self.values[where])
 
-    def make(self, piece: Piece, carry: Carry, m: int, graph: bool, split: bool) -> tuple[_Kept, Carry, dict[str, Tensor]]:
-        """Runs a piece from a cut: its input is a leaf of a graph of its own."""
-        x = {k: v.detach().requires_grad_(piece.upstream and self.trains and v.is_floating_point()) for k, v in carry.items()}
-        values, probes = self.parameters(piece, m, split) if graph else (self.plain(piece), ())
-        with torch.set_grad_enabled(graph):
-            y, losses = piece.fn(values, _unwrap(x), self.batches[m], self.ctx)
-            kept, y = _Kept(piece, x), _wrap(y)
-            if graph:
+    def make(self, piece: Piece, carry: dict[str, Tensor], m: int, again: Sequence[str] = ()) -> tuple[_Kept, Carry, dict[str, Tensor]]:
+        """Runs a piece from a cut: its input is a leaf of a graph of its own. `again`: ops that a REMAT will run again."""
+        away, ctx, kept = (piece.stage, m, piece.name) in self.bound.away, self.ctx, _Kept(piece)
+        values, kept.probes = self.parameters(piece, m)
+        with torch.enable_grad():
+            x = {k: v.detach() for k, v in carry.items()}
+            wanted = [k for k, v in x.items() if piece.upstream and v.is_floating_point()]
+            if again or away:
+                kept.slots = Slots(self.storages(m), again)
+                ctx = attrs.evolve(ctx, ops=kept.slots.table(ctx.ops)) if again else ctx
+                for k in wanted:
+                    kept.inputs[k], x[k] = entry(x[k])
+            else:
+                kept.inputs = {k: x[k].requires_grad_() for k in wanted}
+            with kept.slots.filing() if kept.slots else nullcontext():
+                y, losses = piece.fn(values, _unwrap(x), self.batches[m], ctx)
+                y = _wrap(y)
                 outputs = {k: v for k, v in y.items() if v.requires_grad}
                 weighed = {k: v for k, v in losses.items() if v.requires_grad}
-                kept.outputs, kept.losses, kept.probes = tuple(outputs), tuple(weighed), probes
+                kept.outputs, kept.losses = tuple(outputs), tuple(weighed)
                 if outputs or weighed:
-                    kept.root = _Root.apply(kept.seeds, *outputs.values(), *weighed.values())
+                    kept.root = Root.apply(kept.seeds, *outputs.values(), *weighed.values())
         return kept, {k: v.detach() for k, v in y.items()}, {k: v.detach() for k, v in losses.items()}
 
-    def plain(self, piece: Piece) -> tuple[dict[str, Tensor | W], ...]:
-        return tuple({n: self.leaves[path] for n, path, _ in params} for _, params in piece.names)
+    def pass_by(self, piece: Piece, carry: dict[str, Tensor], m: int, keeps: bool) -> tuple[_Kept, Carry, dict[str, Tensor]]:
+        """Runs a piece without a graph. `keeps`: its input stays, for it to be made again."""
+        kept = _Kept(piece, dict(carry) if keeps else {})
+        if keeps and (piece.stage, m, piece.name) in self.bound.away:
+            kept.slots = Slots(self.storages(m))
+            kept.x = {k: kept.slots.file(v) for k, v in carry.items()}
+        with torch.no_grad():
+            values = tuple({n: self.leaves[path] for n, path, _ in params} for _, params in piece.names)
+            y, losses = piece.fn(values, _unwrap(carry), self.batches[m], self.ctx)
+        return kept, _wrap(y), losses
 
-    def parameters(self, piece: Piece, m: int, split: bool) -> tuple[tuple[dict[str, Tensor | W], ...], tuple[tuple[Tensor, Tensor], ...]]:
+    def storages(self, m: int) -> frozenset[int]:
+        """What never leaves the device: the parameters, and what many layers use of a batch."""
+        tensors = [*self.leaves.values(), *tree_leaves([self.batches[m].plan, self.batches[m].payload, self.batches[m].derived])]
+        return frozenset(t.untyped_storage().data_ptr() for t in tensors)
+
+    def parameters(self, piece: Piece, m: int) -> tuple[tuple[dict[str, Tensor | W], ...], tuple[tuple[Tensor, Tensor], ...]]:
         """What each segment gets: a weight of a product comes with the sum that its gradient is added to, or with probes where W makes it."""
-        probes = {}
+        probes, split = {}, (piece.stage, m) in self.bound.split
         if split and piece.products:
             seen = self.bound.shapes(self.batches[m], self.ctx).products
             probes = {(s, n): probe_of(seen[s][n], self.device) for s, n, _ in piece.products}
@@ -205,7 +238,7 @@ class _Rank:
     def back(self, kept: _Kept, dy: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[tuple[str, Tensor, Tensor]]]:
         """Adds a piece's weight gradients; returns the gradient of its input and what its W multiplies."""
         piece = kept.piece
-        inputs = {k: v for k, v in kept.x.items() if v.requires_grad}
+        inputs = kept.inputs
         plain = [self.leaves[p] for p in piece.leaves]
         # a weight with a sum of its own stands here for its product to stay in the backward; its gradient is None
         rest = [t for pair in kept.probes for t in pair] or [self.leaves[path] for _, _, path in piece.products]
@@ -259,8 +292,18 @@ class _Rank:
         for i, kept in enumerate(pieces):
             if kept.piece.name in covered:
                 with memory_at(f"the second forward of {kept.piece.name}, action {a}", 1.0, self.grads):
-                    pieces[i], _, _ = self.make(kept.piece, kept.x, a.microbatch, graph=True, split=at in self.bound.split)
+                    if a.ops and kept.slots is not None:
+                        kept.slots.remat()
+                    else:
+                        pieces[i], _, _ = self.make(kept.piece, {k: got(v) for k, v in kept.x.items()}, a.microbatch)
                 yield
+
+    def copy(self, a: Action) -> None:
+        """OFFLOAD and FETCH: they start copies; who needs one waits."""
+        covered = self.bound.spans[a.stage, a.segment]
+        for kept in self.kept[a.stage, a.microbatch]:
+            if kept.piece.name in covered and kept.slots is not None:
+                (kept.slots.offload if a.op == "OFFLOAD" else kept.slots.fetch)(self.ctx.device, self.streams)
 
     def send(self, a: Action) -> None:
         kind, s, m = a.op[-1], a.stage, a.microbatch
@@ -310,21 +353,6 @@ def run_forward(segments: Sequence[Segment], params: dict[str, Any], batch: Batc
             x, new = segment.apply({n: _lookup(params, path_of(segment, n)) for n in segment.params}, x, batch, ctx)
             _add_terms(terms, new)
     return x, terms
-
-
-class _Root(torch.autograd.Function):
-    """A scalar whose gradient by each output is what lies in `seeds` by then. It holds the outputs' graph and not the outputs: their memory goes
-    when nobody else needs it. (autograd.grad takes gradients, too, but loads sympy to compare shapes: 36 MiB and half a second on every rank.)
-    """
-
-    @staticmethod
-    def forward(ctx: Any, seeds: list[Tensor | None], *outputs: Tensor) -> Tensor:
-        ctx.seeds, ctx.dtypes = seeds, [y.dtype for y in outputs]
-        return outputs[0].new_empty(())
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        return None, *(g if g is None else g.to(dtype) for g, dtype in zip(ctx.seeds, ctx.dtypes))
 
 
 def _to_the_end(turns: Callable[[Action], Iterator[None]]) -> Callable[[Action], None]:

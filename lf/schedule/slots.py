@@ -99,7 +99,7 @@ class _Recipe:
     outputs: tuple[Tensor, ...] = ()
 
     def run(self) -> None:
-        args = tuple(_get(a) for a in self.args)
+        args = tuple(got(a) for a in self.args)
         self.inputs = tuple(a.detach().requires_grad_() if n else a for a, n in zip(args, self.needs))
         with torch.enable_grad():
             self.outputs = _several(self.op(*self.inputs))
@@ -147,7 +147,7 @@ class Slots:
         """What autograd keeps in here, on this thread, is filed."""
         self._filing = True
         try:
-            with torch.autograd.graph.saved_tensors_hooks(self._file, _get):
+            with torch.autograd.graph.saved_tensors_hooks(self.file, got):
                 yield
         finally:
             self._filing = False
@@ -210,7 +210,7 @@ class Slots:
     def _live(self) -> list[_Slot]:
         return [slot for ref in self._slots if (slot := ref()) is not None]
 
-    def _file(self, x: Tensor) -> Any:
+    def file(self, x: Tensor) -> Any:
         """The place of x: without its graph, or a node that keeps its own output would keep itself."""
         storage, value, version, place = x.untyped_storage(), x.detach(), x._version, (x.shape, x.stride(), x.storage_offset())
         if made := self._made.get(storage._cdata):
@@ -230,7 +230,7 @@ class Slots:
             needs = tuple(isinstance(a, Tensor) and a.requires_grad for a in args)
             if not (self._filing and torch.is_grad_enabled() and any(needs)):
                 return op(*args)
-            recipe = _Recipe(name, op, tuple(self._file(a) if isinstance(a, Tensor) else a for a in args), needs)
+            recipe = _Recipe(name, op, tuple(self.file(a) if isinstance(a, Tensor) else a for a in args), needs)
             self._recipes.append(weakref.ref(recipe))
             out = _Again.apply(recipe, *args)
             given = {a.untyped_storage()._cdata for a in args if isinstance(a, Tensor)}
@@ -294,7 +294,8 @@ class _Handle(torch.autograd.Function):
         return dy
 
 
-def _get(place: Any) -> Any:
+def got(place: Any) -> Any:
+    """The tensor that lies in this place; what is no place is itself."""
     return place.get() if isinstance(place, (_Slot, _Output)) else place
 
 
