@@ -30,7 +30,8 @@ from lf.data.stream import Row
 from lf.layouts import Layout, layout
 from lf.mesh import Mesh
 from lf.optim import Optimizer, sgd
-from lf.schedule import one_f_one_b
+from lf.schedule import Program
+from lf.schedule.build import build
 from lf.segment import Model
 from lf.spec import Init, Spec
 from lf.state import init
@@ -127,9 +128,13 @@ def compare(
     clip: float | None = 1.0,
     device: str = "cpu",
     spmd: Callable[..., list[Any]] = simulated,
+    program: Callable[[Layout, int], Program] = build,
+    compile: bool = False,
 ) -> Report:
     """`model` on `mesh`, with `microbatches` a rank and step, against one rank. `split`, `placement`, `frozen`: as in `lf.layout`; the one rank has
-    one stage, and the same frozen. `spmd(mesh, fn, *args)` is how ranks are run: fn(axes, *args) on each, the results in their order. Raises what the ranks raise; ConfigError where the device has no float64.
+    one stage, and the same frozen. `program(layout, microbatches)`: what the mesh does in a step; the one rank makes a forward and its backward in
+    turn. `compile`: as in `lf.train.make`, of the mesh alone. `spmd(mesh, fn, *args)` is how ranks are run: fn(axes, *args) on each, the results
+    in their order. Raises what the ranks raise; ConfigError where the device has no float64.
     """
     if not devices.get(device).FLOAT64:
         raise ConfigError(f"device {device!r} has no float64, which parity is measured in; use --device cpu")
@@ -139,8 +144,8 @@ def compare(
     single = layout(model, Mesh(dp=1), rules, frozen=frozen)
     where = layout(model, mesh, rules, split=split, placement=placement, frozen=frozen)
     args = (batches, seed, lr, clip, device)
-    (one,) = simulated(single.mesh, trace, single, *args)
-    many = spmd(mesh, trace, where, *args)
+    (one,) = simulated(single.mesh, trace, single, build(single, count), *args)
+    many = spmd(mesh, trace, where, program(where, microbatches), *args, compile)
     rows = _compared(single, one, where, many)
     return Report(mesh, microbatches, seed, tuple(rows))
 
@@ -148,17 +153,19 @@ def compare(
 def trace(
     axes: Any,
     where: Layout,
+    program: Program,
     batches: Sequence[Sequence[Batch]],
     seed: int,
     lr: float,
     clip: float | None,
     device: str,
+    compile: bool = False,
 ) -> Trace:
     """This rank's part of a few steps of `lf.train.make`. batches[step] are the microbatches of all dp coordinates."""
     ctx = Context(axes, devices.get(device), "fp64")
     d, dp = axes["dp"].index, axes["dp"].size
     seen: list[dict[str, Tensor]] = []
-    start, step = make(where, _recording(sgd(lr), seen), one_f_one_b(1, len(batches[0]) // dp), ctx, clip)
+    start, step = make(where, _recording(sgd(lr), seen), program, ctx, clip, compile)
     state, metrics = start(randomised(where, ctx, seed)), []
     for row in batches:
         state, new = step(state, [b for i, b in enumerate(row) if i % dp == d])

@@ -25,7 +25,10 @@ def recompute(program: Program, layout: Layout, policy: Recompute) -> Program:
 
     def change(a: Action) -> Sequence[Action]:
         row: list[Action] = []
-        for part in _parts(a, known, cuts):
+        parts = _parts(a, known, cuts)
+        if a.stage in cuts and parts == (a,) and a.segment is not None and a.segment not in cuts[a.stage]:
+            raise ProgramError(f"{a} is a part of what --recompute takes as a whole; its pieces are {', '.join(cuts[a.stage])}")
+        for part in parts:
             ops = chosen[a.stage].get(part.segment or "") if part.op in BACKWARD else None
             if ops is not None:
                 row.append(attrs.evolve(part, op="REMAT", ops=ops))
@@ -51,15 +54,15 @@ def _cuts(stage: Stage, names: Sequence[str] | Mapping[str, object]) -> tuple[st
 
 
 def _parts(a: Action, known: Sequence[Stage], cuts: Cuts) -> Sequence[Action]:
-    """The action, one for each cut that it covers; backwards from the last, and only where there is one."""
+    """The action, one for each cut that it covers; backwards from the last, and only where there is one. One that is cut finer stays."""
     if a.stage not in cuts or a.op not in ("F", *BACKWARD):
         return (a,)
     stage = known[a.stage]
     lo, hi = stage.span(a.segment) or (0, 0)
     spans = {name: stage.span(name) or (0, 0) for name in cuts[a.stage]}
     mine = [name for name, (first, last) in spans.items() if lo <= first and last <= hi and (a.op == "F" or last > stage.stop)]
-    if not mine and lo < hi and not any(first == lo and last == hi for first, last in spans.values()):
-        raise ProgramError(f"{a} is a part of what the policy takes as a whole; its pieces are {', '.join(spans)}")
+    if not mine and not any(first == lo and last == hi for first, last in spans.values()):
+        return (a,)
     return [attrs.evolve(a, segment=name) for name in (mine if a.op == "F" else reversed(mine))]
 
 

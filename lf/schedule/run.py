@@ -178,7 +178,7 @@ class _Rank:
             kept.slots = Slots(self.storages(m))
             kept.x = {k: kept.slots.file(v) for k, v in carry.items()}
         with torch.no_grad():
-            values = tuple({n: self.leaves[path] for n, path, _ in params} for _, params in piece.names)
+            values: tuple[dict[str, Tensor | W], ...] = tuple({n: self.leaves[path] for n, path, _ in params} for _, params in piece.names)
             y, losses = piece.fn(values, _unwrap(carry), self.batches[m], self.ctx)
         return kept, _wrap(y), losses
 

@@ -13,6 +13,7 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from lf import ops
 from lf.axes_meta import MetaAxes
@@ -56,13 +57,16 @@ def trace(layout: Layout, batch: Batch, ctx: Any) -> Shapes:
     table = SimpleNamespace(**{**vars(ctx.ops), **vars(op_table(ops))})
     ctx = attrs.evolve(ctx, axes=MetaAxes(layout.mesh, ctx.axes.rank), ops=table)
     done: dict[Any, tuple[Any, dict[str, Seen], frozenset[str]]] = {}
-    inputs, products, losses, x = [], {}, [], {}
+    x: Any = {}
+    inputs, products, losses = [], {}, []
     with torch.no_grad():
-        bare = attrs.evolve(batch, plan=_meta(batch.plan), payload=_meta(batch.payload), derived={})
-        batch = _run("Model.prepare", layout.model.prepare, bare, ctx)
+        derived = batch.derived  # by its shapes, where there is any; else worked out here
+        batch = attrs.evolve(batch, plan=_meta(batch.plan), payload=_meta(batch.payload), derived=_meta(derived))
+        if not derived:
+            batch = _run("Model.prepare", layout.model.prepare, batch, ctx)
         for stage in layout.stages:
             inputs.append(_carry(x))
-            found = set()
+            found: set[str] = set()
             for segment in stage:
                 shapes = {name: layout.specs[path_of(segment, name)].local_shape(ctx.axes.coords) for name in segment.params}
                 like = (segment.apply, segment.products, tuple(shapes.items()), tuple(_carry(x).items()))
@@ -100,8 +104,9 @@ def _run(what: str, function: Callable[..., Any], *args: Any) -> Any:
         ) from error
 
 
-def _meta(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: torch.empty_like(v, device="meta") for name, v in values.items()}
+def _meta(values: Any) -> Any:
+    """The same tree with its tensors on paper."""
+    return tree_map(lambda v: torch.empty_like(v, device="meta") if isinstance(v, Tensor) else v, values)
 
 
 def _carry(x: Any) -> Carry:
