@@ -2,7 +2,8 @@
 
 The Python stack of every thread is written by the signal handler itself, in native code, so it comes whatever the process is stuck in, also where
 native code has kept the interpreter's lock. Then the process's Positions are said: by a thread that the signal wakes, since the main thread may
-wait in native code for ever. (A second signal within microseconds may get the second part alone.) A process that hears SIGUSR1 in a way of its own keeps it.
+wait in native code for ever. A second signal that comes while the first is being answered may get the second part alone. A process that hears
+SIGUSR1 in a way of its own keeps it.
 """
 
 from __future__ import annotations
