@@ -16,6 +16,7 @@ from lf import parity
 from lf.models.decoder import Attention, DecoderConfig, GatedMLP, Layer, decoder
 from lf.models.small import shrunk, tiny
 from lf.parity import Quantity, Report, compare
+from lf.schedule.build import build
 
 FAST = ["tp=2,dp=2", "tp=4", "dp=3"]
 FACTORINGS_OF_8 = ["dp=8", "dp=4,tp=2", "dp=2,tp=4", "tp=8"]
@@ -202,7 +203,7 @@ def test_two_models_with_two_layouts_in_one_process() -> None:
     def body(axes):
         if axes.rank == 0:
             inner.append(compare(tiny(False), lf.Mesh(tp=2, dp=1), steps=1).ok)
-        trace = parity.trace(axes, lf.layout(tiny(), axes.mesh), [parity.random_batches(tiny(), 0, 0, 2, 9)], 0, 0.1, None, "cpu")
+        trace = parity.trace(axes, lf.layout(tiny(), axes.mesh), build(lf.layout(tiny(), axes.mesh), 1), [parity.random_batches(tiny(), 0, 0, 2, 9)], 0, 0.1, None, "cpu")
         return torch.stack([trace.metrics[0]["loss"], axes["dp"].sum(trace.metrics[0]["loss"]) / 2])
 
     a, b = lf.sim.spmd(lf.Mesh(dp=2), body)
