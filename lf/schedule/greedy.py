@@ -76,14 +76,22 @@ class _Scheduler:
         return (turn and self.forward(rank)) or self.backward(rank) or self.forward(rank) or self.weight(rank)
 
     def forward(self, rank: _Rank) -> Action | None:
-        """What the oldest microbatch still needs is kept free: so it can always go on, and all others after it."""
-        if rank.oldest == self.microbatches:
-            return None
-        room = rank.held + rank.left[rank.oldest][0] < self.limit
         for stage in reversed(rank.forwards):
-            if (there := rank.forwards[stage]) and (room or there[0] == rank.oldest):
+            if (there := rank.forwards[stage]) and self.safe(rank, there[0]):
                 return Action("F", stage, heappop(there))
         return None
+
+    def safe(self, rank: _Rank, microbatch: int) -> bool:
+        """Whether, with one more forward of this microbatch held, all can still leave one after another, the oldest first (Dijkstra's banker)."""
+        free, stages = self.limit - rank.held - 1, len(rank.forwards)
+        m = rank.oldest
+        while free < stages and m < self.microbatches:
+            forwards, backwards = rank.left[m]
+            if forwards - (m == microbatch) > free:
+                return False
+            free += backwards - forwards + (m == microbatch)
+            m += 1
+        return free >= 0
 
     def backward(self, rank: _Rank) -> Action | None:
         if not rank.backwards:
