@@ -6,6 +6,8 @@
     OFFLOAD   one at a time beside the compute
     FETCH     likewise, after the OFFLOAD of the same; the B, I, W or REMAT of that microbatch and segment waits for it
     REDUCE, FREE and others   one at a time of each beside the compute; nothing waits for them
+
+Times are in whatever unit they are given in.
 """
 
 from __future__ import annotations

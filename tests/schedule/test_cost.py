@@ -24,7 +24,8 @@ def test_1f1b_on_two_ranks_by_hand() -> None:
     t = cost(loads(TWO))
     assert [at(t, w) for w in ("0F0", "0F1", "1F0", "1B0", "1F1", "1B1")] == [(0, 1), (1, 2), (1, 2), (2, 4), (4, 5), (5, 7)]
     assert (at(t, "0B0"), at(t, "0B1"), t.makespan) == ((4, 6), (7, 9), 9)
-    assert [t.busy(r) for r in (0, 1)] == [6, 6] and [t.bubble(r) for r in (0, 1)] == [3, 3]
+    assert [t.busy(r) for r in (0, 1)] == [6, 6]
+    assert [t.bubble(r) for r in (0, 1)] == [3, 3]
     assert [t.peak(r) for r in (0, 1)] == [2, 1]
     assert t.memory[0] == ((0, 1), (1, 2), (6, 1), (9, 0))
 
@@ -33,7 +34,8 @@ def test_times_by_op_and_by_function_and_a_link() -> None:
     t = cost(loads(TWO), {"F": 2, "B": 3}, link=0.5)
     assert (at(t, "1F0"), at(t, "0B0")) == ((2.5, 4.5), (8, 11))
     slow = cost(loads(TWO), lambda a: 10.0 if a.stage == 1 else 1.0, link=lambda send, source, target: 5.0 if send.op == "SEND_B" else 0.0)
-    assert at(slow, "1F0") == (1, 11) and at(slow, "0B0") == (26, 27)
+    assert at(slow, "1F0") == (1, 11)
+    assert at(slow, "0B0") == (26, 27)
     assert cost(zb_h1(2, 2), {"B": 4}).busy(0) == 2 * (1 + 4)  # I and W are half a B where only B is given
 
 
@@ -74,7 +76,8 @@ def test_copies_run_beside_the_compute_and_are_waited_for() -> None:
     quick, slow = cost(loads(text), {"OFFLOAD": 1, "FETCH": 2}), cost(loads(text), {"OFFLOAD": 5, "FETCH": 2})
     assert (at(quick, "0OFFLOAD0"), at(quick, "0F1"), at(quick, "0FETCH0"), at(quick, "0B0")) == ((1, 2), (1, 2), (4, 6), (6, 8))
     assert (at(slow, "0FETCH0"), at(slow, "0B0")) == ((6, 8), (8, 10))
-    assert quick.memory[0] == ((0, 1), (1, 2), (2, 1), (4, 1), (8, 0)) and slow.memory[0][2:] == ((4, 1), (6, 1), (10, 0))
+    assert quick.memory[0] == ((0, 1), (1, 2), (2, 1), (4, 1), (8, 0))
+    assert slow.memory[0][2:] == ((4, 1), (6, 1), (10, 0))
     ahead = cost(loads("0F0[a] 0F0[b] 0OFFLOAD0[a] 0FETCH0[a] 0B0[b] 0B0[a]"), {"F": 2, "B": 4, "FETCH": 6})
     assert at(ahead, "0B0[b]") == (2, 4)  # which does not need what is fetched
     assert at(ahead, "0B0[a]")[0] == at(ahead, "0FETCH0[a]")[1]
@@ -83,8 +86,10 @@ def test_copies_run_beside_the_compute_and_are_waited_for() -> None:
 def test_an_overlap_takes_its_two_or_what_is_said() -> None:
     pair = OVERLAP(Action("F", 0, 1), Action("B", 0, 0))
     program: Program = ((Action("F", 0, 0), pair, Action("B", 0, 1)),)
-    assert cost(program).makespan == 6 and cost(program, {"OVERLAP": 2}).makespan == 5
-    assert cost(program).peak(0) == 2 and cost(program).busy(0) == 6
+    assert cost(program).makespan == 6
+    assert cost(program, {"OVERLAP": 2}).makespan == 5
+    assert cost(program).peak(0) == 2
+    assert cost(program).busy(0) == 6
     own = ((OVERLAP(Action("F", 0, 0), Action("B", 0, 0)),),)  # the second needs the first: as one they still go on
     assert cost(own).makespan == 3
 
