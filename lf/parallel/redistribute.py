@@ -18,7 +18,7 @@ all-to-all (t-1)/t² · N. Source: Korthikanti et al. 2022 (arXiv 2205.05198) §
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import attrs
 import torch
@@ -28,8 +28,7 @@ from lf.mesh import shares
 from lf.spec import LayoutError
 
 
-@attrs.frozen
-class Type:
+class Type(NamedTuple):  # a tuple, because Dynamo cannot make frozen attrs objects, and a layer makes these as it runs
     """How a tensor lies along one mesh axis. `sizes` (S only) is the length on each rank; None cuts in balanced shares and joins equal ones."""
 
     kind: str
@@ -111,7 +110,7 @@ class _Move(torch.autograd.Function):
 def redistribute(x: Tensor, axis: Any, src: Type, dst: Type) -> Tensor:
     """x laid out as `src` on `axis`, returned as `dst`; identity when the axis has one rank. Raises LayoutError on a pair not in EDGES."""
     pair = f"{src.kind}→{dst.kind}"
-    src, dst = (attrs.evolve(t, dim=t.dim % x.dim()) if t.dim < 0 else t for t in (src, dst))  # S(-1) is the last dim
+    src, dst = (t._replace(dim=t.dim % x.dim()) if t.dim < 0 else t for t in (src, dst))  # S(-1) is the last dim
     if src.kind == dst.kind == "S":
         if src.dim == dst.dim:
             raise LayoutError(f"{src}→{dst} on {axis.name}: a shard moves to another dim; on the same dim there is nothing to do")
@@ -120,12 +119,12 @@ def redistribute(x: Tensor, axis: Any, src: Type, dst: Type) -> Tensor:
     if axis.size == 1:
         return x
     if pair == "S→S":  # fix the sizes now, here and below: backward sees another length
-        src, dst = attrs.evolve(src, sizes=tuple(_gathered(x, axis, src))), attrs.evolve(dst, sizes=tuple(_cut(x, axis, dst)))
+        src, dst = src._replace(sizes=tuple(_gathered(x, axis, src))), dst._replace(sizes=tuple(_cut(x, axis, dst)))
         return _Move.apply(x, lambda x: _swap(x, axis, src, dst), lambda dy: _swap(dy, axis, dst, src))
     shard, edge = (dst if dst.kind == "S" else src), EDGES[pair]
     if shard.kind == "S":
         sizes = _cut(x, axis, shard) if dst.kind == "S" else _gathered(x, axis, shard)
-        shard = attrs.evolve(shard, sizes=tuple(sizes))
+        shard = shard._replace(sizes=tuple(sizes))
     return _Move.apply(x, lambda x: edge.forward(x, axis, shard), lambda dy: edge.backward(dy, axis, shard))
 
 

@@ -21,11 +21,13 @@ from lf.ops import attention
 from lf.ops.adamw import adamw_update as update
 from lf.optim import adamw, lr, sgd
 from lf.optim.adamw import is_matrix
-from lf.parallel import linear, redistribute, reduce, vocab
+from lf.parallel import linear, product, redistribute, reduce, vocab
 from lf.schedule import check, lower, run
 from lf.spec import Part, Spec
 
-REDISTRIBUTE, LINEAR, VOCAB, REDUCE = (f"tests/parallel/test_{name}.py" for name in ("redistribute", "linear", "vocab", "reduce"))
+REDISTRIBUTE, LINEAR, PRODUCT, VOCAB, REDUCE = (
+    f"tests/parallel/test_{name}.py" for name in ("redistribute", "linear", "product", "vocab", "reduce")
+)
 PARITY, TRAIN, GLOO, SPEC, LAWS = (f"tests/test_{name}.py" for name in ("parity", "train", "gloo", "spec", "laws"))
 CHECK, RUN, OPTIM = "tests/schedule/test_check.py", "tests/schedule/test_run.py", "tests/optim/test_adamw.py"
 
@@ -158,14 +160,16 @@ MOVES = [
     words(
         "redistribute: sizes not fixed before backward",
         REDISTRIBUTE,
-        (redistribute.redistribute, "shard = attrs.evolve(shard, sizes=tuple(sizes))", "pass"),
+        (redistribute.redistribute, "shard = shard._replace(sizes=tuple(sizes))", "pass"),
     ),
-    words("column linear: dX is not scattered", LINEAR, (linear._scatter, "if axis.size == 1:", "if True:")),
+    words("column linear: dX is not scattered", LINEAR, (linear._scatter, 'EDGES["S→R"].backward(dx, axis, seq, later=True)', "lambda: dx")),
     words(
         "column linear: dW from the shard's own rows",
         LINEAR,
-        (linear._Column.backward, "rows()", "torch.cat([x] * axis.size)[: len(dy)]"),
+        (linear._Column.backward, "gathered()", "torch.cat([x] * axis.size)[: len(dy)]"),
     ),
+    words("column linear: the probe gets no dY on the first rank", LINEAR, (linear._Column.backward, "(rows, dy) if", "(rows, dy * axis.index) if")),
+    words("product: the sum is written over", (PRODUCT, LINEAR), (product._add_product, "acc.addmm_(dy.T, rows)", "acc.addmm_(dy.T, rows, beta=0)")),
     words("row linear: P→S as I→S", LINEAR, (linear.row_linear, "axis, P, seq", "axis, Type('I'), seq")),
 ]
 

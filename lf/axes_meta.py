@@ -1,0 +1,109 @@
+"""One rank of any mesh on meta tensors: every collective gives a tensor of the right shape and dtype, and nothing is sent.
+
+The same two classes as `lf/axes.py` and `lf/axes_sim.py` have; model code cannot tell. Sizes of axes are worked out without the ranks on them, so
+that one of 30,000 ranks costs what one of two does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lf.axes import at_once, check_rows
+from lf.mesh import Mesh
+
+
+class MetaAxis:
+    """The same as `lf.axes.Axis`, for tensors without data. `ranks` is worked out when it is asked for."""
+
+    def __init__(self, mesh: Mesh, rank: int, names: tuple[str, ...]):
+        self.mesh, self.rank, self.names, self.name = mesh, rank, names, "·".join(names) or "self"
+        coords = mesh.coords(rank)
+        self.size, self.index = 1, 0
+        for axis in mesh.grid(names):  # row-major, as mesh.group orders them
+            if axis in names:
+                self.size, self.index = self.size * mesh[axis], self.index * mesh[axis] + coords[axis]
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return self.mesh.group(self.rank, *self.names) if self.names else (self.rank,)
+
+    def sum(self, x: Tensor) -> Tensor:
+        return self.all_reduce(x)
+
+    def max(self, x: Tensor) -> Tensor:
+        return self.all_reduce(x, "max")
+
+    def all_reduce(self, x: Tensor, op: str = "sum", later: bool = False, spend: bool = False) -> Any:
+        return at_once(self._like(x, x.shape), later)
+
+    def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0, later: bool = False) -> Any:
+        if self.size == 1:
+            return at_once(x.detach(), later)
+        check_rows(self, "all_gather", x.shape[dim], sizes[self.index])
+        return at_once(self._like(x, _resized(x, dim, sum(sizes))), later)
+
+    def reduce_scatter(self, x: Tensor, sizes: Sequence[int], dim: int = 0, later: bool = False) -> Any:
+        if self.size == 1:
+            return at_once(x.detach(), later)
+        check_rows(self, "reduce_scatter", x.shape[dim], sum(sizes))
+        return at_once(self._like(x, _resized(x, dim, sizes[self.index])), later)
+
+    def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int], dim: int = 0, join: int | None = None) -> Tensor:
+        join = dim if join is None else join
+        if self.size == 1:
+            return x.detach()
+        check_rows(self, "all_to_all", x.shape[dim], sum(send))
+        if join % x.dim() == dim % x.dim():
+            return self._like(x, _resized(x, dim, sum(recv)))
+        check_rows(self, "all_to_all", x.shape[join], recv[self.index])
+        cut = _resized(x, dim, send[self.index])
+        cut[join] = sum(recv)
+        return self._like(x, cut)
+
+    def shift(self, x: Tensor, k: int) -> Tensor:
+        return self._like(x, x.shape)
+
+    def barrier(self) -> None:
+        pass
+
+    def _like(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        if self.size == 1:
+            return x.detach()
+        if not x.is_meta:
+            raise ValueError(
+                f"{self.name} of {self.size} ranks is on paper: it takes meta tensors, and this one, {tuple(x.shape)}, has data on {x.device}. "
+                "lf.sim.spmd runs ranks with data, lf.connect real ones"
+            )
+        return x.new_empty(list(shape))
+
+
+class MetaAxes:
+    """The same as `lf.axes.Axes`: the axes of the rank `rank` of `mesh`."""
+
+    def __init__(self, mesh: Mesh, rank: int = 0):
+        self.mesh, self.rank = mesh.fill(), rank
+        self.coords = self.mesh.coords(rank)
+        self._axes: dict[tuple[str, ...], MetaAxis] = {}
+
+    def __getitem__(self, names: str | tuple[str, ...]) -> MetaAxis:
+        names = (names,) if isinstance(names, str) else tuple(names)
+        if names not in self._axes:
+            self._axes[names] = MetaAxis(self.mesh, self.rank, names)
+        return self._axes[names]
+
+    @property
+    def world(self) -> MetaAxis:
+        return self["pp", "dp", "cp", "tp"]
+
+    @property
+    def first_of_node(self) -> bool:
+        return self.rank == 0
+
+
+def _resized(x: Tensor, dim: int, n: int) -> list[int]:
+    shape = list(x.shape)
+    shape[dim] = n
+    return shape
