@@ -38,7 +38,7 @@ def cost(program: Program, times: Times | None = None, link: Link = 0.0, memory:
     and W do, REMAT what F does, OVERLAP what its two do, others 0. Or a function of the action, called with all but SEND and RECV, and with an
     OVERLAP as it is. link: duration of a SEND, or a function (the SEND, rank that sends, rank that receives). memory: what an action adds to what
     its rank holds: from its start on if positive, from its end on if negative. Default: a microbatch of a stage counts as 1 from its F to its B or
-    W (to its I if there is neither, not at all without a backward), but while it is offloaded.
+    W (to its I if there is neither, not at all without a backward), but before a REMAT of all of it and while it is offloaded.
 
     Raises ProgramError for a program that cannot go on, with the action that each rank is stuck at and what that waits for.
     """
@@ -76,7 +76,7 @@ class _Simulation:
         if not callable(link) and not link >= 0:
             raise ProgramError(f"link={link} must be at least 0")
         self.link: Callable[[Action, int, int], float] = link if callable(link) else lambda action, source, target: link
-        self.memory = memory or _activations(self.parts)
+        self.memory = memory or _activations(program, self.parts)
 
     def run(self) -> Timeline:
         todo = [*range(len(self.program))]
@@ -203,28 +203,39 @@ def durations(times: Mapping[str, float], parts: Mapping[Key, int] | None = None
         if a.op == "OVERLAP":
             return whole["OVERLAP"] if "OVERLAP" in whole else sum(map(time, a.pair))
         t = whole.get(a.op, 0.0)
-        return t / _cuts(a, parts) if t and parts and a.segment is not None else t
+        if not t or not parts or a.segment is None:
+            return t
+        return t / (_cuts(a, parts) if a.op in ("REMAT", *_COPY) else parts[a.op, a.chain, a.stage, a.microbatch])
 
     return time
 
 
 def _cuts(a: Action, parts: Mapping[Key, int]) -> int:
     """Into how many the actions of a stage and microbatch are cut: a REMAT or OFFLOAD may be of a few segments, so others tell."""
-    ops = (a.op, "F", "B", "I", "W") if a.op in ("REMAT", *_COPY) else (a.op,)
+    ops = ("F", "B", "I", "W", "REMAT", *_COPY)
     return max(parts.get((op, a.chain, a.stage, a.microbatch), 0) for op in ops)
 
 
-def _activations(parts: Mapping[Key, int]) -> Callable[[Action], float]:
+def _activations(program: Program, parts: Mapping[Key, int]) -> Callable[[Action], float]:
+    segments: dict[Key, list[str | None]] = {}  # of each F and each REMAT of everything, whose F then keeps nothing
+    for a in (a for row in program for a in flat(row) if a.op == "F" or (a.op == "REMAT" and not a.ops)):
+        segments.setdefault((a.op, a.chain, a.stage, a.microbatch), []).append(a.segment)
+
+    def again(a: Action, op: str) -> float:
+        """The share that passes from a forward to a REMAT, of those of `op` that `a` belongs to."""
+        others = segments.get((op, a.chain, a.stage, a.microbatch), ())
+        return sum(_same(a.segment, other) for other in others) / _cuts(a, parts) if others else 0.0
+
     def change(a: Action) -> float:
-        if a.op not in ("F", "B", "I", "W", *_COPY):
-            return 0.0
         at = (a.chain, a.stage, a.microbatch)
         ends = [op for op in ("B", "W") if (op, *at) in parts] or [op for op in ("I",) if (op, *at) in parts]
+        if a.op in ends:
+            return -1.0 / sum(parts[(op, *at)] for op in ends)
         if a.op == "F":
-            return 1.0 / parts[("F", *at)] if ends else 0.0
+            return 1.0 / parts[("F", *at)] - again(a, "REMAT") if ends else 0.0
         if a.op in _COPY:
             return (1.0 if a.op == "FETCH" else -1.0) / _cuts(a, parts)
-        return -1.0 / sum(parts[(op, *at)] for op in ends) if a.op in ends else 0.0
+        return again(a, "F") if a.op == "REMAT" and not a.ops else 0.0
 
     return change
 

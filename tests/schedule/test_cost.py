@@ -5,12 +5,16 @@ from __future__ import annotations
 import pytest
 
 from lf.config import ConfigError
+from lf.schedule.check import check
 from lf.schedule.cost import cost
 from lf.schedule.generate import interleaved, one_f_one_b
+from lf.schedule.greedy import greedy_zb
 from lf.schedule.ir import OVERLAP, Action, Program, ProgramError
+from lf.schedule.lower import lower
+from lf.schedule.place import loop, vee
 from lf.schedule.text import loads
 from lf.schedule.timeline import Timeline
-from lf.schedule.zero_bubble import zb_h1
+from lf.schedule.zero_bubble import zb_h1, zb_v
 
 TWO = "0F0 0F1 0B0 0B1\n1F0 1B0 1F1 1B1"
 
@@ -92,6 +96,30 @@ def test_an_overlap_takes_its_two_or_what_is_said() -> None:
     assert cost(program).busy(0) == 6
     own = ((OVERLAP(Action("F", 0, 0), Action("B", 0, 0)),),)  # the second needs the first: as one they still go on
     assert cost(own).makespan == 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0F0 0F1 0REMAT0 0B0 0REMAT1 0B1",
+        "0F0[a] 0F0[b] 0REMAT0[b] 0B0[b] 0B0[a]",
+        "0F0 0REMAT0[b] 0B0[b] 0REMAT0[a] 0B0[a]",
+        "0F0 0REMAT0[b: mm] 0B0[b] 0B0[a]",
+        "0F0[a] 0OFFLOAD0[a] 0F0[b] 0I0[b] 0FETCH0[a] 0W0[b] 0B0[a]",
+    ],
+)
+def test_the_most_held_is_what_check_proves(text: str) -> None:
+    t = cost(loads(text))
+    assert check(loads(text)) == (t.peak(0),)
+    assert t.memory[0][-1][1] == 0
+
+
+@pytest.mark.parametrize("link", [0.0, 0.25, 3.0])
+def test_lowering_takes_no_time(link: float) -> None:
+    for program in (interleaved(loop(7, 3), 5), zb_v(vee(3), 6), greedy_zb((0, 1, 1, 2, 0), 4)):
+        lowered = cost(lower(program), link=link)
+        assert lowered.makespan == cost(program, link=link).makespan
+        assert [lowered.peak(r) for r in range(3)] == [*check(program)]
 
 
 def test_memory_of_a_users_own() -> None:
