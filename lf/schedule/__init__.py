@@ -2,6 +2,7 @@
 
 from lf.schedule.check import check
 from lf.schedule.chrome import chrome
+from lf.schedule.cost import cost
 from lf.schedule.draw import draw, grid
 from lf.schedule.generate import one_f_one_b
 from lf.schedule.ir import OVERLAP, Action, Program, ProgramError
@@ -11,5 +12,5 @@ from lf.schedule.timeline import Span, Timeline
 
 __all__ = [
     "OVERLAP", "Action", "Program", "ProgramError", "Span", "Timeline",
-    "add_reduce", "check", "chrome", "draw", "grid", "lower", "one_f_one_b", "picture",
+    "add_reduce", "check", "chrome", "cost", "draw", "grid", "lower", "one_f_one_b", "picture",
 ]  # fmt: skip

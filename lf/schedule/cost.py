@@ -69,7 +69,7 @@ class _Simulation:
         self.left = dict(self.parts)
         self.ready: dict[Key, float] = {}  # when the last part of (op, chain, stage, microbatch) ends
         self.waiting: dict[Key, list[int]] = {}
-        self.time = times if callable(times) else _durations(times or {}, self.parts)
+        self.time = times if callable(times) else durations(times or {}, self.parts)
         self.link: Callable[[Action, int, int], float] = link if callable(link) else lambda action, source, target: link
         self.memory = memory or _activations(self.parts)
 
@@ -173,7 +173,8 @@ class _Simulation:
             raise ProgramError("the program cannot go on\n" + "\n".join(lines))
 
 
-def _durations(times: Mapping[str, float], parts: Mapping[Key, int]) -> Callable[[Action], float]:
+def durations(times: Mapping[str, float], parts: Mapping[Key, int] | None = None) -> Callable[[Action], float]:
+    """`times` of `cost` as a function. parts: how many actions there are of each (op, chain, stage, microbatch)."""
     for op in times:
         if one_of("op in times", op, OPS) in ("SEND_F", "SEND_B", "RECV_F", "RECV_B"):
             raise ProgramError(f"times says how long {op} takes: give link for that")
@@ -189,7 +190,7 @@ def _durations(times: Mapping[str, float], parts: Mapping[Key, int]) -> Callable
         if a.op == "OVERLAP":
             return whole["OVERLAP"] if "OVERLAP" in whole else sum(map(time, a.pair))
         t = whole.get(a.op, 0.0)
-        return t / _cuts(a, parts) if t and a.segment is not None else t
+        return t / _cuts(a, parts) if t and parts and a.segment is not None else t
 
     return time
 

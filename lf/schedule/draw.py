@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import attrs
@@ -103,10 +104,10 @@ def chunks(timeline: Timeline) -> tuple[tuple[int, ...], ...]:
 def colour(action: Action, stages: Sequence[int]) -> str:
     """As #rrggbb: the hue is that of the op; of a rank's `stages` the first is the lightest and the last the darkest."""
     back = COLOURS.get(action.op, OTHER)
-    if len(stages) < 2 or action.stage not in stages:
+    if len(stages) < 2 or action.stage not in stages or action.op not in COMPUTE:
         return back
     at = 2 * stages.index(action.stage) / (len(stages) - 1) - 1  # from -1 to 1
-    return _mixed(back, 255, -at / 2) if at < 0 else _mixed(back, 0, at / 3)
+    return _mixed(back, 255, -at / 2) if at < 0 else _mixed(back, 0, at / 5)
 
 
 def _mixed(back: str, other: int, share: float) -> str:
@@ -131,9 +132,14 @@ def span_of_time(t: float, unit: str) -> str:
 
 @attrs.frozen
 class Grid:
-    """A timeline for rich to print: console.print(grid(timeline))."""
+    """A timeline for rich to print: console.print(grid(timeline)). A notebook shows one at the end of a cell by itself."""
 
     timeline: Timeline
+
+    def _repr_mimebundle_(self, **asked: Any) -> dict[str, str]:
+        from rich.jupyter import JupyterMixin
+
+        return JupyterMixin._repr_mimebundle_(self, asked.get("include") or (), asked.get("exclude") or ())  # type: ignore[arg-type]
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         from rich.padding import Padding
@@ -189,8 +195,8 @@ def _row(row: Sequence[Span], stages: Sequence[int], scale: float, columns: int,
         if hi > lo:
             cells[lo:hi] = (_coloured if coloured else _lettered)(s.action, stages, hi - lo)
     out = Text()
-    for char, style in cells:
-        out.append(char, style)
+    for style, run in groupby(cells, key=lambda cell: cell[1]):
+        out.append("".join(char for char, _ in run), style)
     return out
 
 

@@ -13,7 +13,7 @@ from lf.schedule.ir import COMPUTE, MOVES, Action
 from lf.schedule.timeline import Span, Timeline
 
 FORMATS = (".svg", ".png")
-ROW, STRIP = 0.82, 0.16  # height of a row of actions; of what moves below it
+ROW, STRIP = 0.84, 0.17  # height of a row; of what moves, or is summed, at its lower edge
 
 
 def picture(timeline: Timeline, path: str | Path, title: str = "", links: bool = False) -> Path:
@@ -51,10 +51,13 @@ def _rows(ax: Any, timeline: Timeline, inches: float) -> None:
 
     end = timeline.makespan or 1.0
     boxes: dict[str, list[list[tuple[float, float]]]] = defaultdict(list)
+    strip = STRIP if any(s.action.op not in (*COMPUTE, "OVERLAP") and s.end > s.start for row in timeline.rows for s in row) else 0.0
     ax.barh(range(len(timeline.rows)), end, ROW, color="#f1f1f1", linewidth=0)
     for rank, (row, stages) in enumerate(zip(timeline.rows, chunks(timeline))):
         for s in row:
-            for action, y, height in _places(s.action, rank):
+            if s.end == s.start:
+                continue
+            for action, y, height in _places(s.action, rank, strip):
                 back = colour(action, stages)
                 boxes[back].append([(s.start, y), (s.end, y), (s.end, y + height), (s.start, y + height)])
                 number = "" if action.microbatch is None or action.op not in COMPUTE else str(action.microbatch)
@@ -75,14 +78,12 @@ def _rows(ax: Any, timeline: Timeline, inches: float) -> None:
     ax.spines[:].set_visible(False)
 
 
-def _places(action: Action, rank: int) -> list[tuple[Action, float, float]]:
-    """(action, lower edge, height) of its boxes: the two of an OVERLAP share a row, what moves or sums stands below the computation."""
-    top = rank - ROW / 2
+def _places(action: Action, rank: int, strip: float) -> list[tuple[Action, float, float]]:
+    """(action, upper edge, height) of its boxes: the two of an OVERLAP share the height, and what is no computation has a strip below."""
+    top, height = rank - ROW / 2, ROW - strip
     if action.op == "OVERLAP":
-        return [(part, top + i * ROW / 2, ROW / 2) for i, part in enumerate(action.pair)]
-    if action.op in COMPUTE:
-        return [(action, top, ROW)]
-    return [(action, rank + ROW / 2 - STRIP, STRIP)]
+        return [(part, top + i * height / 2, height / 2) for i, part in enumerate(action.pair)]
+    return [(action, top, height)] if action.op in COMPUTE else [(action, top + height, strip)]
 
 
 def _memory(ax: Any, timeline: Timeline) -> None:
@@ -107,14 +108,18 @@ def _memory(ax: Any, timeline: Timeline) -> None:
 def _legend(figure: Any, timeline: Timeline) -> None:
     from matplotlib.patches import Patch
 
-    handles = [Patch(color=COLOURS[op], label=f"{op}: {MEANING[op]}") for op in ops(timeline)]
+    seen = ops(timeline)
+    handles = [Patch(color=COLOURS[op], label=f"{op}: {MEANING[op]}") for op in seen if op not in ("OFFLOAD", "FETCH")]
+    if "OFFLOAD" in seen or "FETCH" in seen:
+        handles.append(Patch(color=COLOURS["FETCH"], label="OFFLOAD, FETCH: to the host and back"))
     if any(s.action.op in MOVES for row in timeline.rows for s in row):
         handles.append(Patch(color=OTHER, label="SEND, RECV"))
     several = max(chunks(timeline), key=len, default=())
     if len(several) > 1:
         shades = [colour(Action("F", s), several) for s in (several[0], several[-1])]
         handles += [Patch(color=c, label=f"{word} of a rank's stages") for c, word in zip(shades, ("first", "last"))]
-    figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), fontsize=8, frameon=False, handlelength=1.2, columnspacing=1.6)
+    columns = min(len(handles), int(figure.get_figwidth() / 1.7))
+    figure.legend(handles=handles, loc="outside lower left", ncols=columns, fontsize=8, frameon=False, handlelength=1.2, columnspacing=1.6)
 
 
 def _lines(ax: Any, timeline: Timeline) -> None:

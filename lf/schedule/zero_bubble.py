@@ -5,6 +5,9 @@ Units and bounds as in `generate`. A microbatch is held until its W.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 from lf.schedule.generate import Stages, alternate, laps, single
 from lf.schedule.ir import Action, Program, ProgramError
 from lf.schedule.place import placed, vee
@@ -32,53 +35,34 @@ def interleaved_zb(stages: Stages, microbatches: int) -> Program:
 
 
 def zb_v(stages: Stages, microbatches: int) -> Program:
-    """Zero bubble on a V (Qi et al. 2024, Pipeline Parallelism with Controllable Memory).
+    """Zero bubble on a V (Qi et al. 2024, Pipeline Parallelism with Controllable Memory): once full, a rank goes F I W down, F I W up, over and over.
 
-    Stage r and stage 2p-1-r stand on rank r. Bubble p-1 and peak 2p for m ≥ 2p-1; below, the program for 2p-1 without the microbatches
-    that are not there.
+    Stages r and 2p-1-r stand on rank r. The program of at least 2p-1 microbatches; of fewer it is that without those that are not there.
+    Bubble p-1 for m ≥ 2p-1, max(p-1, 4(p-1) - 2(m-1)) below. Peak 2p on each rank.
     """
     placement = placed(stages, microbatches)
-    ranks = max(placement) + 1
-    if placement != vee(ranks):
-        raise ProgramError(f"zb_v needs the placement vee({ranks}) = {vee(ranks)}, not {placement}; greedy_zb takes any")
-    n = max(microbatches, 2 * ranks - 1)
-    rows = []
-    for r in range(ranks):
-        there, back = r, 2 * ranks - 1 - r
-        count: dict[tuple[str, int], int] = {}
-        row: list[Action] = []
-
-        def add(stage: int, *ops: str, row: list[Action] = row, count: dict[tuple[str, int], int] = count) -> None:
-            for op in ops:
-                m = count[op, stage] = count.get((op, stage), -1) + 1
-                if m < microbatches:
-                    row.append(Action(op, stage, m))
-
-        def done(op: str, stage: int, count: dict[tuple[str, int], int] = count) -> int:
-            return count.get((op, stage), -1) + 1
-
-        for _ in range(2 * (ranks - r) - 1):
-            add(there, "F")
-        for _ in range(r):
-            add(back, "F")
-            add(there, "F")
-        for _ in range(ranks - r):
-            add(back, "F", "I", "W")
-        while done("F", there) < n or done("F", back) < n:
-            if done("F", there) < n:
-                add(there, "F")
-            add(there, "I", "W")
-            add(back, "F", "I", "W")
-        for _ in range(r):
-            add(there, "I")
-            add(back, "I")
-        for _ in range(ranks - r):
-            add(there, "I", "W")
-        for stage in (back, there):
-            while done("W", stage) < n:
-                add(stage, "W")
-        rows.append(tuple(row))
+    p = max(placement) + 1
+    if placement != vee(p):
+        raise ProgramError(f"zb_v needs the placement vee({p}) = {vee(p)}, not {placement}; greedy_zb takes any")
+    n, rows = max(microbatches, 2 * p - 1), []
+    for r in range(p):
+        down, up = [{op: (op, stage) for op in "FIW"} for stage in (r, 2 * p - 1 - r)]
+        plan = [down["F"]] * (2 * (p - r) - 1) + [up["F"], down["F"]] * r + [*up.values()] * (p - r)
+        for k in range(n - p):
+            plan += [down["F"]] * (k < n - (2 * p - 1 - r)) + [down["I"], down["W"], *up.values()]
+        plan += [down["I"], up["I"]] * r + [down["I"], down["W"]] * (p - r) + [up["W"]] * r + [down["W"]] * r
+        rows.append(numbered(plan, microbatches))
     return tuple(rows)
+
+
+def numbered(plan: Sequence[tuple[str, int]], microbatches: int) -> tuple[Action, ...]:
+    """The k-th (op, stage) of a plan is for microbatch k; those that are not there are left out."""
+    seen, row = Counter[tuple[str, int]](), []
+    for op, stage in plan:
+        if seen[op, stage] < microbatches:
+            row.append(Action(op, stage, seen[op, stage]))
+        seen[op, stage] += 1
+    return tuple(row)
 
 
 def merge(program: Program) -> Program:
