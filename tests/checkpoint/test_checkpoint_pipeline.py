@@ -17,6 +17,7 @@ from lf.checkpoint import CheckpointError
 from lf.models.small import tiny
 from lf.parity import randomised
 from lf.schedule.build import build
+from lf.schedule.generate import breadth_first
 
 TIED, UNTIED = tiny(), tiny(tied=False)
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -36,7 +37,7 @@ def laid_out(model: Any, axes: Any, asked: dict[str, Any]) -> Any:
 
 def some_state(layout: Any, ctx: Any) -> lf.State:
     """A state of which every tensor is random and the same logical one under any layout."""
-    init, _ = lf.train.make(layout, lf.optim.adamw(1e-3), build(layout, 1), ctx)
+    init, _ = lf.train.make(layout, lf.optim.adamw(1e-3), build(layout, 1, breadth_first), ctx)
     state = init(randomised(layout, ctx, 1))
     for i, name in enumerate(("m", "v")):
         numbers = randomised(layout, ctx, 2 + i)
