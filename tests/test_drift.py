@@ -60,14 +60,14 @@ def test_one_bit_is_found_and_named(mesh: str, leaf: str, rank: int, at: int, wo
         ("pp=2", {}, "master/embed/weight", 1, 0, "master/embed/weight [(0, 37), (0, 15)] of [37, 15]: rank 0 and rank 1 differ"),
         ("pp=3,tp=2", {}, "v/embed/weight", 5, 3, "v/embed/weight [(18, 37), (0, 15)] of [37, 15]: rank 1 and rank 5 differ"),
         ("pp=2,dp=2", {}, "m/embed/weight", 1, 0, "m/embed/weight [(0, 37), (0, 15)] of [37, 15]: rank 1 against ranks 0, 2, 3"),
-        ("pp=2,dp=2", {"placement": (1, 0)}, "m/layers.0.mlp/down", 2, 0, "m/layers.0.mlp/down [(0, 15), (0, 10)] of [15, 10]: rank 2 and rank 3 differ"),
+        ("pp=2,dp=2", {"placement": (1, 0)}, "m/layers.0.mlp/norm", 2, 0, "m/layers.0.mlp/norm [(0, 15)] of [15]: rank 2 and rank 3 differ"),
         ("pp=2,tp=2", {}, "m/layers.1.attn/qkv", 3, 15 * 12, "m/layers.1.attn/qkv/k [(4, 8), (0, 15)] of [12, 15]: rank 2 and rank 3 differ"),
         # ranks 0, 1, 4 and 5 hold no parameter, and count
         ("pp=3,dp=2", {"split": (0, 4, 0)}, "v/head/norm", 3, 0, "v/head/norm [(0, 15)] of [15]: rank 2 and rank 3 differ"),
         ("pp=3", {"split": (0, 4, 0)}, "t/t", 2, 0, "t/t: rank 2 against ranks 0, 1"),
         # what is frozen has a master alone, so leaves are other ones on each rank
         ("pp=2,dp=2", {"frozen": ("embed", "layers.0")}, "v/head/norm", 3, 2, "v/head/norm [(0, 15)] of [15]: rank 2 and rank 3 differ"),
-        ("pp=2", {"frozen": ("embed",)}, "master/embed/weight", 0, 9, "master/embed/weight [(0, 37), (0, 15)] of [37, 15]: rank 0 and rank 1 differ"),
+        ("pp=2", {"frozen": ("head",)}, "master/embed/weight", 0, 9, "master/embed/weight [(0, 37), (0, 15)] of [37, 15]: rank 0 and rank 1 differ"),
     ],
 )
 def test_one_bit_is_found_over_stages(mesh: str, asked: dict[str, Any], leaf: str, rank: int, at: int, words: str) -> None:

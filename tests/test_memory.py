@@ -36,7 +36,7 @@ GIB = 1 << 30
         (80, 90, {"compute": torch.float64, "master": torch.float64, "micro_batch": 1}, "; or --precision fp32 (about 85.0 GiB)"),
         (60, 40, {"compute": torch.float32, "seq_len": 128, "micro_batch": 1}, "(about 50.0 GiB each)"),  # bf16 would need 87.5: a copy more
         (60, 17, {"compute": torch.float32, "seq_len": 128, "micro_batch": 1}, "; or --precision bf16 (about 76.0 GiB)"),
-        (100, 20, {"micro_batch": 1, "seq_len": 128, "layers": 4}, "tp=4 instead of 2, on twice the ranks (about 60.0 GiB each); or pp=2 instead of 1,"),
+        (100, 20, {"micro_batch": 1, "seq_len": 128, "layers": 4}, "tp=4 instead of 2, on twice the ranks (about 60.0 GiB each); or pp=2"),
         (100, 40, {"micro_batch": 1, "seq_len": 128, "layers": 4}, "tp=4 instead of 2, on twice the ranks (about 70.0 GiB each)"),  # pp leaves 90
         (100, 20, {"micro_batch": 1, "seq_len": 128, "layers": 5, "pp": 3}, "(about 60.0 GiB each)"),  # pp=6 would have nothing to do
         (200, 96, {}, "--micro-batch 1 and tp=8 instead of 2 (about 53.0 GiB each)"),

@@ -71,4 +71,5 @@ def test_a_pipeline_is_shown_by_stage(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_layers_of_a_stage_that_are_alike_share_a_line() -> None:
     layout = lf.layout(tiny(), lf.Mesh(pp=2), split="e+1,1+h")
     assert "layers.0.mlp/down" in lf.pictures.alike(layout, 0, 0)
-    assert lf.pictures.alike(lf.layout(tiny(), lf.Mesh(pp=2), split="e,2+h"), 0, 1)["layers.*.mlp/down ×2"] == ["layers.0.mlp/down", "layers.1.mlp/down"]
+    both = lf.layout(tiny(), lf.Mesh(pp=2), split="e,2+h")
+    assert lf.pictures.alike(both, 0, 1)["layers.*.mlp/down ×2"] == ["layers.0.mlp/down", "layers.1.mlp/down"]
