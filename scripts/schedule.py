@@ -18,7 +18,7 @@ import attrs
 
 import lf
 from lf.config import ConfigError, one_of
-from lf.schedule import Program, ProgramError, Timeline, text
+from lf.schedule import Program, Timeline, text
 from lf.schedule.ir import OPS, microbatches, placement
 from lf.schedule.place import loop, vee
 
