@@ -76,7 +76,10 @@ def test_one_bit_is_found_over_stages(mesh: str, asked: dict[str, Any], leaf: st
     assert said[0].splitlines()[1:] == [f"  {words}"]
 
 
-@pytest.mark.parametrize(("mesh", "leaf", "rank"), [("pp=2", "master/head/norm", 1), ("tp=3", "master/layers.0.mlp/down", 1), ("dp=1", "master/embed/weight", 0)])
+ALONE = [("pp=2", "master/head/norm", 1), ("tp=3", "master/layers.0.mlp/down", 1), ("dp=1", "master/embed/weight", 0)]
+
+
+@pytest.mark.parametrize(("mesh", "leaf", "rank"), ALONE)
 def test_what_one_rank_holds_alone_is_its_own(mesh: str, leaf: str, rank: int) -> None:
     assert set(lf.sim.spmd(lf.Mesh.parse(mesh), checked, leaf, rank, 0)) == {""}
 
