@@ -133,13 +133,13 @@ def test_masters_are_read_where_they_are_held(tmp_path: Path) -> None:
     lf.sim.spmd(lf.Mesh(dp=1), save, TIED, {}, tmp_path / "c")
 
     def rank(axes: Any) -> None:
-        ctx, layout = context(axes, "fp32"), lf.layout(TIED, axes.mesh)
+        ctx, layout = context(axes, "fp32"), lf.layout(TIED, axes.mesh, split="0,e+1,1+h")
         want = randomised(layout, ctx, 1)
         with lf.checkpoint.masters(tmp_path / "c", layout, ctx) as read:
             for path, x in tree.items(want):
                 assert torch.equal(read(path), x), path
 
-    lf.sim.spmd(lf.Mesh(pp=2), rank)
+    lf.sim.spmd(lf.Mesh(pp=3), rank)
 
 
 def export(axes: Any, model: Any, asked: dict[str, Any], folder: Path, limit: int) -> None:
