@@ -42,8 +42,8 @@ def compiled(layer: LayerFn, ctx: Any, backend: str | Callable[..., Any] = "indu
     """
     if (n := ctx.axes["tp"].size) > 1:
         raise ConfigError(
-            f"compiled layers: mesh {ctx.axes.mesh} has tp={n}, and the collectives inside of a layer are not traced; use tp=1, with pp and dp instead, "
-            "or run without compilation"
+            f"compiled layers: mesh {ctx.axes.mesh} has tp={n}, and the collectives inside of a layer are not traced; use tp=1, with pp and dp "
+            "instead, or run without compilation"
         )
     assert isinstance(layer, types.FunctionType)
     code = layer.__code__.replace()  # an own code object: that is what torch keeps compilations, and counts them, by
