@@ -17,8 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lf import dump
 from lf.cluster import ClusterError, find
+from lf.config import ConfigError
 from lf.mesh import Mesh, MeshError
+from lf.position import Position
 
 Later = Callable[[], Tensor]
 # torch 2.13 renamed these two; older ones have the names that stand second
@@ -33,6 +36,7 @@ class Axis:
     def __init__(self, group: dist.ProcessGroup | None, ranks: tuple[int, ...], rank: int, name: str):
         self.group, self.ranks, self.name = group, ranks, name
         self.size, self.index = len(ranks), ranks.index(rank)
+        self.ways: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None  # messages up and down the ranks, see Axes.pipe
 
     def sum(self, x: Tensor) -> Tensor:
         return self.all_reduce(x)
@@ -112,16 +116,47 @@ class Axis:
             work.wait()
         return out
 
+    def send(self, x: Tensor, to: int, what: str) -> Callable[[], None]:
+        """Starts sending x to place `to`, which must receive it in the same order; the function returned waits until it has left. `what` says
+        what it is: simulated ranks compare it."""
+        x = x.detach().contiguous()
+        if not x.numel():
+            return _nothing
+        work = dist.isend(x, self.ranks[to], self._way(self.index, to))
+
+        def wait() -> None:
+            assert x.numel()  # held here, it lives until it has left
+            assert work is not None
+            work.wait()
+
+        return wait
+
+    def recv(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, source: int, what: str) -> Later:
+        """Starts receiving what place `source` sends; the function returned waits for it."""
+        out = torch.empty(tuple(shape), dtype=dtype, device=device)
+        if not out.numel():
+            return lambda: out
+        work = dist.irecv(out, self.ranks[source], self._way(source, self.index))
+        return _finish(work, lambda: out, later=True)  # type: ignore[return-value]
+
+    def _way(self, source: int, to: int) -> dist.ProcessGroup:
+        assert self.ways is not None, "Axes.pipe makes them"
+        return self.ways[source > to]
+
     def barrier(self) -> None:
         """Every rank of the group has come this far."""
         self.all_reduce(torch.zeros(1))
 
 
 class Axes:
-    """Live axes of one rank: axes["tp"], or a joint group axes["dp", "tp"]. Groups are made when first used and shared by their ranks."""
+    """Live axes of one rank: axes["tp"], or a joint group axes["dp", "tp"]. Groups are made when first used and shared by their ranks.
 
-    def __init__(self, mesh: Mesh, rank: int, timeout: datetime.timedelta | None = None):
+    `position`: where the rank is in its program; the interpreter tells it. logs: the folder where a launcher looks for it.
+    """
+
+    def __init__(self, mesh: Mesh, rank: int, timeout: datetime.timedelta | None = None, logs: str | None = None):
         self.mesh, self.rank, self.coords, self.timeout = mesh, rank, mesh.coords(rank), timeout
+        self.position = Position(rank, ",".join(f"{a}={self.coords[a]}" for a in ("pp", "dp", "cp", "tp") if mesh[a] > 1), logs)
         self._axes: dict[tuple[str, ...], Any] = {}
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
@@ -142,22 +177,39 @@ class Axes:
         """Whether this rank does what is done once on each node; a launcher that does not number the ranks of a node makes each one the first."""
         return os.environ.get("LOCAL_RANK", "0") == "0"
 
+    def some(self, name: str, places: tuple[int, ...]) -> Any:
+        """The ranks at these places of one axis, this one among them."""
+        ranks = self[name].ranks
+        return self._axis(tuple(ranks[p] for p in places), f"{name}{list(places)}")
+
+    def pipe(self) -> Any:
+        """The pp axis, ready for `send` and `recv`: each direction has a communicator of its own, so that neither waits for the other. The first
+        call is collective over the axis."""
+        axis = self["pp"]
+        if axis.size > 1 and axis.ways is None:
+            axis.ways = (self._new_group(axis.ranks), self._new_group(axis.ranks))
+        return axis
+
     def _axis(self, ranks: tuple[int, ...], name: str) -> Any:
         if len(ranks) > 1 and ranks not in self._groups:
             world = dist.group.WORLD
             assert world is not None
-            # Only the members call, in the order in which the program reaches their first collective.
-            mine = len(ranks) < self.mesh.size
-            self._groups[ranks] = dist.new_group(list(ranks), self.timeout, use_local_synchronization=True) if mine else world
+            self._groups[ranks] = self._new_group(ranks) if len(ranks) < self.mesh.size else world
         return Axis(self._groups.get(ranks), ranks, self.rank, name)
 
+    def _new_group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+        """Only the members call, in the order in which the program reaches their first collective."""
+        return dist.new_group(list(ranks), self.timeout, use_local_synchronization=True)
 
-def connect(mesh: Mesh, device: ModuleType, timeout_s: float = 600.0) -> Axes:
+
+def connect(mesh: Mesh, device: ModuleType, timeout_s: float | None = None) -> Axes:
     """Live axes for this process, in the world that torchrun, srun or a plain `python` (one rank) has set up.
 
-    A collective that some rank does not join ends with an error after `timeout_s` seconds. Raises MeshError when the mesh does not have
-    exactly the ranks of the world, ClusterError when srun has started several ranks but nobody has told them how to meet.
+    A collective that some rank does not join ends with an error after `timeout_s` seconds; None: what `scripts/launch --timeout` says, or 600.
+    From here on SIGUSR1 makes this process write where it is (lf/dump.py). Raises MeshError when the mesh does not have exactly the ranks of the
+    world, ClusterError when srun has started several ranks but nobody has told them how to meet.
     """
+    timeout_s = _limit() if timeout_s is None else timeout_s
     cluster = find(os.environ)
     if cluster.world and cluster.world > 1 and "WORLD_SIZE" not in os.environ:
         if cluster.rank is None:
@@ -172,7 +224,19 @@ def connect(mesh: Mesh, device: ModuleType, timeout_s: float = 600.0) -> Axes:
     rank = dist.get_rank() if dist.is_initialized() else 0
     if dist.is_initialized() and dist.get_world_size() != mesh.size:
         raise MeshError(f"mesh {mesh} has {mesh.size} ranks; the process group has {dist.get_world_size()}")
-    return Axes(mesh, rank, timeout)
+    axes = Axes(mesh, rank, timeout, os.environ.get("LF_RANK_LOGS"))
+    dump.listen(axes.position.line)
+    return axes
+
+
+def _limit() -> float:
+    words = os.environ.get("LF_TIMEOUT", "600")
+    try:
+        if 0 < (seconds := float(words)) < 1e9:
+            return seconds
+    except ValueError:
+        pass
+    raise ConfigError(f"LF_TIMEOUT={words}: give seconds, more than 0; it is how long a collective waits for the other ranks")
 
 
 def solo() -> Axes:
@@ -183,6 +247,10 @@ def solo() -> Axes:
 def check_rows(axis: Any, what: str, got: int, want: int) -> None:
     if got != want:
         raise ValueError(f"{what} over {axis.name} of {axis.size} ranks: rank {axis.ranks[axis.index]} has {got} rows, the sizes say {want}")
+
+
+def _nothing() -> None:
+    """What waits for a message without content."""
 
 
 def at_once(x: Tensor, later: bool) -> Tensor | Later:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lf.axes import at_once, check_rows
 from lf.mesh import Mesh
+from lf.position import Position
 
 
 class CollectiveMismatch(RuntimeError):
@@ -47,24 +48,27 @@ class World:
 
     def __init__(self, mesh: Mesh):
         self.mesh, self.baton = mesh, threading.Lock()
+        self.positions = [Position(rank) for rank in range(mesh.size)]
         self.rooms: dict[tuple[Any, ...], _Room] = {}
         self.waiting: dict[int, tuple[_Room, tuple[int, ...]]] = {}
         self.returned: set[int] = set()
         self.error: tuple[int, BaseException] | None = None
 
-    def meet(self, key: tuple[Any, ...], ranks: tuple[int, ...], rank: int, tag: tuple[Any, ...], x: Any) -> list[Any]:
-        """Leave (tag, x) in the room and return what every rank of `ranks` has left, once all are there."""
-        here = f"{tag[0]}{tag[1:]} at {_call_site()}"
+    def meet(self, key: tuple[Any, ...], ranks: tuple[int, ...], rank: int, tag: tuple[Any, ...], x: Any, wait: bool = True) -> list[Any]:
+        """Leave (tag, x) in the room and return what every rank of `ranks` has left, once all are there; without `wait` leave it and go on."""
+        here = f"{self.positions[rank].action()}: {tag[0]}{tag[1:]} at {_call_site()}"
         room = self.rooms.setdefault(key, _Room({}, {}, threading.Condition(self.baton)))
         room.left[rank], room.where[rank] = (tag, x), here
         for other, (theirs, _) in room.left.items():
             if theirs != tag:
-                raise CollectiveMismatch(f"ranks {other} and {rank} differ:\n  rank {other}: {room.where[other]}\n  rank {rank}: {here}")
+                raise CollectiveMismatch(f"ranks {other} and {rank} differ:\n  rank {other}{room.where[other]}\n  rank {rank}{here}")
         if len(room.left) == len(ranks):
             del self.rooms[key]
             for r in ranks:
                 self.waiting.pop(r, None)
             room.full.notify_all()
+        elif not wait:
+            return []
         else:
             self.waiting[rank] = room, ranks
             self.look_for_deadlock()
@@ -79,8 +83,8 @@ class World:
             lines = []
             for r in range(self.mesh.size):
                 room, ranks = self.waiting.get(r, (None, ()))
-                words = f"{room.where[r]}, for ranks {sorted(set(ranks) - set(room.left))}" if room else "has returned"
-                lines.append(f"  rank {r}: {words}")
+                words = f"{room.where[r]}, for ranks {sorted(set(ranks) - set(room.left))}" if room else ": has returned"
+                lines.append(f"  rank {r}{words}")
             raise Deadlock("no rank can go on:\n" + "\n".join(lines))
 
     def fail(self, rank: int, error: BaseException) -> None:
@@ -95,6 +99,7 @@ class SimAxis:
     def __init__(self, world: World, ranks: tuple[int, ...], rank: int, name: str):
         self.world, self.ranks, self.rank, self.name = world, ranks, rank, name
         self.size, self.index, self.calls = len(ranks), ranks.index(rank), 0
+        self.messages: dict[tuple[int, int], int] = {}  # how many have gone from one place to another
 
     def _meet(self, x: Any, *tag: Any) -> list[Any]:
         self.calls += 1
@@ -144,6 +149,24 @@ class SimAxis:
         ring = self._meet(x.detach(), "shift", k, tuple(x.shape), x.dtype)
         return ring[(self.index - k) % self.size].clone()
 
+    def send(self, x: Tensor, to: int, what: str) -> Callable[[], None]:
+        self._message(self.index, to, x, what, tuple(x.shape), x.dtype, wait=False)
+        return lambda: None
+
+    def recv(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, source: int, what: str) -> Callable[[], Tensor]:
+        return self._message(source, self.index, None, what, tuple(shape), dtype)
+
+    def _message(self, source: int, to: int, x: Any, *tag: Any, wait: bool = True) -> Any:
+        """Messages from one rank to another arrive in the order of their sends. A send goes on at once; a receive waits when it is asked."""
+        n = self.messages[source, to] = self.messages.get((source, to), 0) + 1
+        ranks = (self.ranks[source], self.ranks[to])
+        key, x = ("message", *ranks, n), None if x is None else x.detach().clone()
+
+        def met() -> Any:
+            return self.world.meet(key, ranks, self.rank, ("message", *tag), x, wait)
+
+        return (lambda: met()[0]) if wait else met()
+
     def barrier(self) -> None:
         if self.size > 1:
             self._meet(None, "barrier")
@@ -153,7 +176,7 @@ class SimAxes:
     """The same as `lf.axes.Axes`, over threads."""
 
     def __init__(self, world: World, rank: int):
-        self.mesh, self.rank, self.coords = world.mesh, rank, world.mesh.coords(rank)
+        self.mesh, self.rank, self.coords, self.position = world.mesh, rank, world.mesh.coords(rank), world.positions[rank]
         self._world, self._axes = world, dict[tuple[str, ...], SimAxis]()
 
     def __getitem__(self, names: str | tuple[str, ...]) -> SimAxis:
@@ -162,6 +185,17 @@ class SimAxes:
             ranks = self.mesh.group(self.rank, *names) if names else (self.rank,)
             self._axes[names] = SimAxis(self._world, ranks, self.rank, "·".join(names) or "self")
         return self._axes[names]
+
+    def some(self, name: str, places: tuple[int, ...]) -> SimAxis:
+        """The ranks at these places of one axis, this one among them."""
+        key = (name, *map(str, places))
+        if key not in self._axes:
+            self._axes[key] = SimAxis(self._world, tuple(self[name].ranks[p] for p in places), self.rank, f"{name}{list(places)}")
+        return self._axes[key]
+
+    def pipe(self) -> SimAxis:
+        """The pp axis; `send` and `recv` need no more."""
+        return self["pp"]
 
     @property
     def world(self) -> SimAxis:

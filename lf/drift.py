@@ -33,13 +33,13 @@ NOBODY = -(1 << 63)  # below every hash and its negative
 
 def check(layout: Layout, state: State, ctx: Any) -> None:
     """Raises RunError on every rank, naming tensors and ranks, when replicas of the state differ. Collective; the host waits for the answer."""
-    leaves = {**dict(tree.items(state.optimizer)), "step": state.step}
-    atoms = [*_atoms(layout, leaves, ctx.axes.coords)]
+    mine, leaves = {**dict(tree.items(state.optimizer)), "step": state.step}, _leaves(layout, state)
+    atoms = [(place, leaf, piece) for place, leaf, piece in _atoms(layout, leaves, ctx.axes.coords) if leaf in mine]
     device = device_of(ctx)
     spread = torch.full((2, sum(sum(_places(spec)) for spec in _specs(layout, leaves))), NOBODY, dtype=torch.int64, device=device)
     if atoms:
         places = torch.tensor([place for place, _, _ in atoms], device=device)
-        hashes = torch.stack([digest(piece.view(leaves[leaf])) for _, leaf, piece in atoms])
+        hashes = torch.stack([digest(piece.view(mine[leaf])) for _, leaf, piece in atoms])
         spread[0, places], spread[1, places] = hashes, -hashes
     most, least = ctx.axes.world.max(spread).unbind()
     bad = (most != -least).logical_and(most != NOBODY).nonzero()[:, 0]
@@ -70,6 +70,15 @@ def _signed(value: int) -> int:
     return value - (1 << 64)
 
 
+def _leaves(layout: Layout, state: State) -> list[str]:
+    """What the state could have on any rank, in one order: of each tree every parameter, also those of stages elsewhere, and the scalars."""
+    out = []
+    for kind, branch in state.optimizer.items():
+        out += [f"{kind}/{path}" for path in layout.specs]
+        out += [f"{kind}/{path}" for path, _ in tree.items(branch) if path not in layout.specs]
+    return [*out, "step"]
+
+
 def _specs(layout: Layout, leaves: Iterable[str]) -> list[Spec | None]:
     """The spec of each leaf; None for one that is shaped like no parameter: a scalar, the same on all ranks."""
     return [layout.specs.get(leaf.partition("/")[2]) for leaf in leaves]
@@ -93,15 +102,17 @@ def _axes(spec: Spec, i: int) -> tuple[str, ...]:
 
 def _atoms(layout: Layout, leaves: Iterable[str], coords: dict[str, int]) -> Iterator[tuple[int, str, Piece]]:
     """(place, leaf, piece) of what the rank at `coords` holds and others, too. `place` numbers the atoms of the state, on every rank alike."""
-    first = 0
-    leaves = [*leaves]
+    first, held, leaves = 0, layout.held(coords), [*leaves]
     for leaf, spec in zip(leaves, _specs(layout, leaves)):
         if spec is None:
             yield first, leaf, Piece(leaf, (), (), 0, 0)
             first += 1
             continue
+        if spec.path not in held:
+            first += sum(_places(spec))
+            continue
         kind = leaf.partition("/")[0]
-        alone = math.prod(spec.mesh[a] for a in spec.sum_axes) == 1
+        alone = math.prod(spec.mesh[a] for a in spec.sum_axes) * len(layout.holders(spec.path)) == 1
         for i, (piece, places) in enumerate(zip(spec.pieces(coords), _places(spec))):
             piece, at = attrs.evolve(piece, key=f"{kind}/{piece.key}"), first
             for axis in _axes(spec, i):

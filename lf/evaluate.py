@@ -23,7 +23,11 @@ from lf.config import ConfigError
 from lf.data.batches import pack
 from lf.data.stream import Row, Rows
 from lf.layouts import Layout
-from lf.state import forward
+from lf.schedule.bind import Bound, bind
+from lf.schedule.generate import forward_only
+from lf.schedule.lower import free, move
+from lf.schedule.run import run
+from lf.state import compute_copy, shard_batch
 from lf.tree import Tree
 
 NAME = re.compile(r"[\w.-]+")
@@ -66,10 +70,12 @@ def make(layout: Layout, sets: Mapping[str, HeldOut], micro_batch: int, ctx: Any
     if micro_batch < 1:
         raise ConfigError(f"micro_batch={micro_batch} must be at least 1")
 
+    bound = bind(free(move(forward_only(layout.placement, 1), layout)), layout, ctx, name="evaluation")
+
     def fn(params: Tree) -> dict[str, float]:
-        out = {}
+        out, compute = {}, compute_copy(params, ctx)
         for name, held in sets.items():
-            values = _means(layout, params, held, micro_batch, ctx)
+            values = _means(layout, bound, compute, held, micro_batch, ctx)
             if "cross_entropy" in values:
                 values["perplexity"] = _exp(values["cross_entropy"])
             out.update({f"eval/{name}/{k}": v for k, v in values.items()})
@@ -78,12 +84,14 @@ def make(layout: Layout, sets: Mapping[str, HeldOut], micro_batch: int, ctx: Any
     return fn
 
 
-def _means(layout: Layout, params: Tree, held: HeldOut, micro_batch: int, ctx: Any) -> dict[str, float]:
+def _means(layout: Layout, bound: Bound, params: Tree, held: HeldOut, micro_batch: int, ctx: Any) -> dict[str, float]:
     model, dp = layout.model, ctx.axes["dp"]
     losses, counts = [], []
     for batch in _batches(held, micro_batch, 2 * layout.mesh.cp * layout.mesh.tp, dp):
-        terms: Any = forward(model, params, batch, ctx)
-        losses.append(torch.stack([terms["losses"][k].to(ctx.precision.master) for k in model.objectives]))
+        model.accepts(batch)
+        _, terms, finite = run(bound, params, [shard_batch(batch, model, ctx)], {}, ctx)
+        zero = torch.zeros((), dtype=ctx.precision.master, device=finite.device)  # of an objective whose loss other stages give
+        losses.append(torch.stack([terms.get("losses", {}).get(k, zero).to(zero.dtype) for k in model.objectives]))
         counts.append(torch.stack([o.count(batch) for o in model.objectives.values()]))
     # Sums of many small numbers are taken at once: torch adds them pairwise, a running sum would lose the last ones.
     sums = ctx.axes.world.sum(torch.stack(losses).sum(0))

@@ -31,10 +31,11 @@ from lf.mesh import Mesh, MeshError
 
 HOME = Path(__file__).resolve().parents[1]
 SCRIPTS = HOME / "scripts"
-USAGE = """{command} [--dry-run] [--nproc N] NAME|path.py [the script's own arguments]
+USAGE = """{command} [--dry-run] [--nproc N] [--timeout S] NAME|path.py [the script's own arguments]
 
   --dry-run    print the exact command line and what it adds to the environment; start nothing (may also come after NAME)
   --nproc N    N ranks, whatever the devices or the cluster say; the mesh must match
+  --timeout S  a collective that some rank does not join ends the run after S seconds; without it 600
 """
 
 
@@ -136,7 +137,7 @@ def count(mesh: Mesh, device: str | None, ranks: int | None, nproc: int | None, 
     return full.size, f"mesh {full}"
 
 
-def plan(script: Path, args: Sequence[str], nproc: int | None = None, env: Mapping[str, str] = os.environ) -> Plan:
+def plan(script: Path, args: Sequence[str], nproc: int | None = None, env: Mapping[str, str] = os.environ, timeout: float | None = None) -> Plan:
     """What to run for a script with these arguments, here."""
     known = facts(script)
     want = settings(args, known)
@@ -154,6 +155,8 @@ def plan(script: Path, args: Sequence[str], nproc: int | None = None, env: Mappi
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     beside = int(cluster.env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_WORLD_SIZE", len(here)))) if cluster.rank is not None else len(here)
     add = {"LF_RANK_LOGS": str(logs.absolute()), **{k: v for k, v in cluster.env.items() if env.get(k) != v}}
+    if timeout is not None:
+        add["LF_TIMEOUT"] = f"{timeout:g}"
     if "OMP_NUM_THREADS" not in env:
         add["OMP_NUM_THREADS"] = str(max(1, cores // beside))
     if (SCRIPTS / "launch").exists():  # a checkout need not be installed; scripts/launch may have put it there already, a shell has not
@@ -182,7 +185,7 @@ def usage(command: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     command = "scripts/launch" if (SCRIPTS / "launch").exists() else "lf-train"
-    dry, nproc = False, None
+    dry, nproc, timeout = False, None, None
     try:
         while args and args[0].startswith("-"):
             flag, _, value = args.pop(0).partition("=")
@@ -196,6 +199,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if not value.isdigit() or int(value) < 1:
                     raise LaunchError(f"--nproc {value}: give a number of ranks, 1 or more")
                 nproc = int(value)
+            elif flag == "--timeout":
+                value = value or (args.pop(0) if args else "")
+                if not re.fullmatch(r"\d+(\.\d+)?", value) or float(value) == 0:
+                    raise LaunchError(f"--timeout {value}: give seconds, more than 0")
+                timeout = float(value)
             else:
                 raise LaunchError(f"{flag} is no option of {command}; a script's own options come after its name")
         if not args:
@@ -205,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--dry-run" in args[1:] and not re.search(r"dry[-_]run", script.read_text(encoding="utf-8")):  # no option of the script's own
             dry = True
             args.remove("--dry-run")
-        made = plan(script, args[1:], nproc)
+        made = plan(script, args[1:], nproc, timeout=timeout)
     except (LaunchError, MeshError, ClusterError) as error:
         print(f"lf: {error}", file=sys.stderr)
         return 2

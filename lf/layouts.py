@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 
 import attrs
 
-from lf.mesh import Mesh, shares
+from lf import split as splits
+from lf.mesh import Mesh
 from lf.segment import Model, Segment, path_of
 from lf.spec import LayoutError, Piece, Spec, spec_of
 
@@ -26,6 +29,16 @@ class Layout:
     placement: tuple[int, ...]
     specs: dict[str, Spec]
     frozen: frozenset[str] = frozenset()
+    _holders: dict[str, tuple[int, ...]] = attrs.field(init=False, repr=False, eq=False)
+
+    @_holders.default
+    def _find_holders(self) -> dict[str, tuple[int, ...]]:
+        found: dict[str, dict[int, None]] = {}
+        for rank, segments in zip(self.placement, self.stages):
+            for segment in segments:
+                for name in segment.params:
+                    found.setdefault(path_of(segment, name), {})[rank] = None
+        return {path: tuple(ranks) for path, ranks in found.items()}
 
     def layers(self, stage: int) -> dict[str, tuple[Segment, ...]]:
         """The segments of a stage by layer, in order."""
@@ -40,16 +53,19 @@ class Layout:
 
     def holders(self, path: str) -> tuple[int, ...]:
         """The pp coordinates that hold a parameter: those whose stages use it, the one of the first such stage first."""
-        return tuple(dict.fromkeys(rank for stage, rank in zip(self.stages, self.placement) if any(path_of(s, n) == path for s in stage for n in s.params)))
+        return self._holders[path]
 
     def held(self, coords: dict[str, int]) -> dict[str, Spec]:
         """The specs of what the rank at `coords` holds, in the order of `specs`."""
-        mine = {path_of(s, n) for stage in self.on(coords["pp"]) for s in self.stages[stage] for n in s.params}
-        return {path: spec for path, spec in self.specs.items() if path in mine}
+        return {path: spec for path, spec in self.specs.items() if coords["pp"] in self._holders[path]}
+
+    def trained(self, coords: dict[str, int]) -> dict[str, Spec]:
+        """Those of `held` that have a gradient and moments and are updated."""
+        return {path: spec for path, spec in self.held(coords).items() if path not in self.frozen}
 
     def owned(self, coords: dict[str, int]) -> list[tuple[str, Piece]]:
         """(path, piece) of all that the rank at `coords` is the first to hold: over all ranks each element of each parameter once."""
-        return [(p, piece) for p, spec in self.held(coords).items() if self.holders(p)[0] == coords["pp"] for piece in spec.owned(coords)]
+        return [(p, piece) for p, spec in self.specs.items() if self._holders[p][0] == coords["pp"] for piece in spec.owned(coords)]
 
 
 def layout(
@@ -57,14 +73,18 @@ def layout(
     mesh: Mesh,
     rules: dict[str, str] | None = None,
     *,
-    split: Sequence[int] | None = None,
+    stages: int | None = None,
+    split: Sequence[int] | str | None = None,
     placement: Sequence[int] | None = None,
     frozen: Sequence[str] = (),
 ) -> Layout:
     """Lays a model out over a mesh. `rules` maps logical axes to mesh axes (default RULES).
 
-    `split`: how many layers each stage has · `placement`: the pipeline rank of each stage (default: stage s on rank s mod pp).
-    Raises LayoutError for what this version cannot lay out, and for rules that cannot be.
+    `stages`: of the pipeline (default: as many as the split or the placement has, else pp) · `split`: how many layers each has, as numbers or in
+    words (`lf.split.explicit`; default: balanced) · `placement`: the pipeline rank of each (default: stage s on rank s mod pp; `lf.schedule` has
+    others) · `frozen`: segments, layers or parameters that are not trained, by name or pattern ('layers.0.*', 'embed', '*/norm'); a tied
+    parameter is frozen wherever it is used.
+    Raises LayoutError for what this version cannot lay out, and for rules, stages and names that cannot be.
     """
     mesh, rules = mesh.fill(), dict(RULES if rules is None else rules)
     for axis, name in (("cp", "context"), ("ep", "expert"), ("etp", "expert tensor")):
@@ -75,15 +95,59 @@ def layout(
             if rules.get(name) != model.rules.get(name):
                 raise LayoutError(f"the rules put {name!r} on {rules.get(name)}; the model is written for {model.rules}: use these rules")
     specs = {path: spec_of(path, param, rules, mesh) for path, param in model.params().items()}
-    layers: dict[str, list[Segment]] = {}
-    for segment in model.segments:
-        layers.setdefault(segment.layer, []).append(segment)
-    if split is None:
-        split = shares(len(layers), mesh.pp if placement is None else len(placement))
-    if placement is None:
-        placement = tuple(s % mesh.pp for s in range(len(split)))
-    each, stages, at = [*layers.values()], [], 0
-    for n in split:
-        stages.append(tuple(segment for layer in each[at : at + n] for segment in layer))
+    sizes = _sizes(model, mesh, stages, split, placement)
+    ranks = tuple(s % mesh.pp for s in range(len(sizes))) if placement is None else tuple(placement)
+    _refuse_placement(ranks, mesh)
+    each, dealt, at = [*model.layers().values()], [], 0
+    for n in sizes:
+        dealt.append(tuple(segment for layer in each[at : at + n] for segment in layer))
         at += n
-    return Layout(model, mesh, rules, tuple(stages), tuple(placement), specs, frozenset(frozen))
+    return Layout(model, mesh, rules, tuple(dealt), ranks, specs, _frozen(model, frozen))
+
+
+def _sizes(
+    model: Model, mesh: Mesh, stages: int | None, split: Sequence[int] | str | None, placement: Sequence[int] | None
+) -> tuple[int, ...]:
+    """How many layers each stage has."""
+    if split is None:
+        n = stages if stages is not None else mesh.pp if placement is None else len(placement)
+        sizes = splits.by_count(model, n)
+    else:
+        sizes = splits.explicit(model, split) if isinstance(split, str) else splits.counts(model, split)
+    shown = f"split {split!r}" if split is not None else f"stages={len(sizes)}"
+    if stages is not None and len(sizes) != stages:
+        raise LayoutError(f"{shown} is of {len(sizes)} stages, stages={stages} was asked for; leave one of them out")
+    if placement is not None and len(sizes) != len(placement):
+        raise LayoutError(f"placement {tuple(placement)} is of {len(placement)} stages, {shown} of {len(sizes)}; name the rank of each stage")
+    return sizes
+
+
+def _refuse_placement(placement: tuple[int, ...], mesh: Mesh) -> None:
+    if wrong := [r for r in placement if isinstance(r, bool) or not isinstance(r, int) or not 0 <= r < mesh.pp]:
+        raise LayoutError(f"placement {placement}: {wrong[0]!r} is no pipeline rank of mesh {mesh}; they are 0 to {mesh.pp - 1}")
+    if idle := sorted(set(range(mesh.pp)) - set(placement)):
+        raise LayoutError(
+            f"{len(placement)} stages on ranks {placement} leave pipeline ranks {', '.join(map(str, idle))} of mesh {mesh} without a stage; "
+            f"use at least {mesh.pp} stages (one may be empty), or pp={mesh.pp - len(idle)}"
+        )
+
+
+def _frozen(model: Model, patterns: Sequence[str]) -> frozenset[str]:
+    """The paths of what the patterns name. Raises LayoutError for one that names nothing, and when nothing is left to train."""
+    if isinstance(patterns, str):
+        raise LayoutError(f"frozen={patterns!r} should be a tuple of names, as ({patterns!r},)")
+    named: dict[str, set[str]] = {}  # segment, layer or parameter → paths
+    for segment in model.segments:
+        for name in segment.params:
+            for key in (segment.name, segment.layer, f"{segment.name}/{name}"):
+                named.setdefault(key, set()).add(path_of(segment, name))
+    out: set[str] = set()
+    for pattern in patterns:
+        found = [paths for key, paths in named.items() if fnmatchcase(key, pattern)]
+        if not found:
+            near = difflib.get_close_matches(pattern, named, 3, 0.4) or [*named][:3]
+            raise LayoutError(f"frozen {pattern!r} names no segment, layer or parameter of the model; near: {', '.join(near)}")
+        out.update(*found)
+    if out >= set(model.params()) and patterns:
+        raise LayoutError(f"frozen={tuple(patterns)} is every parameter of the model: nothing is left to train; leave one out")
+    return frozenset(out)

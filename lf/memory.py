@@ -38,13 +38,16 @@ class Usage:
 
 @attrs.frozen
 class Setting:
-    """What can be changed: rows in a microbatch, tokens in a row, ranks of tp, and the dtypes (compute, master)."""
+    """What can be changed: rows in a microbatch, tokens in a row, ranks of tp and of pp, and the dtypes (compute, master) · `layers`: more ranks
+    of pp than these would have nothing to do."""
 
     micro_batch: int
     seq_len: int
     tp: int
     compute: torch.dtype
     master: torch.dtype
+    pp: int = 1
+    layers: int = 1
 
 
 def explained(error: OutOfMemory, layout: Layout, state: State, batches: Sequence[Batch], seq_len: int, ctx: Any) -> OutOfMemory:
@@ -52,7 +55,7 @@ def explained(error: OutOfMemory, layout: Layout, state: State, batches: Sequenc
     used = ctx.device.memory_peak() + error.wanted
     usage = measure(error, layout, state, used, ctx)
     tokens = max((len(b.plan["tokens"]) for b in batches), default=seq_len)
-    setting = Setting(max(tokens // seq_len, 1), seq_len, layout.mesh.tp, ctx.precision.compute, ctx.precision.master)
+    setting = _setting(layout, max(tokens // seq_len, 1), seq_len, ctx)
     asked = f"; {_bytes(error.wanted)} more were asked for" if error.wanted else ""
     lines = [f"out of memory on rank {ctx.axes.rank}, in {error.where}: it holds {_bytes(used - error.wanted)} of {_bytes(usage.limit)}{asked}"]
     lines += [f"  {_bytes(n):>10}  {kind}" for kind, n in usage.kinds.items()]
@@ -67,33 +70,38 @@ def measure(error: OutOfMemory, layout: Layout, state: State, used: int, ctx: An
     masters = {x.data_ptr() for x in tree.leaves(state.optimizer["master"])}
     kinds = {"compute copy of the parameters": sum(_size(x) for x in tree.leaves(state.params) if x.data_ptr() not in masters)}
     kinds |= {f"optimizer: {name}": sum(map(_size, tree.leaves(branch))) for name, branch in state.optimizer.items()}
-    gradients = sum(map(_size, tree.leaves(state.optimizer["master"])))  # one for each master, in its dtype
+    # one for each master that is trained, in its dtype
+    gradients = sum(_size(x) for path, x in tree.items(state.optimizer["master"]) if path not in layout.frozen)
     lasting = sum(kinds.values()) + gradients
     rest = max(used - sum(kinds.values()) - error.gradients, 0)
     kinds |= {"gradients": error.gradients, "activations, buffers and the rest": rest}
     return Usage(kinds, lasting, math.ceil(rest / error.forward), ctx.device.memory_total())
 
 
-def refuse_what_cannot_fit(layout: Layout, init: Callable[[Tree], Tree], ctx: Any) -> None:
+def refuse_what_cannot_fit(layout: Layout, init: Callable[[Tree, torch.device], Tree], ctx: Any) -> None:
     """Raises OutOfMemory, before anything is allocated, when what lasts through a step (parameters, gradients, the optimizer's `init` of them)
     is more than this rank's device has. The optimizer is asked with one element for each parameter: its trees are shaped like them, or scalars."""
     dtypes, coords, there = ctx.precision, ctx.axes.coords, ctx.device.memory_total()
-    sizes = {path: math.prod(spec.local_shape(coords)) for path, spec in layout.specs.items()}
-    elements, small = sum(sizes.values()), init(tree.build([(path, torch.zeros(1, dtype=dtypes.master)) for path in sizes]))
-    kinds = {"compute copy of the parameters": elements * dtypes.compute.itemsize * (dtypes.compute != dtypes.master)}
+    sizes = {path: math.prod(spec.local_shape(coords)) for path, spec in layout.held(coords).items()}
+    trained = [path for path in sizes if path not in layout.frozen]
+    small = init(tree.build([(path, torch.zeros(1, dtype=dtypes.master)) for path in trained]), torch.device("cpu"))
+    kinds = {"compute copy of the parameters": sum(sizes.values()) * dtypes.compute.itemsize * (dtypes.compute != dtypes.master)}
     kinds |= {f"optimizer: {name}": sum(_size(x) * sizes.get(path, 1) for path, x in tree.items(branch)) for name, branch in small.items()}
-    kinds["gradients"] = elements * dtypes.master.itemsize
+    kinds["optimizer: master"] += sum(n for path, n in sizes.items() if path in layout.frozen) * dtypes.master.itemsize
+    kinds["gradients"] = sum(sizes[path] for path in trained) * dtypes.master.itemsize
     if (lasting := sum(kinds.values())) <= there:
         return
     lines = [f"out of memory before the first step: rank {ctx.axes.rank} needs {_bytes(lasting)} besides activations, its device has {_bytes(there)}"]
     lines += [f"  {_bytes(n):>10}  {kind}" for kind, n in kinds.items() if n]
-    setting = Setting(1, SHORTEST, layout.mesh.tp, dtypes.compute, dtypes.master)
+    setting = _setting(layout, 1, SHORTEST, ctx)
     lines += [f"The smallest change that should fit, without activations: {way_out(Usage(kinds, lasting, 0, there), setting)}"]
     raise OutOfMemory("\n".join(lines))
 
 
 def way_out(usage: Usage, now: Setting) -> str:
-    """The first change that fits: fewer rows in a microbatch, shorter rows, twice tp or lower precision, ever more tp."""
+    """The first change that fits: fewer rows in a microbatch, shorter rows, twice tp, twice pp or lower precision, ever more tp.
+
+    Twice pp halves what lasts; of activations each rank then has half the layers for twice the microbatches (1F1B), as much as before."""
     row = usage.activations / now.micro_batch
 
     def fits(lasting: float, activations: float) -> bool:
@@ -112,6 +120,9 @@ def way_out(usage: Usage, now: Setting) -> str:
     ways = []
     if fits(usage.lasting / 2, usage.activations / 2):
         ways.append(f"tp={2 * now.tp} instead of {now.tp}, on twice the ranks (about {_bytes((usage.lasting + usage.activations) / 2)} each)")
+    if 2 * now.pp <= now.layers and fits(usage.lasting / 2, usage.activations):
+        total = usage.lasting / 2 + usage.activations
+        ways.append(f"pp={2 * now.pp} instead of {now.pp}, on twice the ranks (about {_bytes(total)} each)")
     lower, lasting = _lower(usage.lasting, now)
     if lower and fits(lasting, usage.activations / 2):
         ways.append(f"--precision {lower} (about {_bytes(lasting + usage.activations / 2)})")
@@ -121,6 +132,11 @@ def way_out(usage: Usage, now: Setting) -> str:
         if fits(usage.lasting / times, row / times):
             return f"{one}tp={times * now.tp} instead of {now.tp} (about {_bytes((usage.lasting + row) / times)} each)"
     return "none of fewer rows, shorter rows, more tp or lower precision is enough; take a smaller model or more memory"
+
+
+def _setting(layout: Layout, micro_batch: int, seq_len: int, ctx: Any) -> Setting:
+    dtypes, mesh = ctx.precision, layout.mesh
+    return Setting(micro_batch, seq_len, mesh.tp, dtypes.compute, dtypes.master, mesh.pp, len(layout.model.layers()))
 
 
 def _lower(lasting: int, now: Setting) -> tuple[str, float]:

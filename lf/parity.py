@@ -30,7 +30,8 @@ from lf.data.stream import Row
 from lf.layouts import Layout, layout
 from lf.mesh import Mesh
 from lf.optim import Optimizer, sgd
-from lf.schedule import one_f_one_b
+from lf.schedule import Program
+from lf.schedule.build import build
 from lf.segment import Model
 from lf.spec import Init, Spec
 from lf.state import init
@@ -115,6 +116,9 @@ def compare(
     mesh: Mesh,
     *,
     rules: dict[str, str] | None = None,
+    split: Sequence[int] | str | None = None,
+    placement: Sequence[int] | None = None,
+    frozen: Sequence[str] = (),
     microbatches: int = 2,
     seed: int = 0,
     tokens: int = 21,
@@ -124,37 +128,44 @@ def compare(
     clip: float | None = 1.0,
     device: str = "cpu",
     spmd: Callable[..., list[Any]] = simulated,
+    program: Callable[[Layout, int], Program] = build,
+    compile: bool = False,
 ) -> Report:
-    """`model` on `mesh`, with `microbatches` a rank and step, against one rank. `spmd(mesh, fn, *args)` is how ranks are run: fn(axes, *args)
-    on each, the results in their order. Raises what the ranks raise; ConfigError where the device has no float64.
+    """`model` on `mesh`, with `microbatches` a rank and step, against one rank. `split`, `placement`, `frozen`: as in `lf.layout`; the one rank has
+    one stage, and the same frozen. `program(layout, microbatches)`: what the mesh does in a step; the one rank makes a forward and its backward in
+    turn. `compile`: as in `lf.train.make`, of the mesh alone. `spmd(mesh, fn, *args)` is how ranks are run: fn(axes, *args) on each, the results
+    in their order. Raises what the ranks raise; ConfigError where the device has no float64.
     """
     if not devices.get(device).FLOAT64:
         raise ConfigError(f"device {device!r} has no float64, which parity is measured in; use --device cpu")
     mesh = mesh.fill()
     count = microbatches * mesh["dp"]
     batches = [random_batches(model, seed, step, count, tokens, padding) for step in range(steps)]
-    args = (model, rules, batches, seed, lr, clip, device)
-    (one,) = simulated(Mesh(dp=1), trace, *args)
-    many = spmd(mesh, trace, *args)
-    rows = _compared(layout(model, Mesh(dp=1), rules), one, layout(model, mesh, rules), many)
+    single = layout(model, Mesh(dp=1), rules, frozen=frozen)
+    where = layout(model, mesh, rules, split=split, placement=placement, frozen=frozen)
+    args = (batches, seed, lr, clip, device)
+    (one,) = simulated(single.mesh, trace, single, build(single, count), *args)
+    many = spmd(mesh, trace, where, program(where, microbatches), *args, compile)
+    rows = _compared(single, one, where, many)
     return Report(mesh, microbatches, seed, tuple(rows))
 
 
 def trace(
     axes: Any,
-    model: Model,
-    rules: dict[str, str] | None,
+    where: Layout,
+    program: Program,
     batches: Sequence[Sequence[Batch]],
     seed: int,
     lr: float,
     clip: float | None,
     device: str,
+    compile: bool = False,
 ) -> Trace:
     """This rank's part of a few steps of `lf.train.make`. batches[step] are the microbatches of all dp coordinates."""
     ctx = Context(axes, devices.get(device), "fp64")
-    where, (d, dp) = layout(model, axes.mesh, rules), (axes["dp"].index, axes["dp"].size)
+    d, dp = axes["dp"].index, axes["dp"].size
     seen: list[dict[str, Tensor]] = []
-    start, step = make(where, _recording(sgd(lr), seen), one_f_one_b(1, len(batches[0]) // dp), ctx, clip)
+    start, step = make(where, _recording(sgd(lr), seen), program, ctx, clip, compile)
     state, metrics = start(randomised(where, ctx, seed)), []
     for row in batches:
         state, new = step(state, [b for i, b in enumerate(row) if i % dp == d])
@@ -165,7 +176,7 @@ def trace(
 def randomised(where: Layout, ctx: Any, seed: int) -> Tree:
     """`lf.init`, and noise on every parameter: the same logical model under any layout, with nothing that is still 0 or 1."""
     params = init(where, ctx, seed)
-    for path, spec in where.specs.items():
+    for path, spec in where.held(ctx.axes.coords).items():
         shape = spec.param.shape
         noise = Init(std=shape[-1] ** -0.5 if len(shape) > 1 else 0.2)  # keeps the variance of what a matrix makes near 1, whatever the width
         for piece in spec.pieces(ctx.axes.coords):
@@ -208,31 +219,30 @@ def _compared(one_layout: Layout, one: Trace, many_layout: Layout, many: Sequenc
     yield _covered(many_layout, [t.coords for t in many])
     for name in one.metrics[0]:
         yield _worst(_quantity(name, want[name], [(t.metrics[i][name], want[name]) for t in many], largest) for i, want in enumerate(one.metrics))
+    holding = {path: [t for t in many if t.coords["pp"] in many_layout.holders(path)] for path in many_layout.specs}
     for path, spec in many_layout.specs.items():
-        whole = one_layout.specs[path]
-        yield _worst(
-            _quantity(f"gradient {path}", g[path], _pairs(spec, [(t.coords, t.gradients[i][path]) for t in many], whole, g[path]), largest)
-            for i, g in enumerate(one.gradients)
-        )
+        if path not in many_layout.frozen:
+            whole, ranks = one_layout.specs[path], holding[path]
+            yield _worst(
+                _quantity(f"gradient {path}", g[path], _pairs(spec, [(t.coords, t.gradients[i][path]) for t in ranks], whole, g[path]), largest)
+                for i, g in enumerate(one.gradients)
+            )
     for path, spec in many_layout.specs.items():
         w = one.params[path]
-        pairs = _pairs(spec, [(t.coords, t.params[path]) for t in many], one_layout.specs[path], w)
+        pairs = _pairs(spec, [(t.coords, t.params[path]) for t in holding[path]], one_layout.specs[path], w)
         yield _quantity(f"parameter {path}", w, pairs, largest)
 
 
 def _covered(where: Layout, ranks: Sequence[dict[str, int]]) -> Quantity:
     """How far the logical tensors are from being held by some rank and owned by one, in elements."""
-    missed = 0
-    for spec in where.specs.values():
-        for i, piece in enumerate(spec.pieces(ranks[0])):
-            held, owned = torch.zeros(2, *piece.shape, dtype=torch.int64)
-            everything = box.whole(piece.shape)
-            for coords in ranks:
-                held[box.slices(spec.pieces(coords)[i].box, everything)] = 1
-                for mine in spec.owned(coords):
-                    if mine.key == piece.key:
-                        owned[box.slices(mine.box, everything)] += 1
-            missed += int((held != 1).sum() + (owned != 1).sum())
+    shapes = {piece.key: piece.shape for spec in where.specs.values() for piece in spec.pieces(ranks[0])}
+    held, owned = ({key: torch.zeros(shape, dtype=torch.int64) for key, shape in shapes.items()} for _ in range(2))
+    for coords in ranks:
+        for piece in (piece for spec in where.held(coords).values() for piece in spec.pieces(coords)):
+            held[piece.key][box.slices(piece.box, box.whole(piece.shape))] = 1
+        for _, piece in where.owned(coords):
+            owned[piece.key][box.slices(piece.box, box.whole(piece.shape))] += 1
+    missed = sum(int((held[key] != 1).sum() + (owned[key] != 1).sum()) for key in shapes)
     return Quantity("elements not held, or not owned once", 1.0, float(missed), 0.0)
 
 

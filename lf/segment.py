@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -28,13 +29,20 @@ Apply = Callable[[dict[str, Tensor], Any, Batch, Any], tuple[Any, Terms]]
 @attrs.frozen
 class Segment:
     """`layer` groups segments: the unit of reduction, recompute and compilation. `name` is global, and the checkpoint key. `products`: the
-    parameters that arrive as a W, each the weight of one column_linear or row_linear."""
+    parameters that arrive as a W, each the weight of one column_linear or row_linear. `flops(batch)`: floating-point operations of forward and
+    backward of one microbatch, worked out on the host; equal segments share one function."""
 
     name: str
     layer: str
     params: dict[str, Param | Tied]
     apply: Apply
     products: tuple[str, ...] = ()
+    flops: Callable[[Batch], float] | None = None
+
+    def __attrs_post_init__(self) -> None:
+        if unknown := [name for name in self.products if name not in self.params]:
+            have = ", ".join(self.params) or "none"
+            raise LayoutError(f"segment {self.name!r}: products names {', '.join(map(repr, unknown))}; its parameters are {have}")
 
 
 @attrs.frozen
@@ -59,7 +67,6 @@ class Model:
 
     `accepts(batch)` raises BatchError for a batch that the model cannot take; it reads the plan on the host, before anything is computed.
     `prepare(batch, ctx)` adds to `batch.derived` what several layers need of a batch that lies on the device already, once a microbatch.
-    `flops(batch)`: floating-point operations of forward and backward of one microbatch over the whole model, worked out on the host.
     """
 
     config: Any
@@ -68,7 +75,21 @@ class Model:
     rules: dict[str, str] | None = None
     accepts: Callable[[Batch], None] = _any_batch
     prepare: Callable[[Batch, Any], Batch] = _as_it_is
-    flops: Callable[[Batch], float] | None = None
+
+    @property
+    def flops(self) -> Callable[[Batch], float] | None:
+        """Floating-point operations of forward and backward of one microbatch over all segments; None where one of them does not say its own."""
+        each = Counter(s.flops for s in self.segments)
+        if None in each:
+            return None
+        return lambda batch: float(sum(n * of(batch) for of, n in each.items() if of))
+
+    def layers(self) -> dict[str, tuple[Segment, ...]]:
+        """The segments of each layer, in the order in which layers first occur."""
+        out: dict[str, list[Segment]] = {}
+        for segment in self.segments:
+            out.setdefault(segment.layer, []).append(segment)
+        return {layer: tuple(segments) for layer, segments in out.items()}
 
     def params(self) -> dict[str, Param]:
         """Every parameter once, by path 'segment/name'."""

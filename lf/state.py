@@ -37,7 +37,7 @@ def device_of(ctx: Any) -> torch.device:
 def init(layout: Layout, ctx: Any, seed: int) -> Tree:
     """Fresh parameters of this rank in the master dtype: the same logical model for the same seed under any layout."""
     pairs = []
-    for path, spec in layout.specs.items():
+    for path, spec in layout.held(ctx.axes.coords).items():
         local = torch.empty(spec.local_shape(ctx.axes.coords), dtype=ctx.precision.master)
         for piece in spec.pieces(ctx.axes.coords):
             piece.view(local).copy_(rng.draw(seed, piece.key, piece.shape, spec.param.init, piece.box, local.dtype))

@@ -1,7 +1,8 @@
 """Watches the ranks of one machine: shows rank 0 as it runs, keeps every log, finds the rank that failed first, ends them all. No torch.
 
 SIGTERM and SIGUSR2 are passed on to the ranks themselves (torchrun would not pass on the second), which may save and end in order; a second
-signal ends all at once. SIGINT and SIGHUP go to torchrun, which ends the ranks.
+signal ends all at once. SIGINT and SIGHUP go to torchrun, which ends the ranks. SIGUSR1 ends nothing: it draws where the ranks are, as the
+report of a failed run does, and each rank writes its Python stacks to its log.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ import tempfile
 import termios
 import time
 import tty
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from lf import worker
+from lf import position, worker
 
 GRACE = 30.0  # seconds for the ranks to end by themselves before they are killed
 SAVING = 600.0  # the same where they were asked to save first
@@ -86,14 +87,16 @@ def attend(command: Sequence[str], env: dict[str, str], logs: Path, ranks: range
     SIGUSR2 asks for an early end and nothing else: when the ranks end well it is 0."""
     logs.mkdir(parents=True, exist_ok=True)
     for rank in ranks:
-        for name in (f"rank{rank}.error", f"rank{rank}.pid"):
-            (logs / name).unlink(missing_ok=True)
+        for kind in ("error", "pid", "at", "program"):
+            (logs / f"rank{rank}.{kind}").unlink(missing_ok=True)
     folder = tempfile.mkdtemp(prefix="lf-")
     stop: list[int] = []
+    ask: list[int] = []
     before = {number: signal.signal(number, lambda got, frame: stop.append(got)) for number in STOP}
+    before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, lambda got, frame: ask.append(got))
     sys.stdout.flush()
     try:
-        code = _run(command, env, logs, ranks, torchrun, folder, stop)
+        code = _run(command, env, logs, ranks, torchrun, folder, stop, ask)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -111,7 +114,9 @@ def attend(command: Sequence[str], env: dict[str, str], logs: Path, ranks: range
     return report(code, logs, ranks) if code else 0
 
 
-def _run(command: Sequence[str], env: dict[str, str], logs: Path, ranks: range, torchrun: bool, folder: str, stop: list[int]) -> int:
+def _run(
+    command: Sequence[str], env: dict[str, str], logs: Path, ranks: range, torchrun: bool, folder: str, stop: list[int], ask: list[int]
+) -> int:
     ends: dict[int, int] = {}  # end to read → our descriptor
     both = os.isatty(1) and os.isatty(2)
     if 0 in ranks:
@@ -129,12 +134,14 @@ def _run(command: Sequence[str], env: dict[str, str], logs: Path, ranks: range, 
 
     def first() -> None:  # in the child, before it becomes the command
         worker.die_with_parent()
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a cluster may send it to every process: torchrun, and a rank that does not listen yet
         if os.getppid() != me:
             os._exit(1)
 
     files = contextlib.ExitStack()
     noise = files.enter_context(open(logs / f"torchrun{ranks.start}.log", "wb")) if torchrun else None  # noqa: SIM115
-    log = files.enter_context(open(logs / "rank0.log", "wb", buffering=0)) if ends else None  # noqa: SIM115
+    (logs / "rank0.log").unlink(missing_ok=True)
+    log = files.enter_context(open(logs / "rank0.log", "ab", buffering=0)) if ends else None  # noqa: SIM115  # rank 0 appends its stacks
     rests = dict.fromkeys(ends, b"")
 
     def drain() -> bool:
@@ -152,7 +159,7 @@ def _run(command: Sequence[str], env: dict[str, str], logs: Path, ranks: range, 
 
     # A session of its own: Ctrl-C reaches us alone, and we end the ranks in order.
     child = subprocess.Popen(command, env=env, stdout=noise, stderr=noise, preexec_fn=first, start_new_session=True)
-    told = 0.0
+    told, failed = 0.0, False
     with files, child:
         try:
             while child.poll() is None:
@@ -162,6 +169,15 @@ def _run(command: Sequence[str], env: dict[str, str], logs: Path, ranks: range, 
                 except BrokenPipeError:  # whoever read us has gone, as `| head` does
                     stop.append(signal.SIGPIPE)
                     ends.clear()
+                if ask:
+                    ask.clear()
+                    pass_on(signal.SIGUSR1, logs, ranks)
+                    with contextlib.suppress(OSError):  # whoever read us has gone
+                        print(f"\n{whereabouts(logs, ranks)}", file=sys.stderr, flush=True)
+                if torchrun and not failed and (found := records(logs, ranks)):
+                    failed = True  # the others still are where they hang; torchrun ends them when this one has gone
+                    if not any(record["message"] for record in found):
+                        pass_on(signal.SIGUSR1, logs, sorted({*ranks} - {record["rank"] for record in found}))
                 if stop and not told:
                     told = time.monotonic()
                     if stop[0] not in PASSED_ON or not pass_on(stop[0], logs, ranks):
@@ -178,7 +194,7 @@ def _run(command: Sequence[str], env: dict[str, str], logs: Path, ranks: range, 
     return child.returncode
 
 
-def pass_on(number: int, logs: Path, ranks: range) -> int:
+def pass_on(number: int, logs: Path, ranks: Iterable[int]) -> int:
     """Sends a signal to every rank that has said which process it is; returns how many there are."""
     sent = 0
     for rank in ranks:
@@ -186,6 +202,18 @@ def pass_on(number: int, logs: Path, ranks: range) -> int:
             os.kill(int((logs / f"rank{rank}.pid").read_text()), number)
             sent += 1
     return sent
+
+
+def records(logs: Path, ranks: range) -> list[dict]:
+    """What the ranks that failed have left."""
+    return [json.loads(path.read_text()) for rank in ranks if (path := logs / f"rank{rank}.error").exists()]
+
+
+def whereabouts(logs: Path, ranks: range, until: float | None = None) -> str:
+    """The drawing of where the ranks are, or were at the time `until`, seconds since the epoch; and where their stacks stand."""
+    drawn = position.draw([position.read(logs, rank) for rank in ranks], until)
+    which = f"rank{ranks.start}.log" if len(ranks) == 1 else f"rank{ranks.start}.log … rank{ranks[-1]}.log"
+    return f"lf: where the ranks {'are' if until is None else 'were'}:\n{drawn}\n  Python stacks: {logs / which}"
 
 
 def root_cause(records: Sequence[dict], torchrun: str, ranks: range) -> dict | None:
@@ -209,15 +237,18 @@ def root_cause(records: Sequence[dict], torchrun: str, ranks: range) -> dict | N
 
 def report(code: int, logs: Path, ranks: range) -> int:
     """Says which rank failed first and why; returns its exit code."""
-    records = [json.loads((logs / f"rank{rank}.error").read_text()) for rank in ranks if (logs / f"rank{rank}.error").exists()]
+    left = records(logs, ranks)
     noise = logs / f"torchrun{ranks.start}.log"
-    cause = root_cause(records, noise.read_text(errors="replace") if noise.exists() else "", ranks)
-    for record in records:
+    cause = root_cause(left, noise.read_text(errors="replace") if noise.exists() else "", ranks)
+    until = min((record["time"] for record in left), default=time.time())
+    at_work = any(position.read(logs, rank).count for rank in ranks)  # else it failed before there was a place to be at
+    drawn = f"\n{whereabouts(logs, ranks, until)}" if at_work else ""
+    for record in left:
         if record["rank"] == 0 and record["text"]:
             with open(logs / "rank0.log", "a") as log:
                 log.write(record["text"])
     if cause is None and noise.exists():
-        print(f"lf: torchrun failed (exit code {code}) before any rank did; the end of {noise}:\n{tail(noise)}", file=sys.stderr)
+        print(f"lf: torchrun failed (exit code {code}) before any rank did; the end of {noise}:\n{tail(noise)}{drawn}", file=sys.stderr)
         return code if code > 0 else 128 - code
     cause = cause or {"rank": ranks.start, "code": code, "text": ""}
     rank, code, words = cause["rank"], cause["code"], cause["text"]
@@ -229,7 +260,7 @@ def report(code: int, logs: Path, ranks: range) -> int:
         words = f"rank {rank} {how}{':' if words else ''}\n{words}"
     others = "; the other ranks were ended" if len(ranks) > 1 else ""
     code = 128 - code if code < 0 else code
-    print(f"{words}\nlf: rank {rank} stopped first (exit code {code}){others}. Its log: {path}", file=sys.stderr)
+    print(f"{words}{drawn}\nlf: rank {rank} stopped first (exit code {code}){others}. Its log: {path}", file=sys.stderr)
     return code
 
 

@@ -9,7 +9,7 @@ There is no mean of means: every rank back-propagates its own sums with the one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -23,20 +23,21 @@ from lf.memory import refuse_what_cannot_fit
 from lf.mesh import MeshError
 from lf.optim import Optimizer
 from lf.parallel.reduce import owned_square_sum
-from lf.schedule import Action, Program, ProgramError, check
-from lf.schedule.lower import add_reduce
+from lf.schedule import Action, Program, ProgramError, check, draw
+from lf.schedule.bind import Bound, bind
+from lf.schedule.ir import flat, microbatches
+from lf.schedule.lower import is_lowered, lower
 from lf.schedule.memory import memory_at
-from lf.schedule.run import Bound, bind, run
-from lf.segment import Terms
+from lf.schedule.run import run
 from lf.spec import Piece
-from lf.state import State, compute_copy, shard_batch
+from lf.state import State, compute_copy, device_of, shard_batch
 from lf.tree import Tree
 
 Metrics = dict[str, Tensor]
 Gradients = tuple[Tree, Metrics]
 
 
-def gradients(layout: Layout, program: Program | Sequence[Program], ctx: Any) -> Callable[[Tree, Sequence[Batch]], Gradients]:
+def gradients(layout: Layout, program: Program | Sequence[Program], ctx: Any, compile: bool = False) -> Callable[[Tree, Sequence[Batch]], Gradients]:
     """fn(params, microbatches) -> (gradients as a tree like params, metrics): the half of a step before the optimizer.
 
     program: one, or one for each number of microbatches that occurs. params: the compute copy. Gradients come in the master dtype, summed over
@@ -46,9 +47,9 @@ def gradients(layout: Layout, program: Program | Sequence[Program], ctx: Any) ->
     """
     if layout.mesh != ctx.axes.mesh:
         raise MeshError(f"the layout is for mesh {layout.mesh}, the context has mesh {ctx.axes.mesh}")
-    bound = _bound(layout, program, ctx)
+    bound = _bound(layout, program, ctx, compile)
     model, objectives = layout.model, layout.model.objectives
-    owned = [(spec.path, piece) for spec in layout.specs.values() for piece in spec.owned(ctx.axes.coords)]
+    owned = [(path, piece) for path, piece in layout.owned(ctx.axes.coords) if path not in layout.frozen]
 
     def fn(params: Tree, batches: Sequence[Batch]) -> Gradients:
         if len(batches) not in bound:
@@ -62,7 +63,11 @@ def gradients(layout: Layout, program: Program | Sequence[Program], ctx: Any) ->
         norms = dict(zip(objectives, counts.clamp_min(1)))  # no label at all: the sum is 0 and so is the loss
         seeds = {k: o.weight / norms[k] for k, o in objectives.items()}
         grads, terms, finite = run(bound[len(batches)], params, batches, seeds, ctx)
-        means, norm = _world_sums(terms, norms, grads, owned, ctx)
+        losses = terms.get("losses", {})
+        if missing := [k for k in norms if not any(k in there for there in _given(bound[len(batches)], losses, batches[0], ctx))]:
+            names = {k for there in _given(bound[len(batches)], losses, batches[0], ctx) for k in there}
+            raise ConfigError(f"no segment gives a loss for objective {', '.join(missing)}; they give {', '.join(sorted(names)) or 'none'}")
+        means, norm = _world_sums(losses, norms, grads, owned, ctx)
         loss = torch.stack([o.weight * means[k] for k, o in objectives.items()]).sum()
         metrics = {"loss": loss, **means, "grad_norm": norm, "tokens": counts[0], "finite": finite}
         return tree.build(list(grads.items())), metrics
@@ -70,36 +75,42 @@ def gradients(layout: Layout, program: Program | Sequence[Program], ctx: Any) ->
     return fn
 
 
-def _bound(layout: Layout, program: Program | Sequence[Program], ctx: Any) -> dict[int, Bound]:
-    """Each program, checked and bound, by its number of microbatches."""
+def _bound(layout: Layout, program: Program | Sequence[Program], ctx: Any, compile: bool) -> dict[int, Bound]:
+    """Each program, lowered, checked and bound, by its number of microbatches."""
     # a program is the actions of each rank, several programs are a sequence of those
     programs: Any = [program] if not program or not program[0] or isinstance(program[0][0], Action) else program
     bound: dict[int, Bound] = {}
     for p in programs:
-        microbatches = sum(a.op == "F" for a in p[0])
-        if microbatches in bound:
-            raise ProgramError(f"two programs are for {microbatches} microbatches: a step could not tell which to run")
-        if not any(a.op == "REDUCE" for a in p[0]):
-            p = add_reduce(p, layout)
-        check(p, layout, microbatches)
-        bound[microbatches] = bind(p[ctx.axes.coords["pp"]], layout)
+        count = microbatches(p)
+        if count in bound:
+            raise ProgramError(f"two programs are for {count} microbatches: a step could not tell which to run")
+        if not is_lowered(p):
+            check(p, layout, count)  # before passes, so that the drawing is of what was given
+            p = lower(p, layout)
+        check(p, layout, count)
+        if not any(a.op in ("B", "I") for row in p for a in flat(row)):
+            raise ProgramError(f"the program has no backward, so nothing would be learned:\n{draw(p)}")
+        bound[count] = bind(p, layout, ctx, compile)
     return bound
 
 
+def _given(bound: Bound, losses: dict[str, Tensor], batch: Batch, ctx: Any) -> Sequence[Collection[str]]:
+    """The objectives that each stage gives a loss for."""
+    return [losses] if len(bound.program) == 1 else bound.shapes(batch, ctx).losses
+
+
 def _world_sums(
-    terms: Terms, norms: dict[str, Tensor], grads: dict[str, Tensor], owned: Sequence[tuple[str, Piece]], ctx: Any
+    losses: dict[str, Tensor], norms: dict[str, Tensor], grads: dict[str, Tensor], owned: Sequence[tuple[str, Piece]], ctx: Any
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Mean of each objective and the global gradient norm, in one sum over all ranks: terms and owned squares are P everywhere."""
-    if missing := [k for k in norms if k not in terms.get("losses", {})]:
-        raise ConfigError(f"no segment gives a loss for objective {', '.join(missing)}; they give {', '.join(terms.get('losses', {})) or 'none'}")
-    squares = owned_square_sum(owned, grads)
-    losses = [terms["losses"][k].to(squares.dtype) for k in norms]
-    *sums, total = ctx.axes.world.sum(torch.stack([*losses, squares])).unbind()
+    zero = next(iter(norms.values())).new_zeros(())  # of an objective whose loss other stages give
+    squares = owned_square_sum(owned, grads, zero)
+    *sums, total = ctx.axes.world.sum(torch.stack([*(losses.get(k, zero).to(zero.dtype) for k in norms), squares])).unbind()
     return {k: s / n for (k, n), s in zip(norms.items(), sums)}, total.sqrt()
 
 
 def make(
-    layout: Layout, optimizer: Optimizer, program: Program | Sequence[Program], ctx: Any, clip: float | None = 1.0
+    layout: Layout, optimizer: Optimizer, program: Program | Sequence[Program], ctx: Any, clip: float | None = 1.0, compile: bool = False
 ) -> tuple[Callable[[Tree], State], Callable[[State, Sequence[Batch]], tuple[State, Metrics]]]:
     """(init, step): init(master params) -> State; step(state, microbatches) -> (state, metrics). Everything refusable is refused here.
 
@@ -110,14 +121,16 @@ def make(
     """
     if clip is not None and not clip > 0:
         raise ConfigError(f"clip={clip} must be above 0, or None for no clipping")
-    backward = gradients(layout, program, ctx)
+    backward = gradients(layout, program, ctx, compile)
     refuse_what_cannot_fit(layout, optimizer.init, ctx)
-    params = {path: spec.param for path, spec in layout.specs.items()}
+    held, params = layout.held(ctx.axes.coords), {path: spec.param for path, spec in layout.trained(ctx.axes.coords).items()}
 
     def init(master: Tree) -> State:
-        if missing := sorted(layout.specs.keys() - dict(tree.items(master))):
+        if missing := sorted(held.keys() - dict(tree.items(master))):
             raise ValueError(f"parameters are missing: {', '.join(missing)}")
-        return State(compute_copy(master, ctx), optimizer.init(master), torch.zeros((), dtype=torch.int64, device=tree.leaves(master)[0].device))
+        state = optimizer.init(tree.build([(path, tree.get(master, path)) for path in params]), device_of(ctx))
+        state["master"] = tree.build([(path, tree.get(state["master"] if path in params else master, path)) for path in held])
+        return State(compute_copy(state["master"], ctx), state, torch.zeros((), dtype=torch.int64, device=device_of(ctx)))
 
     def step(state: State, batches: Sequence[Batch]) -> tuple[State, Metrics]:
         with torch.no_grad():

@@ -1,9 +1,9 @@
 """Runs a script as one rank: `python -m lf.worker script.py args`. lf.launch starts every rank so.
 
 The rank ends when its parent does, writes where the launcher reads, says which process it is, so that a signal can be sent to it, and leaves a
-record of why it failed. From the environment:
+record of why it failed. On SIGUSR1 it writes its Python stacks to its log, that of rank 0 included. From the environment:
 
-    LF_RANK_LOGS        folder for rankN.log, rankN.pid and rankN.error; without it the script runs as under plain python
+    LF_RANK_LOGS        folder for rankN.log, .pid, .error and where the rank is (lf/position.py); without it the script runs as under plain python
     LF_RANK0_STDOUT     where rank 0 writes: a pipe with a name, or a terminal of its own when the launcher has one, so that a progress
     LF_RANK0_STDERR     bar sees a terminal; without them rank 0 writes where its parent does
     LF_LAUNCHER         process id of the launcher: a rank that starts after the launcher's end stops at once
@@ -24,7 +24,10 @@ import traceback
 import types
 from pathlib import Path
 
+from lf import dump
+
 LINGER = 15.0  # seconds that a failed rank may take over its own clean-up before it is cut short: the others wait for it
+ASKED = 0.2  # seconds that it leaves the launcher to ask the others where they are: when it has gone, torchrun ends them
 
 
 def die_with_parent() -> None:
@@ -94,6 +97,8 @@ def main(argv: list[str]) -> int:
         return 0
     os.makedirs(logs, exist_ok=True)
     redirect(rank, logs)
+    log = os.open(os.path.join(logs, f"rank{rank}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)  # rank 0's screen stays as it is
+    listener = dump.listen(fd=log)
     Path(logs, f"rank{rank}.pid").write_text(str(os.getpid()))
     faulthandler.enable()  # a crash in native code says where Python was
     try:
@@ -112,6 +117,11 @@ def main(argv: list[str]) -> int:
     timer = threading.Timer(LINGER, os._exit, (code,))
     timer.daemon = True
     timer.start()
+    if not message:
+        if listener:
+            listener.say()
+        if launcher:
+            time.sleep(ASKED)
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     return code

@@ -119,7 +119,7 @@ def params(config: Config, where: Path, layout: Any, ctx: lf.Context) -> lf.tree
     if config.run is None:
         return lf.tree.map(lambda w: w.to(ctx.precision.compute), lf.hf.load(where, layout, ctx))
     with lf.checkpoint.masters(where, layout, ctx) as read:
-        return lf.tree.build([(path, read(path).to(ctx.precision.compute)) for path in layout.specs])
+        return lf.tree.build([(path, read(path).to(ctx.precision.compute)) for path in layout.held(ctx.axes.coords)])
 
 
 if __name__ == "__main__":

@@ -18,7 +18,11 @@ import lf.ops
 from lf.config import ConfigError
 from lf.context import PRECISIONS, Precision
 
-NAMES = ("NAME", "BACKEND", "FLOAT64", "OPS", "found", "missing", "torch_device", "select", "peak_flops", "memory_peak", "memory_total")
+NAMES = ("NAME", "BACKEND", "FLOAT64", "OPS")
+FUNCTIONS = (
+    *("found", "missing", "torch_device", "select", "peak_flops", "memory_peak", "memory_total"),
+    *("memory_now", "moment", "seconds", "copy_streams", "copy_out", "copy_in"),
+)
 
 
 def test_every_device_has_the_same_names() -> None:
@@ -26,6 +30,7 @@ def test_every_device_has_the_same_names() -> None:
         device = importlib.import_module(f"lf.devices.{name}")
         assert name == device.NAME
         assert all(hasattr(device, n) for n in NAMES)
+        assert [inspect.signature(getattr(device, n)) for n in FUNCTIONS] == [inspect.signature(getattr(lf.devices.cpu, n)) for n in FUNCTIONS]
 
 
 def test_the_twins_are_a_table_like_a_devices() -> None:

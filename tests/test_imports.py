@@ -2,7 +2,7 @@
 
 The levels are those of the design, with what it leaves open put where the code needs it: `state` runs a forward, so it stands above `schedule`;
 a checkpoint holds a state; the loop saves checkpoints and makes steps, so it stands above `checkpoint` and `train`. The launcher's modules
-(cluster, worker, supervise, launch) and the command line (cli, console, runs) need little of the rest and stand low.
+(cluster, position, dump, worker, supervise, launch) and the command line (cli, console, runs) need little of the rest and stand low.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import pytest
 from helpers import ROOT
 
 LEVELS = (
+    ("position", "dump"),
     ("tree", "box", "mesh", "config", "batch", "console", "worker", "cluster", "signals"),
     ("spec", "axes", "devices", "runs", "cli", "supervise"),
     ("rng", "axes_sim", "axes_meta", "context", "segment", "launch", "log"),
-    ("layouts", "ops"),
+    ("split", "ops"),
+    ("layouts",),
     ("kernels", "parallel"),
     ("models",),
     ("schedule", "optim", "data"),

@@ -41,7 +41,9 @@ def ran(
     ctx = context(axes)
     if device:
         ctx = attrs.evolve(ctx, device=SimpleNamespace(**{**vars(ctx.device), **device}))
-    layout = lf.layout(attrs.evolve(tiny(), flops=flops), axes.mesh)
+    model = tiny()
+    segments = [attrs.evolve(s, flops=flops if s.name == "head" else flops and (lambda batch: 0.0)) for s in model.segments]
+    layout = lf.layout(attrs.evolve(model, segments=tuple(segments)), axes.mesh)
 
     def counted(state: lf.State, batches: Any) -> Any:
         number = int(state.step) + 1

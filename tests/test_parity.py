@@ -202,7 +202,7 @@ def test_two_models_with_two_layouts_in_one_process() -> None:
     def body(axes):
         if axes.rank == 0:
             inner.append(compare(tiny(False), lf.Mesh(tp=2, dp=1), steps=1).ok)
-        trace = parity.trace(axes, tiny(), None, [parity.random_batches(tiny(), 0, 0, 2, 9)], 0, 0.1, None, "cpu")
+        trace = parity.trace(axes, lf.layout(tiny(), axes.mesh), [parity.random_batches(tiny(), 0, 0, 2, 9)], 0, 0.1, None, "cpu")
         return torch.stack([trace.metrics[0]["loss"], axes["dp"].sum(trace.metrics[0]["loss"]) / 2])
 
     a, b = lf.sim.spmd(lf.Mesh(dp=2), body)

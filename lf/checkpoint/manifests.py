@@ -39,7 +39,8 @@ class Stored:
 
 @attrs.frozen
 class Manifest:
-    """`leaves`: the paths of the optimizer's state, in order. `tensors`: by tree and key of the piece, as master/layers.0.attn/qkv/q."""
+    """`leaves`: the paths of the optimizer's state over all ranks, in order. `tensors`: by tree and key of the piece, as master/layers.0.attn/qkv/q.
+    `frozen`: the parameters that were not trained, and have nothing but a master."""
 
     format: str
     version: int
@@ -51,6 +52,7 @@ class Manifest:
     leaves: tuple[str, ...]
     files: dict[str, int]
     tensors: dict[str, Stored]
+    frozen: tuple[str, ...] = ()
 
 
 def manifest(folder: str | os.PathLike[str]) -> Manifest:

@@ -43,13 +43,14 @@ def save(folder: str | os.PathLike[str], layout: Layout, state: State, ctx: Any,
     """
     coords, rank = ctx.axes.coords, ctx.axes.rank
     leaves = {**dict(tree.items(state.optimizer)), STEP: state.step}
-    specs = {leaf: _spec(layout, leaf) for leaf in leaves}
     errors: list[Exception] = []
-    attempt(errors, _refuse, leaves, specs, coords, extra)
+    attempt(errors, _refuse, leaves, layout, coords, extra)
     agree(errors, f"saving {folder}", ctx)
+    dtypes = _all_leaves(layout, state, ctx)
 
     def write(partial: Path, errors: list[Exception]) -> None:
-        owned = [(p, x) for leaf, x in leaves.items() for p in _owned(leaf, specs[leaf], coords, rank)]
+        boxes_of = _owned(layout, coords, rank)
+        owned = [(p, x) for leaf, x in leaves.items() for p in boxes_of(leaf)]
         mine = {p.key: p.view(x).contiguous().cpu() if p.shape else x.cpu() for p, x in owned}
         if mine:
             attempt(errors, write_tensors, partial / _file(rank), mine)
@@ -57,17 +58,15 @@ def save(folder: str | os.PathLike[str], layout: Layout, state: State, ctx: Any,
     def finish(partial: Path) -> None:
         tensors: dict[str, dict[str, Any]] = {}
         for r in range(layout.mesh.size):
-            at = layout.mesh.coords(r)
-            owned = {path: spec.owned(at) for path, spec in layout.specs.items()}  # once for masters and moments: there may be many ranks
-            for leaf, x in leaves.items() if r == 0 or any(owned.values()) else ():
-                kind, _, path = leaf.partition("/")
-                for p in owned[path] if specs[leaf] else _owned(leaf, None, at, r):
-                    key = f"{kind}/{p.key}" if specs[leaf] else leaf
-                    entry = tensors.setdefault(key, {"shape": p.shape, "dtype": CODES[x.dtype], "boxes": []})
+            boxes_of = _owned(layout, layout.mesh.coords(r), r)
+            for leaf, dtype in dtypes.items():
+                for p in boxes_of(leaf):
+                    entry = tensors.setdefault(p.key, {"shape": p.shape, "dtype": CODES[dtype], "boxes": []})
                     entry["boxes"].append({"file": _file(r), "box": p.box})
         config = layout.model.config
         about = {"format": FORMAT, "version": VERSION, "mesh": str(layout.mesh), "step": int(state.step)}
-        about |= {"kind": type(config).__name__, "config": to_dict(config), "extra": extra, "leaves": [k for k in leaves if k != STEP]}
+        about |= {"kind": type(config).__name__, "config": to_dict(config), "extra": extra, "leaves": [k for k in dtypes if k != STEP]}
+        about["frozen"] = [path for path in layout.specs if path in layout.frozen]
         sizes = {p.name: p.stat().st_size for p in sorted(partial.iterdir())}
         write_json(partial / MANIFEST, {**about, "files": sizes, "tensors": tensors})
 
@@ -75,10 +74,10 @@ def save(folder: str | os.PathLike[str], layout: Layout, state: State, ctx: Any,
 
 
 def load(folder: str | os.PathLike[str], layout: Layout, ctx: Any) -> tuple[State, dict[str, Any]]:
-    """(state, extra) as they were saved, laid out anew: any mesh loads what any other has saved. Collective.
+    """(state, extra) as they were saved, laid out anew: any mesh, split and placement loads what any other has saved. Collective.
 
-    Raises CheckpointError that lists everything that is wrong: another model, tensors that are missing or not covered, files that are missing
-    or cut short.
+    Of a parameter that is frozen now and was not then, the moments are left alone. Raises CheckpointError that lists everything that is wrong:
+    another model, tensors that are missing or not covered, a parameter that was frozen and now is not, files that are missing or cut short.
     """
     folder, errors = Path(folder).expanduser(), list[Exception]()
     doing = f"loading {folder}"
@@ -96,7 +95,9 @@ def load(folder: str | os.PathLike[str], layout: Layout, ctx: Any) -> tuple[Stat
         agree(errors, doing, ctx)
     assert values is not None
     step = values.pop(STEP)
-    optimizer = tree.build(list(values.items()))
+    built = tree.build(list(values.items()))
+    # a rank that holds nothing of a kind has it all the same, empty
+    optimizer = {kind: built.get(kind, {}) for kind in dict.fromkeys(leaf.partition("/")[0] for leaf in about.leaves)}
     return State(compute_copy(optimizer["master"], ctx), optimizer, step), about.extra
 
 
@@ -118,7 +119,7 @@ def masters(folder: str | os.PathLike[str], layout: Layout, ctx: Any) -> Iterato
     folder, errors = Path(folder).expanduser(), list[Exception]()
     with ExitStack() as stack:
         about = attempt(errors, manifest, folder)
-        wanted = [f"master/{path}" for path in layout.specs]
+        wanted = [f"master/{path}" for path in layout.held(ctx.axes.coords)]
         found = attempt(errors, lambda: _inspect(folder, about, layout, ctx, stack, wanted, None))  # type: ignore[arg-type]
         agree(errors, f"loading {folder}", ctx)
         assert found is not None
@@ -138,10 +139,33 @@ def _pieces(leaf: str, spec: Spec | None, coords: dict[str, int]) -> tuple[Piece
     return _keyed(leaf, spec.pieces(coords)) if spec else (Piece(leaf, (), (), 0, 0),)
 
 
-def _owned(leaf: str, spec: Spec | None, coords: dict[str, int], rank: int) -> tuple[Piece, ...]:
-    if spec is None:
-        return (Piece(leaf, (), (), 0, 0),) if rank == 0 else ()
-    return _keyed(leaf, spec.owned(coords))
+def _owned(layout: Layout, coords: dict[str, int], rank: int) -> Callable[[str], tuple[Piece, ...]]:
+    """What a rank writes of a leaf, any leaf of the state: worked out once for masters and moments, because there may be many ranks."""
+    owned: dict[str, tuple[Piece, ...]] = {}
+    for path, piece in layout.owned(coords):
+        owned[path] = (*owned.get(path, ()), piece)
+
+    def of(leaf: str) -> tuple[Piece, ...]:
+        if _spec(layout, leaf) is None:
+            return (Piece(leaf, (), (), 0, 0),) if rank == 0 else ()
+        return _keyed(leaf, owned.get(leaf.partition("/")[2], ()))
+
+    return of
+
+
+def _all_leaves(layout: Layout, state: State, ctx: Any) -> dict[str, torch.dtype]:
+    """The leaves of the state over all ranks with their dtypes, in the order that one rank has. Collective: a rank holds those of its stages only."""
+    codes, paths = [*CODES], [*layout.specs]
+    table = torch.zeros(len(state.optimizer), len(paths), dtype=torch.int64)
+    for row, branch in zip(table, state.optimizer.values()):
+        mine = dict(tree.items(branch))
+        row.copy_(torch.tensor([codes.index(mine[path].dtype) + 1 if path in mine else 0 for path in paths]))
+    table = ctx.axes.world.max(table.to(device_of(ctx))).cpu()
+    out = {}
+    for kind, row in zip(state.optimizer, table.tolist()):
+        out.update({f"{kind}/{path}": codes[code - 1] for path, code in zip(paths, row) if code})
+        out.update({f"{kind}/{path}": x.dtype for path, x in tree.items(state.optimizer[kind]) if path not in layout.specs})
+    return {**out, STEP: state.step.dtype}
 
 
 def _keyed(leaf: str, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
@@ -149,10 +173,13 @@ def _keyed(leaf: str, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
     return tuple(attrs.evolve(p, key=f"{kind}/{p.key}") for p in pieces)
 
 
-def _refuse(leaves: dict[str, Tensor], specs: dict[str, Spec | None], coords: dict[str, int], extra: dict[str, Any]) -> None:
-    problems = []
+def _refuse(leaves: dict[str, Tensor], layout: Layout, coords: dict[str, int], extra: dict[str, Any]) -> None:
+    problems, held = [], layout.held(coords)
     for leaf, x in leaves.items():
-        spec = specs[leaf]
+        spec = _spec(layout, leaf)
+        if spec and spec.path not in held:
+            problems.append(f"{leaf} is of a stage on pipeline rank {layout.holders(spec.path)[0]}, not on {coords['pp']}")
+            continue
         want = spec.local_shape(coords) if spec else ()
         if tuple(x.shape) != want:
             what = "the shape of its parameter" if spec else "a scalar, because no parameter has its path"
@@ -186,10 +213,14 @@ def _inspect(
     problems += [f"the model differs: {k} was {old!r}, is {new!r}" for k, (old, new) in changed.items()]
     if not changed:
         problems += [f"master/{path} is missing" for path in layout.specs if f"master/{path}" not in about.leaves]
+        problems += _thawed(about, layout) if wanted is None else []
     files: dict[str, Any] = {}
     reads: Reads = {}
-    for leaf in (wanted or (*about.leaves, STEP)) if not changed else ():
+    mine = layout.held(ctx.axes.coords)
+    for leaf in ((*about.leaves, STEP) if wanted is None else wanted) if not changed else ():
         spec = _spec(layout, leaf)
+        if spec and (spec.path not in mine or (spec.path in layout.frozen and not leaf.startswith("master/"))):
+            continue
         reads[leaf] = []
         for piece in _pieces(leaf, spec, ctx.axes.coords):
             if (stored := about.tensors.get(piece.key)) is None:
@@ -215,6 +246,14 @@ def _inspect(
                 problems.append(f"{piece.key}: the boxes in {MANIFEST} have {covered} of the {boxes.volume(piece.box)} elements of {piece.box}")
     listing(f"cannot load {folder}", problems)
     return about, reads
+
+
+def _thawed(about: Manifest, layout: Layout) -> Iterator[str]:
+    """Parameters that have no moments because they were not trained."""
+    kinds = {leaf.partition("/")[0] for leaf in about.leaves if _spec(layout, leaf)} - {"master"}
+    for path in about.frozen if kinds else ():
+        if path not in layout.frozen:
+            yield f"{path} was frozen and has no {', '.join(sorted(kinds))}; freeze it again, or begin a run from an export of these weights"
 
 
 def _misfit(piece: Piece, stored: Stored, leaf: str, master: torch.dtype | None) -> Iterator[str]:

@@ -8,6 +8,13 @@
     select(local_rank)          this process works on that device from now on
     peak_flops(dtype)           floating-point operations a second of one device at most, None where unknown
     memory_peak()               bytes taken up at most so far by this process; memory_total(): that there are
+    memory_now()                bytes that tensors take up now, None where that is not known
+    moment(), seconds(a, b)     when the work so far is done, and the time between two such moments, to be read once both have passed
+    copy_streams()              where copies to and from the host's memory run beside the computation; given to the two below
+    copy_out(sources, chunk, streams) -> (pieces of each, after)    starts copying (n,) bytes each to the host's memory, in pieces of at most
+                                `chunk`; the sources may be dropped at once; after(): the current stream waits for all of it
+    copy_in(pieces, device, after, streams) -> ((n,) bytes, wait)   starts copying one source's pieces back, once `after` them; wait(): the
+                                current stream waits for them
 """
 
 from __future__ import annotations

@@ -6,9 +6,13 @@ import contextlib
 import os
 import resource
 import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 NAME = "cpu"
 BACKEND = "gloo"
@@ -60,3 +64,37 @@ def memory_total() -> int:
     own, _ = resource.getrlimit(resource.RLIMIT_AS)
     share = there // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return share if own == resource.RLIM_INFINITY else min(own, share)
+
+
+def moment() -> Any:
+    """Now, on a clock of this machine."""
+    return time.perf_counter()
+
+
+def seconds(start: Any, end: Any) -> float:
+    """Between two moments."""
+    return end - start
+
+
+def memory_now() -> int | None:
+    """Not known: what tensors take up is not counted apart from the rest of the process."""
+    return None
+
+
+def copy_streams() -> Any:
+    """Nothing runs beside the computation here."""
+    return None
+
+
+def copy_out(sources: Sequence[Tensor], chunk: int, streams: Any) -> tuple[list[list[Tensor]], Callable[[], None]]:
+    """Copies of the bytes, in pieces; they are there when this returns."""
+    return [[piece.clone() for piece in source.split(chunk)] for source in sources], _nothing
+
+
+def copy_in(pieces: Sequence[Tensor], to: torch.device, after: Callable[[], None], streams: Any) -> tuple[Tensor, Callable[[], None]]:
+    """The pieces joined; they are there when this returns."""
+    return torch.cat(list(pieces)), _nothing
+
+
+def _nothing() -> None:
+    pass

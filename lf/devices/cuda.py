@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 
 NAME = "cuda"
 BACKEND = "cpu:gloo,cuda:nccl"
@@ -68,3 +72,55 @@ def memory_peak() -> int:
 def memory_total() -> int:
     """Bytes of this process's card."""
     return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+
+
+def moment() -> Any:
+    """When the work that the current stream has been given so far will be done: the host does not wait for it."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds(start: Any, end: Any) -> float:
+    """Between two moments; the host waits until both have come."""
+    start.synchronize()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def memory_now() -> int | None:
+    """Bytes that tensors take up on this process's card, in the order of the host's calls."""
+    return torch.cuda.memory_allocated()
+
+
+def copy_streams() -> Any:
+    """(to the host's memory, from it): the card has an engine for each way."""
+    return torch.cuda.Stream(), torch.cuda.Stream()
+
+
+def copy_out(sources: Sequence[Tensor], chunk: int, streams: Any) -> tuple[list[list[Tensor]], Callable[[], None]]:
+    """Into pinned memory, which torch keeps and gives out again; the first time it is given out, the host waits for the driver."""
+    out, _ = streams
+    out.wait_stream(torch.cuda.current_stream())  # the sources are being computed there
+    hosts = []
+    with torch.cuda.stream(out):
+        for source in sources:
+            pieces = source.split(chunk)
+            hosts.append([torch.empty(len(p), dtype=torch.uint8, pin_memory=True).copy_(p, non_blocking=True) for p in pieces])
+            source.record_stream(out)  # dropped now, it is given to others only after the copy
+        copied = out.record_event()
+    return hosts, lambda: torch.cuda.current_stream().wait_event(copied)
+
+
+def copy_in(pieces: Sequence[Tensor], to: torch.device, after: Callable[[], None], streams: Any) -> tuple[Tensor, Callable[[], None]]:
+    """From pinned memory, on a stream of its own; the memory there is the computing stream's."""
+    _, back = streams
+    flat = torch.empty(sum(len(piece) for piece in pieces), dtype=torch.uint8, device=to)
+    back.wait_stream(torch.cuda.current_stream())  # whoever had this memory last has done with it
+    with torch.cuda.stream(back):
+        after()
+        for part, piece in zip(flat.split([len(piece) for piece in pieces]), pieces):
+            part.copy_(piece, non_blocking=True)
+        flat.record_stream(back)  # even if nobody waits for it
+        fetched = back.record_event()
+    return flat, lambda: torch.cuda.current_stream().wait_event(fetched)

@@ -106,18 +106,22 @@ def decoder(config: DecoderConfig) -> Model:
     # reads frozen attrs objects but cannot make them.
     attn = {a: partial(attention_block, a, qkv_parts(a), config.norm_eps) for a in {layer.mixer for layer in config.layers}}
     mlp = partial(mlp_block, config.norm_eps)
-    segments = [Segment("embed", "embed", {"weight": table}, partial(embed, words))]
+    attn_flops = {a: partial(attention_flops, a, config.dim) for a in attn}
+    mlp_flops = {n: partial(matrix_flops, 3 * n * config.dim) for n in {layer.ffn.dim for layer in config.layers}}
+    segments = [Segment("embed", "embed", {"weight": table}, partial(embed, words), (), embed_flops)]
     for i, layer in enumerate(config.layers):
         name, a, inner = f"layers.{i}", layer.mixer, layer.ffn.dim
         down = Param((config.dim, inner), ("embed", "mlp"), added, part_dim=1)
         gate_up = Param((2 * inner, config.dim), ("mlp", "embed"), matrix, (Part("gate", inner), Part("up", inner)))
-        segments.append(Segment(f"{name}.attn", name, {"norm": norm, **attention_params(a, config.dim, matrix, added)}, attn[a], ("qkv", "out")))
-        segments.append(Segment(f"{name}.mlp", name, {"norm": norm, "gate_up": gate_up, "down": down}, mlp, ("gate_up", "down")))
+        mixer = {"norm": norm, **attention_params(a, config.dim, matrix, added)}
+        segments.append(Segment(f"{name}.attn", name, mixer, attn[a], ("qkv", "out"), attn_flops[a]))
+        segments.append(Segment(f"{name}.mlp", name, {"norm": norm, "gate_up": gate_up, "down": down}, mlp, ("gate_up", "down"), mlp_flops[inner]))
     weight = Tied("embed/weight") if config.tied else attrs.evolve(table, init=matrix)
-    segments.append(Segment("head", "head", {"norm": norm, "weight": weight}, partial(head, words, config.norm_eps), ("weight",)))
+    logits = partial(matrix_flops, config.dim * config.vocab)
+    segments.append(Segment("head", "head", {"norm": norm, "weight": weight}, partial(head, words, config.norm_eps), ("weight",), logits))
     objectives = {"cross_entropy": Objective(1.0, valid_labels)}
     ropes = tuple(dict.fromkeys((layer.mixer.rope, layer.mixer.head_dim) for layer in config.layers))
-    return Model(config, tuple(segments), objectives, RULES, partial(accepts, config), partial(tables, ropes), partial(flops, config))
+    return Model(config, tuple(segments), objectives, RULES, partial(accepts, config), partial(tables, ropes))
 
 
 def vocab_part(vocab: int) -> Part:
@@ -231,20 +235,24 @@ def head(words: Part, eps: float, p: dict[str, Tensor], x_tD: Tensor, batch: Bat
     return {}, {"losses": {"cross_entropy": vocab_cross_entropy(z_TV, batch.plan["labels"], first, tp, seq)}}
 
 
-def flops(config: DecoderConfig, batch: Batch) -> float:
-    """Floating-point operations of one microbatch, forward and backward, over the whole model; reads the plan on the host.
+# Floating-point operations of one microbatch, forward and backward; they read the plan on the host. A product of n tokens with a matrix of a·b
+# elements is 2·n·a·b operations, and its backward twice that; the embedding is a lookup. A query that sees c keys makes 2·2·c·heads·head_dim
+# (scores, weighted values); a causal document of n tokens has n(n+1)/2 such pairs, within a window fewer. As in PaLM (Chowdhery et al. 2022,
+# appendix B), but with the lengths of the documents; nothing recomputed counts.
 
-    A product of n tokens with a matrix of a·b elements is 2·n·a·b operations, and its backward twice that; the embedding is a lookup. A query
-    that sees c keys makes 2·2·c·heads·head_dim (scores, weighted values); a causal document of n tokens has n(n+1)/2 such pairs, within a window
-    fewer. As in PaLM (Chowdhery et al. 2022, appendix B), but with the lengths of the documents; nothing recomputed counts.
-    """
+
+def embed_flops(batch: Batch) -> float:
+    return 0.0
+
+
+def attention_flops(a: Attention, dim: int, batch: Batch) -> float:
     edges = batch.plan["cu_seqlens"].numpy().astype(np.float64)
     lengths = np.diff(edges, append=edges[-1:])
-    total = 0.0
-    for layer in config.layers:
-        a, n = layer.mixer, edges[-1]
-        matrices = (2 * a.heads + 2 * a.kv_heads) * a.head_dim * config.dim + 3 * layer.ffn.dim * config.dim
-        seen = np.minimum(lengths, a.window or np.inf)
-        pairs = (seen * (seen + 1) / 2 + (lengths - seen) * seen).sum()
-        total += 2 * n * matrices + 4 * pairs * a.heads * a.head_dim
-    return 3 * (total + 2 * edges[-1] * config.dim * config.vocab)
+    seen = np.minimum(lengths, a.window or np.inf)
+    pairs = (seen * (seen + 1) / 2 + (lengths - seen) * seen).sum()
+    return float(3 * (2 * edges[-1] * (2 * a.heads + 2 * a.kv_heads) * a.head_dim * dim + 4 * pairs * a.heads * a.head_dim))
+
+
+def matrix_flops(elements: int, batch: Batch) -> float:
+    """Of products with matrices of so many elements in all."""
+    return float(3 * 2 * int(batch.plan["cu_seqlens"][-1]) * elements)

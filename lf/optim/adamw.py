@@ -37,12 +37,13 @@ def adamw(
         raise ConfigError(f"eps={eps} must be above 0, and weight_decay={weight_decay} must not be negative")
     rate = lr if callable(lr) else constant(lr)
 
-    def init(master: Tree) -> Tree:
+    def init(master: Tree, device: torch.device) -> Tree:
         def zeros(w: Tensor) -> Tensor:
             return torch.zeros_like(w)
 
         # t counts the updates that were made: a skipped one must not change the bias correction
-        return {"master": master, "m": tree.map(zeros, master), "v": tree.map(zeros, master), "t": {"t": _count(master)}}
+        t = torch.zeros((), dtype=torch.int64, device=device)
+        return {"master": master, "m": tree.map(zeros, master), "v": tree.map(zeros, master), "t": {"t": t}}
 
     def update(
         state: Tree, grads: Tree, params: dict[str, Param], lr: Tensor, scale: Tensor, step: Tensor, ok: Tensor, ops: Any
@@ -55,7 +56,3 @@ def adamw(
         return state
 
     return Optimizer(init, update, rate)
-
-
-def _count(master: Tree) -> Tensor:
-    return torch.zeros((), dtype=torch.int64, device=tree.leaves(master)[0].device)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import attrs
+import torch
 from torch import Tensor
 
 from lf.spec import Param
@@ -16,10 +17,12 @@ Rate = Callable[[Tensor], Tensor]
 
 @attrs.frozen
 class Optimizer:
-    """`init(master) -> state`, a dict of trees shaped like the parameters, among them "master", the truth that is updated and saved.
+    """`init(master, device) -> state`, a dict of trees shaped like the parameters, among them "master", the truth that is updated and saved. It is
+    given the parameters that are trained, on some ranks perhaps none: the keys of `state` are the same there. `device`: where scalars go.
 
     `update(state, grads, params, lr, scale, step, ok, ops) -> state` where
-        grads   {segment: {name: Tensor}} in the master dtype; they are used up · params  {path: Param}, what each leaf is
+        grads   {segment: {name: Tensor}} in the master dtype; they are used up · params  {path: Param}, what each leaf is that is updated;
+                others in state["master"] are not trained and stay as they are
         step    updates made before this one · ops  the device's fast functions (`Context.ops`)
         lr, scale (multiplies the gradients: the clip factor), step, ok are device scalars; where `ok` is false nothing changes.
     The tensors of `state` are updated in place: the state that was given is used up.
@@ -27,6 +30,6 @@ class Optimizer:
     `lr(step)` is the learning rate as a device scalar.
     """
 
-    init: Callable[[Tree], Tree]
+    init: Callable[[Tree, torch.device], Tree]
     update: Callable[[Tree, Tree, dict[str, Param], Tensor, Tensor, Tensor, Tensor, Any], Tree]
     lr: Rate

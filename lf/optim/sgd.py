@@ -17,12 +17,12 @@ from lf.tree import Tree
 def sgd(lr: float | Rate) -> Optimizer:
     """w ← w - lr·g."""
 
-    def init(master: Tree) -> Tree:
+    def init(master: Tree, device: torch.device) -> Tree:
         return {"master": master}
 
     def update(state: Tree, grads: Tree, params: dict[str, Param], lr: Tensor, scale: Tensor, step: Tensor, ok: Tensor, ops: Any) -> Tree:
-        for path, w in tree.items(state["master"]):
-            g = tree.get(grads, path)
+        for path in params:
+            w, g = tree.get(state["master"], path), tree.get(grads, path)
             w.sub_(torch.where(ok, g * (lr * scale).to(g.dtype), 0.0))
         return state
 

@@ -54,10 +54,10 @@ def _laid_out(piece: Piece, grad: Tensor) -> Tensor:
     return whole
 
 
-def owned_square_sum(owned: Sequence[tuple[str, Piece]], grads: dict[str, Tensor]) -> Tensor:
-    """Σ g² over the elements that this rank counts: P over all ranks, so that its sum is the square of the global norm.
+def owned_square_sum(owned: Sequence[tuple[str, Piece]], grads: dict[str, Tensor], zero: Tensor) -> Tensor:
+    """Σ g² over the elements that this rank counts, or `zero`: P over all ranks, so that its sum is the square of the global norm.
 
-    owned: (path, piece) for all that `Spec.owned` gives this rank.
+    owned: (path, piece) for all that `Layout.owned` gives this rank.
     """
     views = [piece.view(grads[path]) for path, piece in owned]
-    return torch.stack(torch._foreach_norm(views)).square().sum() if views else next(iter(grads.values())).new_zeros(())
+    return torch.stack(torch._foreach_norm(views)).square().sum() if views else zero

@@ -1,8 +1,16 @@
-"""Programs: generate, lower, check, draw, run."""
+"""Programs: generate, lower, check, cost, draw, run."""
 
-from lf.schedule.check import check, draw
+from lf.schedule.check import check
+from lf.schedule.chrome import chrome
+from lf.schedule.cost import cost
+from lf.schedule.draw import draw, grid
 from lf.schedule.generate import one_f_one_b
-from lf.schedule.ir import Action, Program, ProgramError
-from lf.schedule.lower import add_reduce
+from lf.schedule.ir import OVERLAP, Action, Program, ProgramError
+from lf.schedule.lower import add_reduce, lower
+from lf.schedule.picture import picture
+from lf.schedule.timeline import Span, Timeline
 
-__all__ = ["Action", "Program", "ProgramError", "add_reduce", "check", "draw", "one_f_one_b"]
+__all__ = [
+    "OVERLAP", "Action", "Program", "ProgramError", "Span", "Timeline",
+    "add_reduce", "check", "chrome", "cost", "draw", "grid", "lower", "one_f_one_b", "picture",
+]  # fmt: skip

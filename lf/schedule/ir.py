@@ -41,7 +41,7 @@ class Action:
     def __str__(self) -> str:
         if self.op == "OVERLAP":
             return f"({';'.join(map(str, self.pair))})OVERLAP_{'_'.join(a.op for a in self.pair)}"
-        words = ": ".join(filter(None, (self.segment, ", ".join(self.ops))))
+        words = (self.segment or "") + (": " + ", ".join(self.ops) if self.ops else "")
         place = f"[{words}]" if words else ""
         chain = f"{self.chain}:" if self.chain else ""
         return f"{chain}{self.stage}{self.op}{'' if self.microbatch is None else self.microbatch}{place}"

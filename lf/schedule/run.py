@@ -1,126 +1,347 @@
 """The interpreter: it runs any program over any layout, one rank's actions in their order. There is no other training step.
 
-`bind` joins a program with a layout once; `run` is a step's work. Its state is `live` (values: written once, taken once, nothing left at the
-end) and the gradient sums. Autograd is cut at layer boundaries: a forward keeps, for each layer, its input, its output and its losses; a
-backward walks the layers from the last to the first. Where memory runs out, the error says in which action and layer.
+Its state is `live` (values: written once, taken once, nothing left at the end) and the gradient sums. Autograd is cut between pieces, which are
+layers, or segments where a program goes into layers: a forward keeps, for each, its input and the root of its graph; a backward walks the pieces
+from the last to the first. Parameters, activations and messages are touched by the program's actions and by nothing else. Where memory runs out,
+the error says in which action and layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lf.batch import Batch
-from lf.layouts import Layout
+from lf.parallel.product import W, probe_of, weight_gradient
 from lf.parallel.reduce import reduce_gradients
-from lf.schedule.ir import Action
+from lf.schedule.bind import Bound, Piece
+from lf.schedule.ir import Action, flat
 from lf.schedule.memory import memory_at
+from lf.schedule.slots import Slots, entry, got
+from lf.schedule.vjp import Root
 from lf.segment import Segment, Terms, path_of
-from lf.spec import Spec
+
+Carry = dict[str, Any]  # name → Tensor, or a function that waits for one
 
 
-@attrs.frozen
+@attrs.define
 class _Kept:
-    """What the forward of one layer leaves for its backward."""
+    """What the forward of a piece leaves for its backward. `x`: where it is to be made again, its input, or the slots of that · `inputs`: what the
+    gradients of its input are those of · `root`: a scalar from which the gradients in `seeds` flow into the graph; None where there is none yet,
+    or it leads to nothing that trains · `slots`: where a later action moves or makes again what the graph keeps."""
 
-    x: dict[str, Tensor]
-    y: dict[str, Tensor]
-    losses: dict[str, Tensor]
-    paths: tuple[str, ...]
-
-
-@attrs.frozen
-class Layer:
-    """The segments of one layer of a stage, each with (its name for a parameter, the path), and the paths it uses and the specs it reduces."""
-
-    segments: tuple[tuple[Segment, tuple[tuple[str, str], ...]], ...]
-    paths: tuple[str, ...]
-    specs: tuple[Spec, ...]
-
-
-@attrs.frozen
-class Bound:
-    """A rank's actions joined with a layout: all that does not change from step to step."""
-
-    actions: tuple[Action, ...]
-    layers: tuple[dict[str, Layer], ...]  # of each stage, by name
-    paths: tuple[str, ...]
-
-
-def bind(actions: Sequence[Action], layout: Layout) -> Bound:
-    layers = tuple(_layers(layout, stage) for stage in range(len(layout.stages)))
-    paths = dict.fromkeys(p for stage in layers for layer in stage.values() for p in layer.paths)
-    return Bound(tuple(actions), layers, tuple(paths))
-
-
-def _layers(layout: Layout, stage: int) -> dict[str, Layer]:
-    owned = layout.layer_paths(stage)
-    out = {}
-    for name, segments in layout.layers(stage).items():
-        named = tuple((s, tuple((n, path_of(s, n)) for n in s.params)) for s in segments)
-        paths = dict.fromkeys(path for _, pairs in named for _, path in pairs)
-        out[name] = Layer(named, tuple(paths), tuple(layout.specs[p] for p in owned[name]))
-    return out
+    piece: Piece
+    x: dict[str, Any] = attrs.field(factory=dict)
+    inputs: dict[str, Tensor] = attrs.field(factory=dict)
+    root: Tensor | None = None
+    slots: Slots | None = None
+    outputs: tuple[str, ...] = ()
+    losses: tuple[str, ...] = ()
+    seeds: list[Tensor | None] = attrs.field(factory=list)
+    probes: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
 def run(
-    bound: Bound, params: dict[str, Any], batches: Sequence[Batch], seeds: Mapping[str, Tensor], ctx: Any
+    bound: Bound, params: dict[str, Any], batches: Sequence[Batch], seeds: Mapping[str, Tensor], ctx: Any, clock: Any = None
 ) -> tuple[dict[str, Tensor], Terms, Tensor]:
     """(gradients of Σ_k seeds[k] · Σ losses_k by path, reduced over the ranks that hold them; terms summed over microbatches; finite).
 
     params: {segment: {name: Tensor}}, the compute copy. seeds: objective → λ_k / N_k, a scalar. Gradients come in the master dtype, terms as
     this rank's own sums (P over all ranks). finite, (microbatches,) bool: whether the losses of each microbatch on this rank, and the gradient
-    at the first layer of its stages, were finite.
+    at the first layer of its stages, were finite. `clock`: takes down when each action begins and ends. Without any backward in the program
+    nothing is kept and there are no gradients.
     """
-    dtype = ctx.precision.master
-    leaves = {path: _lookup(params, path).detach().requires_grad_() for path in bound.paths}
-    live: dict[tuple[int, int | None], list[_Kept]] = {}
-    grads: dict[str, Tensor] = {}
-    terms: Terms = {}
-    waits: list[Callable[[], None]] = []
-    true = torch.ones((), dtype=torch.bool, device=next(iter(leaves.values())).device)
-    seen = [[true] for _ in batches]  # of each microbatch, whether what was looked at is finite
-
-    for a in bound.actions:
-        if a.op == "F":
-            assert a.microbatch is not None
-            x: Any = {}
-            kept: list[_Kept] = []
-            for name, layer in bound.layers[a.stage].items():
-                with memory_at(f"the forward of {name}, action {a}", (len(kept) + 1) / len(bound.layers[a.stage]), grads):
-                    done = _forward(layer, leaves, x, batches[a.microbatch], ctx)
-                _add_terms(terms, {"losses": done.losses})
-                x = done.y
-                kept.append(done)
-                seen[a.microbatch] += [torch.isfinite(loss.detach()) for loss in done.losses.values()]
-            live[a.stage, a.microbatch] = kept
-        elif a.op == "B":
-            assert a.microbatch is not None
-            dy: dict[str, Tensor] = {}
-            first: dict[str, Tensor] = {}
-            kept, names = live.pop((a.stage, a.microbatch)), [*bound.layers[a.stage]]
-            while kept:  # a layer's activations go as soon as its backward is done
-                with memory_at(f"the backward of {names[len(kept) - 1]}, action {a}", 1.0, grads):
-                    dy = _backward(kept.pop(), leaves, dy, seeds, grads, dtype)
-                first = dy or first  # nothing leaves the layer that takes in the tokens
-            seen[a.microbatch] += [torch.isfinite(g).all() for g in first.values()]
+    rank = _Rank(bound, params, batches, seeds, ctx)
+    do, position = rank.handlers(), ctx.axes.position
+    position.start(bound.number)
+    for i, a in enumerate(bound.actions):
+        position.at(i)
+        if clock is None:
+            do[a.op](a)
         else:
-            assert a.segment is not None
-            specs = bound.layers[a.stage][a.segment].specs
-            with memory_at(f"the sum of gradients of {a.segment}, action {a}", 1.0, grads):
-                for spec in specs:  # a parameter that no loss reached: its sum over the holders is still a collective that all must join
-                    if spec.path not in grads:
-                        grads[spec.path] = torch.zeros_like(leaves[spec.path], dtype=dtype, requires_grad=False)
-                waits.append(reduce_gradients(specs, grads, ctx.axes))
-    for wait in waits:
-        wait()
-    if live:
-        raise AssertionError(f"the program left activations alive: {sorted(live, key=str)}")  # `check` proves that this cannot be
-    return grads, terms, torch.stack([torch.stack(flags).all() for flags in seen])
+            rank.settle(a)
+            start = clock.moment()
+            do[a.op](a)
+            clock(i, start, clock.moment())
+    position.done()
+    return rank.results()
+
+
+class _Rank:
+    """One rank's run of one program."""
+
+    def __init__(self, bound: Bound, params: dict[str, Any], batches: Sequence[Batch], seeds: Mapping[str, Tensor], ctx: Any):
+        self.bound, self.batches, self.seeds, self.ctx = bound, batches, seeds, ctx
+        self.trains, self.dtype, self.pipe = bound.trains, ctx.precision.master, ctx.axes.pipe()
+        self.leaves = {path: _lookup(params, path).detach().requires_grad_(self.trains and t) for path, t in bound.trained.items()}
+        self.grads: dict[str, Tensor] = {}
+        self.terms: Terms = {}
+        self.kept: dict[tuple[int, int | None], list[_Kept]] = {}
+        self.owed: dict[tuple[int, int | None], list[tuple[str, list[tuple[str, Tensor, Tensor]]]]] = {}  # piece, (path, rows, dy) of its products
+        self.values: dict[tuple[str, int, int | None], Carry] = {}
+        self.sent: dict[tuple[str, int, int | None], list[Callable[[], None]]] = {}
+        self.waits: list[Callable[[], None]] = []
+        self.streams = ctx.device.copy_streams() if bound.away else None
+        device = next(iter(batches[0].plan.values())).device
+        true = torch.ones((), dtype=torch.bool, device=device)
+        self.device, self.seen = device, [[true] for _ in batches]  # of each microbatch, whether what was looked at is finite
+
+    def handlers(self) -> dict[str, Callable[[Action], None]]:
+        compute = {"F": self.forward, "B": self.backward, "I": self.backward, "W": self.weights, "REMAT": self.remat}
+        do: dict[str, Callable[[Action], None]] = {op: _to_the_end(fn) for op, fn in compute.items()}
+
+        def overlap(a: Action) -> None:
+            """Layer by layer in turn, so that what one waits for travels while the other computes."""
+            turns = deque(compute[part.op](part) for part in a.pair)
+            while turns:
+                turn = turns.popleft()
+                if next(turn, turn) is not turn:
+                    turns.append(turn)
+
+        do |= {"SEND_F": self.send, "SEND_B": self.send, "RECV_F": self.recv, "RECV_B": self.recv, "FREE": self.free, "REDUCE": self.reduce}
+        return do | {"OVERLAP": overlap, "OFFLOAD": self.copy, "FETCH": self.copy}
+
+    def results(self) -> tuple[dict[str, Tensor], Terms, Tensor]:
+        self.finish_sums()
+        if left := [*self.kept, *self.owed, *self.values, *self.sent]:
+            raise AssertionError(f"the program left values alive: {left}")  # `check` proves that this cannot be
+        return self.grads, self.terms, torch.stack([torch.stack(flags).all() for flags in self.seen])
+
+    def forward(self, a: Action) -> Iterator[None]:
+        s, m = at = a.stage, a.microbatch
+        assert m is not None
+        pieces = self.bound.pieces[s, a.segment]
+        carry = _here(self.values.pop(("F", s, m), {}))
+        for i, piece in enumerate(pieces):
+            with memory_at(f"the forward of {piece.name}, action {a}", (i + 1) / len(pieces), self.grads):
+                keeps = self.trains and piece.back
+                again = self.bound.again.get((s, m, piece.name)) if keeps else None
+                if keeps and again != ():
+                    kept, carry, losses = self.make(piece, carry, m, again or ())
+                else:
+                    kept, carry, losses = self.pass_by(piece, carry, m, keeps)
+            if keeps:
+                self.kept.setdefault(at, []).append(kept)
+            _add_terms(self.terms, {"losses": losses})
+            self.seen[m] += [torch.isfinite(loss) for loss in losses.values()]
+            yield
+        whole = self.bound.known[s].atoms
+        last = (self.bound.known[s].span(a.segment) or (0, 0))[1] == len(whole)
+        where, to = self.bound.placement, s + 1
+        if not last:
+            self.values["F", s, m] = carry  # the next piece of this stage takes it
+        elif to < len(where):
+            self.values[("F", to, m) if where[to] == self.bound.rank else ("out F", s, m)] = carry
+
+    def settle(self, a: Action) -> None:
+        """Waits for what the action takes, so that what is measured is the action."""
+        for part in flat((a,)):
+            where = ("F" if part.op == "F" else "B", part.stage, part.microbatch)
+            if part.op in ("F", "B", "I") and where in self.values:
+                self.values[where] = _here(self.values[where])
+
+    def make(self, piece: Piece, carry: dict[str, Tensor], m: int, again: Sequence[str] = ()) -> tuple[_Kept, Carry, dict[str, Tensor]]:
+        """Runs a piece from a cut: its input is a leaf of a graph of its own. `again`: ops that a REMAT will run again."""
+        away, ctx, kept = (piece.stage, m, piece.name) in self.bound.away, self.ctx, _Kept(piece)
+        values, kept.probes = self.parameters(piece, m)
+        with torch.enable_grad():
+            x = {k: v.detach() for k, v in carry.items()}
+            wanted = [k for k, v in x.items() if piece.upstream and v.is_floating_point()]
+            if again or away:
+                kept.slots = Slots(self.storages(m), again)
+                ctx = attrs.evolve(ctx, ops=kept.slots.table(ctx.ops)) if again else ctx
+                for k in wanted:
+                    kept.inputs[k], x[k] = entry(x[k])
+            else:
+                kept.inputs = {k: x[k].requires_grad_() for k in wanted}
+            with kept.slots.filing() if kept.slots else nullcontext():
+                y, losses = piece.fn(values, _unwrap(x), self.batches[m], ctx)
+                y = _wrap(y)
+                outputs = {k: v for k, v in y.items() if v.requires_grad}
+                weighed = {k: v for k, v in losses.items() if v.requires_grad}
+                kept.outputs, kept.losses = tuple(outputs), tuple(weighed)
+                if outputs or weighed:
+                    kept.root = Root.apply(kept.seeds, *outputs.values(), *weighed.values())
+        return kept, {k: v.detach() for k, v in y.items()}, {k: v.detach() for k, v in losses.items()}
+
+    def pass_by(self, piece: Piece, carry: dict[str, Tensor], m: int, keeps: bool) -> tuple[_Kept, Carry, dict[str, Tensor]]:
+        """Runs a piece without a graph. `keeps`: its input stays, for it to be made again."""
+        kept = _Kept(piece, dict(carry) if keeps else {})
+        if keeps and (piece.stage, m, piece.name) in self.bound.away:
+            kept.slots = Slots(self.storages(m))
+            kept.x = {k: kept.slots.file(v) for k, v in carry.items()}
+        with torch.no_grad():
+            values: tuple[dict[str, Tensor | W], ...] = tuple({n: self.leaves[path] for n, path, _ in params} for _, params in piece.names)
+            y, losses = piece.fn(values, _unwrap(carry), self.batches[m], self.ctx)
+        return kept, _wrap(y), losses
+
+    def storages(self, m: int) -> frozenset[int]:
+        """What never leaves the device: the parameters, and what many layers use of a batch."""
+        tensors = [*self.leaves.values(), *tree_leaves([self.batches[m].plan, self.batches[m].payload, self.batches[m].derived])]
+        return frozenset(t.untyped_storage().data_ptr() for t in tensors)
+
+    def parameters(self, piece: Piece, m: int) -> tuple[tuple[dict[str, Tensor | W], ...], tuple[tuple[Tensor, Tensor], ...]]:
+        """What each segment gets: a weight of a product comes with the sum that its gradient is added to, or with probes where W makes it."""
+        probes, split = {}, (piece.stage, m) in self.bound.split
+        if split and piece.products:
+            seen = self.bound.shapes(self.batches[m], self.ctx).products
+            probes = {(s, n): probe_of(seen[s][n], self.device) for s, n, _ in piece.products}
+        out = []
+        for segment, params in piece.names:
+            values: dict[str, Tensor | W] = {}
+            for n, path, product in params:
+                leaf = self.leaves[path]
+                if not product or not leaf.requires_grad:
+                    values[n] = leaf
+                elif split:
+                    values[n] = W(leaf, probe=probes[segment, n])
+                else:  # .data: a version counter of its own, for this sum is added to by other microbatches in between
+                    values[n] = W(leaf, self.sum_of(path).data)
+            out.append(values)
+        return tuple(out), tuple(probes.values())
+
+    def sum_of(self, path: str) -> Tensor:
+        if path not in self.grads:
+            self.grads[path] = torch.zeros_like(self.leaves[path], dtype=self.dtype, requires_grad=False, memory_format=torch.contiguous_format)
+        return self.grads[path]
+
+    def backward(self, a: Action) -> Iterator[None]:
+        """B, and I, which leaves the factors of the products' weight gradients to W."""
+        s, m = at = a.stage, a.microbatch
+        assert m is not None
+        covered, pieces = self.bound.spans[s, a.segment], self.kept.get(at, [])
+        dy = _here(self.values.pop(("B", s, m), {}))
+        while pieces and pieces[-1].piece.name in covered:  # a piece's activations go as soon as its backward is done
+            kept = pieces.pop()
+            with memory_at(f"the backward of {kept.piece.name}, action {a}", 1.0, self.grads):
+                dy, factors = self.back(kept, dy)
+            if factors:
+                self.owed.setdefault(at, []).append((kept.piece.name, factors))
+            if not (pieces and pieces[-1].piece.upstream):  # as far back as a gradient comes
+                self.seen[m] += [torch.isfinite(g).all() for g in dy.values()]
+            yield
+        if pieces:
+            self.values["B", s, m] = dy  # the piece before takes it
+            return
+        self.kept.pop(at, None)
+        known, where, to = self.bound.known, self.bound.placement, s - 1
+        if known[s].upstream:
+            self.values[("B", to, m) if where[to] == self.bound.rank else ("out B", s, m)] = dy
+
+    def back(self, kept: _Kept, dy: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[tuple[str, Tensor, Tensor]]]:
+        """Adds a piece's weight gradients; returns the gradient of its input and what its W multiplies."""
+        piece = kept.piece
+        inputs = kept.inputs
+        plain = [self.leaves[p] for p in piece.leaves]
+        # a weight with a sum of its own stands here for its product to stay in the backward; its gradient is None
+        rest = [t for pair in kept.probes for t in pair] or [self.leaves[path] for _, _, path in piece.products]
+        wanted = [*inputs.values(), *plain, *rest]
+        got: Sequence[Tensor | None] = [None] * len(wanted)
+        if kept.root is not None and wanted:
+            kept.seeds += [dy.get(k) for k in kept.outputs]
+            kept.seeds += [self.seeds[k] for k in kept.losses]
+            got = torch.autograd.grad(kept.root, wanted, allow_unused=True)
+        for path, g in zip(piece.leaves, got[len(inputs) :]):
+            self.add(path, g)
+        factors: list[tuple[str, Tensor, Tensor]] = []
+        if kept.probes:
+            pairs = iter(got[len(inputs) + len(plain) :])
+            for _, _, path in piece.products:
+                rows, dz = next(pairs), next(pairs)
+                if rows is not None and dz is not None:
+                    factors.append((path, rows, dz))
+        else:
+            for (_, _, path), g in zip(piece.products, got[len(inputs) + len(plain) :]):
+                self.add(path, g)
+        return {k: torch.zeros_like(v) if g is None else g for (k, v), g in zip(inputs.items(), got)}, factors
+
+    def add(self, path: str, g: Tensor | None) -> None:
+        if g is None:
+            return
+        if path in self.grads:
+            self.grads[path] += g
+        else:  # a copy: autograd may hand one tensor to several leaves, and later microbatches are added in place
+            self.grads[path] = g.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
+
+    def weights(self, a: Action) -> Iterator[None]:
+        at, covered = (a.stage, a.microbatch), self.bound.spans[a.stage, a.segment]
+        left = []
+        for name, factors in self.owed.pop(at, []):
+            if name not in covered:
+                left.append((name, factors))
+                continue
+            with memory_at(f"the weight gradients of {name}, action {a}", 1.0, self.grads):
+                for path, rows, dy in factors:
+                    weight_gradient(self.sum_of(path), rows, dy)
+            yield
+        if left:
+            self.owed[at] = left
+
+    def remat(self, a: Action) -> Iterator[None]:
+        """The forward of what was not kept, once more; its losses have been counted."""
+        at, covered = (a.stage, a.microbatch), self.bound.spans[a.stage, a.segment]
+        assert a.microbatch is not None
+        pieces = self.kept[at]
+        for i, kept in enumerate(pieces):
+            if kept.piece.name in covered:
+                with memory_at(f"the second forward of {kept.piece.name}, action {a}", 1.0, self.grads):
+                    if a.ops and kept.slots is not None:
+                        kept.slots.remat()
+                    else:
+                        pieces[i], _, _ = self.make(kept.piece, {k: got(v) for k, v in kept.x.items()}, a.microbatch)
+                yield
+
+    def copy(self, a: Action) -> None:
+        """OFFLOAD and FETCH: they start copies; who needs one waits."""
+        covered = self.bound.spans[a.stage, a.segment]
+        for kept in self.kept[a.stage, a.microbatch]:
+            if kept.piece.name in covered and kept.slots is not None:
+                (kept.slots.offload if a.op == "OFFLOAD" else kept.slots.fetch)(self.ctx.device, self.streams)
+
+    def send(self, a: Action) -> None:
+        kind, s, m = a.op[-1], a.stage, a.microbatch
+        to = self.bound.placement[s + 1 if kind == "F" else s - 1]
+        carry = self.values.pop((f"out {kind}", s, m))
+        self.sent[a.op, s, m] = [self.pipe.send(carry[k], to, f"{s}{kind}{m} {k}") for k in sorted(carry)]
+
+    def recv(self, a: Action) -> None:
+        """Shapes do not travel: they follow from the config and the batch."""
+        kind, s, m = a.op[-1], a.stage, a.microbatch
+        assert m is not None
+        at, source = (s, s - 1) if kind == "F" else (s + 1, s + 1)
+        like = self.bound.shapes(self.batches[m], self.ctx).inputs[at]
+        if kind == "B":
+            like = {k: (shape, dtype) for k, (shape, dtype) in like.items() if dtype.is_floating_point}
+        place, device = self.bound.placement[source], self.device
+        self.values[kind, s, m] = {k: self.pipe.recv(*like[k], device, place, f"{source}{kind}{m} {k}") for k in sorted(like)}
+
+    def free(self, a: Action) -> None:
+        assert a.segment is not None
+        for wait in self.sent.pop((a.segment, a.stage, a.microbatch)):
+            wait()
+
+    def reduce(self, a: Action) -> None:
+        assert a.segment is not None
+        if a.segment in self.bound.tied:
+            self.finish_sums()
+            self.grads[a.segment] = self.ctx.axes.some("pp", self.bound.tied[a.segment]).sum(self.grads[a.segment])
+            return
+        specs = self.bound.reduced[a.stage, a.segment]
+        with memory_at(f"the sum of gradients of {a.segment}, action {a}", 1.0, self.grads):
+            for spec in specs:  # a parameter that no loss reached: its sum over the holders is still a collective that all must join
+                self.sum_of(spec.path)
+            self.waits.append(reduce_gradients(specs, self.grads, self.ctx.axes))
+
+    def finish_sums(self) -> None:
+        while self.waits:
+            self.waits.pop(0)()
 
 
 def run_forward(segments: Sequence[Segment], params: dict[str, Any], batch: Batch, ctx: Any) -> tuple[Any, Terms]:
@@ -134,58 +355,21 @@ def run_forward(segments: Sequence[Segment], params: dict[str, Any], batch: Batc
     return x, terms
 
 
-def _forward(layer: Layer, leaves: dict[str, Tensor], carry: dict[str, Tensor], batch: Batch, ctx: Any) -> _Kept:
-    """One layer, from a cut: its input is a leaf of a graph of its own."""
-    x = {k: v.detach().requires_grad_(v.is_floating_point()) for k, v in carry.items()}
-    losses: dict[str, Tensor] = {}
-    with torch.enable_grad():
-        y: Any = _unwrap(x)
-        for segment, named in layer.segments:
-            y, terms = segment.apply({name: leaves[path] for name, path in named}, y, batch, ctx)
-            losses.update(terms.get("losses", {}))
-    return _Kept(x, _wrap(y), losses, layer.paths)
+def _to_the_end(turns: Callable[[Action], Iterator[None]]) -> Callable[[Action], None]:
+    def do(a: Action) -> None:
+        for _ in turns(a):
+            pass
 
-
-def _backward(
-    layer: _Kept, leaves: dict[str, Tensor], dy: dict[str, Tensor], seeds: Mapping[str, Tensor], grads: dict[str, Tensor], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Adds the layer's weight gradients to `grads`; returns the gradient of its input."""
-    outputs = [(layer.y[k], g) for k, g in dy.items() if layer.y[k].requires_grad]
-    outputs += [(loss, seeds[k].to(loss.dtype)) for k, loss in layer.losses.items()]
-    inputs = {k: v for k, v in layer.x.items() if v.requires_grad}
-    wanted = [*inputs.values(), *(leaves[p] for p in layer.paths)]
-    got: Sequence[Tensor | None] = [None] * len(wanted)
-    if outputs:  # none where nothing that is differentiated leaves the layer
-        with torch.enable_grad():
-            root = _Root.apply([g for _, g in outputs], *(y for y, _ in outputs))
-        got = torch.autograd.grad(root, wanted, allow_unused=True)
-    for path, g in zip(layer.paths, got[len(inputs) :]):
-        if g is None:
-            continue
-        if path in grads:
-            grads[path] += g
-        else:  # a copy: autograd may hand one tensor to several leaves, and later microbatches are added in place
-            grads[path] = g.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    return {k: torch.zeros_like(v) if g is None else g for (k, v), g in zip(inputs.items(), got)}
-
-
-class _Root(torch.autograd.Function):
-    """A scalar whose gradient by each output is the one given. autograd.grad takes these too, but loads sympy to compare their shapes: 36 MiB and
-    half a second on every rank.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, grads: Sequence[Tensor], *outputs: Tensor) -> Tensor:
-        ctx.grads = grads
-        return outputs[0].new_empty(())
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        return None, *ctx.grads
+    return do
 
 
 # A carry is a tensor or a dict of tensors; inside the interpreter it is always a dict.
 _ONLY = "x"
+
+
+def _here(carry: Carry) -> dict[str, Tensor]:
+    """The tensors, once they have arrived."""
+    return {k: v() if callable(v) else v for k, v in carry.items()}
 
 
 def _wrap(x: Any) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from lf import ops
 from lf.axes_meta import MetaAxes
@@ -61,8 +62,10 @@ def trace(layout: Layout, batch: Batch, ctx: Any) -> Shapes:
     losses: list[frozenset[str]] = []
     x: Any = {}
     with torch.no_grad():
-        bare = attrs.evolve(batch, plan=_meta(batch.plan), payload=_meta(batch.payload), derived={})
-        batch = _run("Model.prepare", layout.model.prepare, bare, ctx)
+        derived = batch.derived  # by its shapes, where there is any; else worked out here
+        batch = attrs.evolve(batch, plan=_meta(batch.plan), payload=_meta(batch.payload), derived=_meta(derived))
+        if not derived:
+            batch = _run("Model.prepare", layout.model.prepare, batch, ctx)
         for stage in layout.stages:
             inputs.append(_carry(x))
             found: set[str] = set()
@@ -103,8 +106,9 @@ def _run(what: str, function: Callable[..., Any], *args: Any) -> Any:
         ) from error
 
 
-def _meta(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: torch.empty_like(v, device="meta") for name, v in values.items()}
+def _meta(values: Any) -> Any:
+    """The same tree with its tensors on paper."""
+    return tree_map(lambda v: torch.empty_like(v, device="meta") if isinstance(v, Tensor) else v, values)
 
 
 def _carry(x: Any) -> Carry:

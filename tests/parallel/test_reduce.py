@@ -41,7 +41,7 @@ def test_sums_and_norm_for_any_layout(text: str, heads: int, kv: int) -> None:
         grads = {s.path: local(s, axes) for s in specs}
         reduce_gradients(specs, grads, axes)()
         owned = [(s.path, p) for s in specs for p in s.owned(axes.coords)]
-        return grads, axes.world.sum(owned_square_sum(owned, grads)), axes.coords, {s.path: local(s, axes) for s in specs}
+        return grads, axes.world.sum(owned_square_sum(owned, grads, torch.zeros((), dtype=torch.float64))), axes.coords, {s.path: local(s, axes) for s in specs}
 
     results = spmd(mesh, body)
     square = torch.zeros((), dtype=torch.float64)
@@ -90,5 +90,5 @@ def test_the_sum_is_there_only_after_waiting() -> None:
 def test_a_rank_that_owns_nothing_counts_nothing() -> None:
     mesh = Mesh(dp=2)
     spec = spec_of("w", Param((2,), ("embed",), Init()), RULES, mesh)
-    squares = [owned_square_sum([("w", p) for p in spec.owned(mesh.coords(r))], {"w": torch.ones(2)}).item() for r in range(2)]
+    squares = [owned_square_sum([("w", p) for p in spec.owned(mesh.coords(r))], {"w": torch.ones(2)}, torch.zeros(())).item() for r in range(2)]
     assert squares == [pytest.approx(2, rel=1e-6), 0]

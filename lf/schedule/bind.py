@@ -1,0 +1,146 @@
+"""A program joined with a layout: all that a rank's actions need and that does not change from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import attrs
+from torch import Tensor
+
+from lf.layouts import Layout
+from lf.parallel.product import W
+from lf.schedule.ir import Action, Program, ProgramError, flat
+from lf.schedule.lower import reduced_layers, tied_paths
+from lf.schedule.pieces import Stage, stages
+from lf.schedule.shapes import Shapes, key, trace
+from lf.segment import Segment, path_of
+from lf.spec import Spec
+
+Losses = dict[str, Tensor]
+LayerFn = Callable[[tuple[dict[str, Tensor | W], ...], Any, Any, Any], tuple[Any, Losses]]
+
+
+@attrs.frozen
+class Piece:
+    """A layer, or a segment of one: what a forward runs between two cuts of autograd.
+
+    fn(values, x, batch, ctx) -> (y, losses) · `names`: of each segment its name, and (name, path, is it a product) of each of its parameters ·
+    `leaves`: paths whose gradients autograd returns · `products`: (segment, name, path) of those that come through a W · `upstream`: whether
+    anything before it trains, so that its input has a gradient · `back`: whether it has a backward.
+    """
+
+    stage: int
+    name: str
+    fn: LayerFn
+    names: tuple[tuple[str, tuple[tuple[str, str, bool], ...]], ...]
+    leaves: tuple[str, ...]
+    products: tuple[tuple[str, str, str], ...]
+    upstream: bool
+    back: bool
+
+
+@attrs.frozen
+class Bound:
+    """`actions` of one rank · `pieces`: of each stage and `segment` of a forward, what it runs · `spans`: of each other compute action's
+    (stage, segment), the names of the pieces that it covers · `split`: (stage, microbatch)es with weight gradients of their own · `again`: of
+    each (stage, microbatch, piece) that is made again, which ops (none named: all)."""
+
+    actions: tuple[Action, ...]
+    program: Program
+    rank: int
+    placement: tuple[int, ...]
+    known: tuple[Stage, ...]
+    pieces: dict[tuple[int, str | None], tuple[Piece, ...]]
+    spans: dict[tuple[int, str | None], frozenset[str]]
+    split: frozenset[tuple[int, int | None]]
+    again: dict[tuple[int, int | None, str], tuple[str, ...]]
+    away: frozenset[tuple[int, int | None, str]]
+    trained: dict[str, bool]
+    reduced: dict[tuple[int, str], tuple[Spec, ...]]
+    tied: dict[str, tuple[int, ...]]
+    shapes: Callable[[Any, Any], Shapes]
+    number: int  # under which `axes.position` knows the program
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is any backward."""
+        return any(a.op in ("B", "I") for a in flat(self.actions))
+
+
+def bind(program: Program, layout: Layout, ctx: Any, compile: bool = False, name: str = "step") -> Bound:
+    """The actions of this rank. `compile`: each distinct layer by torch.compile, as a full graph. `name`: what one run of it is called, where a
+    rank says how far it is. Collective over pp the first time."""
+    rank = ctx.axes.coords["pp"]
+    ctx.axes.pipe()
+    actions, known = program[rank], stages(program, layout)
+    fns: dict[tuple[Any, ...], LayerFn] = {}
+    pieces: dict[tuple[int, str | None], tuple[Piece, ...]] = {}
+    spans: dict[tuple[int, str | None], frozenset[str]] = {}
+    for a in flat(actions):
+        where = a.stage, a.segment
+        if a.op == "F" and where not in pieces:
+            segments = {s.name: s for s in layout.stages[a.stage]}
+            names = known[a.stage].pieces(a.segment) if segments else ()
+            pieces[where] = tuple(_piece(a.stage, name, known[a.stage], segments, layout, fns, compile) for name in names)
+        elif a.op != "REDUCE" and a.op != "FREE" and a.op not in ("SEND_F", "SEND_B", "RECV_F", "RECV_B") and where not in spans:
+            lo, hi = known[a.stage].span(a.segment) or (0, 0)
+            spans[where] = frozenset((*known[a.stage].atoms[lo:hi], *known[a.stage].layers[lo:hi]))
+    if compile and (named := sorted({op for a in flat(actions) for op in a.ops})):
+        raise ProgramError(f"ops {', '.join(named)} are to be run again: a compiler decides itself what it keeps; leave out compile, or these ops")
+    again = {(a.stage, a.microbatch, p): a.ops for a in flat(actions) if a.op == "REMAT" for p in spans[a.stage, a.segment]}
+    away = {(a.stage, a.microbatch, p) for a in flat(actions) if a.op == "OFFLOAD" for p in spans[a.stage, a.segment]}
+    return Bound(
+        actions, program, rank, layout.placement, known, pieces, spans,
+        frozenset((a.stage, a.microbatch) for a in flat(actions) if a.op == "I"),
+        again, frozenset(away),
+        {path: path not in layout.frozen for path in layout.held(ctx.axes.coords)},
+        {where: tuple(layout.specs[p] for p in paths) for where, paths in reduced_layers(layout, rank).items()},
+        {path: layout.holders(path) for path in tied_paths(layout, rank)},
+        _traced(layout),
+        ctx.axes.position.program([str(a) for a in actions], name),
+    )  # fmt: skip
+
+
+def _piece(
+    index: int, name: str, stage: Stage, segments: dict[str, Segment], layout: Layout, fns: dict[tuple[Any, ...], LayerFn], compile: bool
+) -> Piece:
+    lo, hi = stage.span(name) or (0, 0)
+    mine = [segments[atom] for atom in stage.atoms[lo:hi]]
+    names = tuple((s.name, tuple((n, path_of(s, n), n in s.products) for n in s.params)) for s in mine)
+    trained = [(s, n, path, w) for s, params in names for n, path, w in params if path not in layout.frozen]
+    upstream = stage.upstream or any(stage.inside[:lo])
+    key = tuple(s.apply for s in mine)
+    if key not in fns:  # equal layers share one function, and so one compilation
+        fns[key] = _compiled(_layer(key)) if compile else _layer(key)
+    leaves = tuple(dict.fromkeys(path for _, _, path, w in trained if not w))
+    return Piece(index, name, fns[key], names, leaves, tuple((s, n, path) for s, n, path, w in trained if w), upstream, hi > stage.stop)
+
+
+def _layer(applies: Sequence[Callable[..., Any]]) -> LayerFn:
+    def fn(values: tuple[dict[str, Tensor | W], ...], x: Any, batch: Any, ctx: Any) -> tuple[Any, Losses]:
+        losses: Losses = {}
+        for apply, p in zip(applies, values):
+            x, terms = apply(p, x, batch, ctx)
+            losses.update(terms.get("losses", {}))
+        return x, losses
+
+    return fn
+
+
+def _compiled(fn: LayerFn) -> LayerFn:
+    import torch
+
+    return torch.compile(fn, fullgraph=True)
+
+
+def _traced(layout: Layout) -> Callable[[Any, Any], Shapes]:
+    """shapes(batch, ctx), worked out once for each shape of batch."""
+    known: dict[Any, Shapes] = {}
+
+    def shapes(batch: Any, ctx: Any) -> Shapes:
+        if (k := key(batch)) not in known:
+            known[k] = trace(layout, batch, ctx)
+        return known[k]
+
+    return shapes

@@ -1,0 +1,35 @@
+"""From a schedule and policies to the whole program of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lf.layouts import Layout
+from lf.schedule.check import check
+from lf.schedule.generate import Stages, one_f_one_b
+from lf.schedule.ir import Program
+from lf.schedule.keep import offload, recompute
+from lf.schedule.lower import add_reduce, free, is_lowered, move, trainable
+from lf.schedule.recompute import Offload, Recompute
+
+Generate = Callable[[Stages, int], Program]
+
+
+def build(
+    layout: Layout,
+    microbatches: int,
+    generate: Generate = one_f_one_b,
+    recomputed: Recompute = Recompute(),  # noqa: B008  (frozen)
+    offloaded: Offload = Offload(),  # noqa: B008
+) -> Program:
+    """The program of a step over `layout`: what `generate(placement, microbatches)` writes, through all passes, and checked.
+
+    A program that is lowered already is only checked. Raises ProgramError, ConfigError for what cannot be.
+    """
+    program = generate(layout.placement, microbatches)
+    if not is_lowered(program):
+        check(program, layout, microbatches)  # before the passes, so that what is wrong is drawn as it was written
+        program = offload(recompute(trainable(program, layout), layout, recomputed), layout, offloaded)
+        program = free(move(add_reduce(program, layout), layout))
+    check(program, layout, microbatches)
+    return program

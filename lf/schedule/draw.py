@@ -1,0 +1,257 @@
+"""Programs and timelines on a terminal: `draw` writes a program, a line a rank; `grid` shows who computes what when, and who waits.
+
+`draw` needs nothing but the program: errors are made of it. Colours and the two ways to tell them apart (hue: the op, lightness: which of a
+rank's stages) are shared with the pictures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import attrs
+
+from lf.schedule.ir import COMPUTE, Action, Program, ProgramError, flat
+from lf.schedule.timeline import Span, Timeline
+
+WIDTH = 120  # columns of a drawing with a mark: an error is read on a screen
+
+# Hues that a colour-blind person tells apart (Okabe & Ito 2008; the violet of REMAT and the brown of copies are added), and their greys differ.
+COLOURS = {
+    "F": "#56B4E9",
+    "B": "#009E73",
+    "I": "#E69F00",
+    "W": "#F0E442",
+    "REMAT": "#8E7CC3",
+    "REDUCE": "#CC79A7",
+    "OFFLOAD": "#A5714B",
+    "FETCH": "#A5714B",
+}
+OTHER = "#999999"
+LETTERS = {"REMAT": "R"}  # of the others the op itself
+MEANING = {
+    "F": "forward",
+    "B": "backward",
+    "I": "backward, input",
+    "W": "backward, weights",
+    "REMAT": "forward again",
+    "REDUCE": "sum of gradients",
+    "OFFLOAD": "to the host",
+    "FETCH": "and back",
+}
+
+Mark = tuple[int, int] | Mapping[int, int] | Sequence[int | None]
+
+
+def draw(program: Program, mark: Mark | None = None, width: int | None = None) -> str:
+    """One line a rank, each marked action between >> and <<.
+
+    mark: a tuple (rank, index); or a dict rank → index; or a list with an index, or None, for each rank. An index one past the last action
+    says that the rank is through: >>end<<. width: where a line would be longer, only a window of about so many columns is drawn: round the
+    mark of its rank, on a rank without one at the same part of its actions, without any mark from the start; … stands for what is left out.
+    Without it a drawing with marks is cut to 120 columns, one without is whole. Raises ProgramError for a mark that is not in the program.
+    """
+    marks = _marks(program, mark)
+    width = WIDTH if width is None and marks else width
+    share = max((i / max(len(program[rank]), 1) for rank, i in marks.items()), default=0.0)
+    lines = []
+    for rank, actions in enumerate(program):
+        words, at = [str(a) for a in actions], marks.get(rank)
+        if at == len(words):
+            words.append("end")
+        if at is not None:
+            words[at] = f">>{words[at]}<<"
+        lead = f"rank {rank}: "
+        near = at if at is not None else min(round(share * len(words)), len(words) - 1)
+        lines.append(lead + (" ".join(words) if width is None else _window(words, near, width - len(lead))))
+    return "\n".join(lines)
+
+
+def _marks(program: Program, mark: Mark | None) -> dict[int, int]:
+    if mark is None:
+        return {}
+    pairs = [mark] if isinstance(mark, tuple) else mark.items() if isinstance(mark, Mapping) else enumerate(mark)
+    marks: dict[int, int] = {rank: i for rank, i in pairs if i is not None}  # type: ignore[misc]
+    for rank, i in marks.items():
+        if not 0 <= rank < len(program):
+            raise ProgramError(f"a mark on rank {rank}: the program has {len(program)} ranks")
+        if not 0 <= i <= len(program[rank]):
+            raise ProgramError(f"a mark on action {i} of rank {rank}: it has {len(program[rank])}")
+    return marks
+
+
+def _window(words: Sequence[str], near: int, width: int) -> str:
+    """As many of the words round words[near] as fit, at least that one."""
+    if not words or len(" ".join(words)) <= width:
+        return " ".join(words)
+    lo, hi, used = near, near + 1, len(words[near]) + 4  # 4: for "… " and " …"
+    while True:  # the shorter side grows first, and where one is at its end the other
+        sides = sorted([(near - lo, 0)] * (lo > 0) + [(hi - 1 - near, 1)] * (hi < len(words)))
+        fitting = [after for _, after in sides if used + len(words[hi if after else lo - 1]) + 1 <= width]
+        if not fitting:
+            return " ".join(["…"] * (lo > 0) + list(words[lo:hi]) + ["…"] * (hi < len(words)))
+        used += len(words[hi if fitting[0] else lo - 1]) + 1
+        lo, hi = (lo, hi + 1) if fitting[0] else (lo - 1, hi)
+
+
+def chunks(timeline: Timeline) -> tuple[tuple[int, ...], ...]:
+    """The stages of each rank, in their order."""
+    return tuple(tuple(sorted({a.stage for s in row for a in flat([s.action]) if a.op in COMPUTE})) for row in timeline.rows)
+
+
+def colour(action: Action, stages: Sequence[int]) -> str:
+    """As #rrggbb: the hue is that of the op; of a rank's `stages` the first is the lightest and the last the darkest."""
+    back = COLOURS.get(action.op, OTHER)
+    if len(stages) < 2 or action.stage not in stages or action.op not in COMPUTE:
+        return back
+    at = 2 * stages.index(action.stage) / (len(stages) - 1) - 1  # from -1 to 1
+    return _mixed(back, 255, -at / 2) if at < 0 else _mixed(back, 0, at / 5)
+
+
+def _mixed(back: str, other: int, share: float) -> str:
+    """The colour with this share of white (255) or black (0)."""
+    return "#" + "".join(f"{round(int(back[i : i + 2], 16) * (1 - share) + other * share):02x}" for i in (1, 3, 5))
+
+
+def ink(background: str) -> str:
+    """What can be read on it: black or white."""
+    r, g, b = (int(background[i : i + 2], 16) for i in (1, 3, 5))
+    return "#000000" if 0.299 * r + 0.587 * g + 0.114 * b > 115 else "#ffffff"
+
+
+def amount(held: float, unit: str) -> str:
+    """What is held: bytes where it was measured, else in the unit of whoever made the timeline."""
+    return f"{held / 2**30:.2f} GiB" if unit == "s" else f"{held:.4g}"
+
+
+def span_of_time(t: float, unit: str) -> str:
+    return f"{t:.4g}" if not unit else f"{t:.4g} s" if t >= 1 else f"{t * 1e3:.4g} ms"
+
+
+@attrs.frozen
+class Grid:
+    """A timeline for rich to print: console.print(grid(timeline)). A notebook shows one at the end of a cell by itself."""
+
+    timeline: Timeline
+
+    def _repr_mimebundle_(self, **asked: Any) -> dict[str, str]:
+        from rich.jupyter import JupyterMixin
+
+        return JupyterMixin._repr_mimebundle_(self, asked.get("include") or (), asked.get("exclude") or ())  # type: ignore[arg-type]
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        from rich.padding import Padding
+        from rich.text import Text
+
+        t, coloured = self.timeline, console.color_system is not None and not console.no_color
+        ranks = range(len(t.rows))
+        beside = [[f"{t.bubble(r) / t.makespan:.1%}" if t.makespan else "", *([amount(t.peak(r), t.unit)] if t.memory else [])] for r in ranks]
+        heads = ["bubble", "peak"][: len(beside[0]) if beside else 0]
+        widths = [max(len(row[k]) for row in [heads, *beside]) for k in range(len(heads))]
+        label = len(f"rank {len(t.rows) - 1} ")
+        scale = _scale(t, max(options.max_width - label - 2 - sum(w + 2 for w in widths), 10))
+        columns = math.ceil(t.makespan * scale - 1e-6)
+        yield Text(" " * (label + columns + 2) + "".join(f"  {h:>{w}}" for h, w in zip(heads, widths)), style="dim" if coloured else "", no_wrap=True)
+        for r, stages in zip(ranks, chunks(t)):
+            line = Text(f"rank {r:<{label - 6}} │", no_wrap=True, overflow="crop")
+            line.append_text(_row(t.rows[r], stages, scale, columns, coloured)).append("│")
+            yield line.append("".join(f"  {cell:>{w}}" for cell, w in zip(beside[r], widths)))
+        end = span_of_time(t.makespan, t.unit)
+        yield Text(" " * (label + 1) + "0" + end.rjust(columns - 1), no_wrap=True)
+        yield Padding(_legend(t, coloured), (0, 0, 0, label + 1), expand=False)
+
+
+def grid(timeline: Timeline) -> Grid:
+    """Who computes what when, for the terminal: a row a rank, time to the right as wide as the terminal allows, with the microbatch where it fits.
+
+    Blank is a bubble; beside each row its share of the makespan, and the most that the rank holds where the timeline knows. Where there are no
+    colours (NO_COLOR, a pipe, a file) letters stand for them: F3─ is a forward of microbatch 3; of a rank with several stages 2F3─ is one of
+    stage 2, and where that does not fit the stages after the first have small letters.
+    """
+    return Grid(timeline)
+
+
+def _scale(t: Timeline, width: int) -> float:
+    """Columns for a unit of time: a whole number for the shortest action where all times are multiples of it, so that equals look equal."""
+    times = [s.end - s.start for row in t.rows for s in row if s.action.op in (*COMPUTE, "OVERLAP") and s.end > s.start]
+    if not times:
+        return 1.0
+    least = min(times)
+    whole = all(abs(x / least - round(x / least)) < 1e-6 for row in t.rows for s in row for x in (s.start, s.end))
+    scale = min(width / t.makespan, 6 / least)
+    return math.floor(scale * least + 1e-9) / least if whole and scale * least >= 1 else scale
+
+
+def _row(row: Sequence[Span], stages: Sequence[int], scale: float, columns: int, coloured: bool) -> Any:
+    """The columns of one rank. A column shows what happens at its middle, so that what is shorter than a column leaves no gap."""
+    from rich.text import Text
+
+    cells: list[tuple[str, str]] = [(" ", "")] * columns
+    order = [s for s in row if s.action.op == "REDUCE"] + [s for s in row if s.action.op in (*COMPUTE, "OVERLAP")]
+    for s in order:
+        lo, hi = (min(math.floor(x * scale + 0.5 + 1e-9), columns) for x in (s.start, s.end))
+        if hi > lo:
+            cells[lo:hi] = (_coloured if coloured else _lettered)(s.action, stages, hi - lo)
+    out = Text()
+    for style, run in groupby(cells, key=lambda cell: cell[1]):
+        out.append("".join(char for char, _ in run), style)
+    return out
+
+
+def _coloured(action: Action, stages: Sequence[int], width: int) -> list[tuple[str, str]]:
+    if action.op == "OVERLAP":  # one above the other; a number at each end
+        (a, b), (upper, lower) = action.pair, [colour(part, stages) for part in action.pair]
+        cells = [("▀", f"{upper} on {lower}")] * width
+        first, last = _number(a), _number(b)
+        if len(first) + len(last) < width:
+            cells[: len(first)] = [(c, f"{ink(upper)} on {upper}") for c in first]
+            cells[width - len(last) :] = [(c, f"{ink(lower)} on {lower}") for c in last]
+        return cells
+    back = colour(action, stages)
+    if action.op == "REDUCE":
+        return [("▄", back)] * width
+    if (action.microbatch or 0) % 2:  # neighbours differ, so that each is seen where no number fits
+        back = _mixed(back, 0, 0.14)
+    number = _number(action)
+    return [(c, f"{ink(back)} on {back}") for c in (number if len(number) <= width else "").center(width)]
+
+
+def _lettered(action: Action, stages: Sequence[int], width: int) -> list[tuple[str, str]]:
+    parts = flat([action])
+    letters = [LETTERS.get(a.op, a.op) if a.op != "REDUCE" else "+" for a in parts]
+    if len(stages) > 1:
+        letters = [word.lower() if a.stage in stages[1:] else word for word, a in zip(letters, parts)]
+    numbered = [letter + _number(a) for letter, a in zip(letters, parts)]
+    staged = [f"{a.stage}{LETTERS.get(a.op, a.op)}{_number(a)}" for a in parts]
+    choices = ["&".join(numbered), "&".join(letters), "&"]
+    if len(stages) > 1 and action.op != "REDUCE" and len(both := "&".join(staged)) < width:  # a number at its end would meet the next one's stage
+        choices.insert(0, both)
+    words = next(word for word in choices if len(word) <= width)
+    return [(c, "") for c in words.ljust(width, "+" if action.op == "REDUCE" else "─")]
+
+
+def _number(action: Action) -> str:
+    return "" if action.microbatch is None else str(action.microbatch)
+
+
+def ops(timeline: Timeline) -> list[str]:
+    """Those that occur and have a meaning to tell, in one order always."""
+    seen = {a.op for row in timeline.rows for s in row for a in flat([s.action])}
+    return [op for op in MEANING if op in seen]
+
+
+def _legend(t: Timeline, coloured: bool) -> Any:
+    from rich.text import Text
+
+    out = Text()
+    for op in ops(t):
+        if op in (*COMPUTE, "REDUCE"):
+            sign = LETTERS.get(op, op) if op != "REDUCE" else "▄" if coloured else "+"
+            back = COLOURS[op]
+            out.append(f" {sign} ", (back if op == "REDUCE" else f"{ink(back)} on {back}") if coloured else "").append(f" {MEANING[op]}   ")
+    several = max(map(len, chunks(t)), default=0)
+    if several > 1:
+        out.append("a rank's stages: light to dark" if coloured else "small letters: a rank's later stages")
+    return out

@@ -1,0 +1,72 @@
+"""What each pipeline rank measured in a step, as a Timeline: to be drawn, and to be compared with what `cost` predicts.
+
+clock = Clock(ctx.axes, ctx.device)        before the step, on every rank
+run(…)                                     which calls start = clock.moment(); …; clock(i, start, clock.moment()) round its i-th action
+timeline = clock.timeline(program)         after the step, on every rank
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from lf.schedule.ir import Program, ProgramError
+from lf.schedule.timeline import Span, Timeline
+
+
+class Clock:
+    """Takes down when each action begins and ends on this rank, on the device's own clock (of CUDA: events in its stream), which is read after
+    the step: taking down makes nobody wait.
+
+    Making one is collective over the pipeline: its ranks meet, and each counts from then. So clocks of several machines agree to within the time
+    that a meeting takes.
+    """
+
+    def __init__(self, axes: Any, device: ModuleType):
+        self.axes, self.device = axes, device
+        self.moment = device.moment
+        self.taken: dict[int, tuple[Any, Any, int | None]] = {}
+        axes["pp"].barrier()
+        self.zero = self.moment()
+
+    def __call__(self, i: int, start: Any, end: Any) -> None:
+        """Action i of this rank's program ran from `start` to `end`, two moments. An action that waits begins when its wait is over."""
+        self.taken[i] = (start, end, self.device.memory_now())
+
+    def timeline(self, program: Program) -> Timeline:
+        """Of the ranks of this rank's pipeline (those of its own tp, cp and dp coordinates), on each of them; collective. Where the device knows it,
+        with the bytes that each held after each action."""
+        between = self.device.seconds
+        rows = {i: (between(self.zero, start), between(self.zero, end), held) for i, (start, end, held) in self.taken.items()}
+        return gathered(program, rows, self.axes)
+
+
+def gathered(program: Program, taken: Mapping[int, tuple[float, float, float | None]], axes: Any, offset: float = 0.0) -> Timeline:
+    """A Timeline in seconds from the first start on, of {index of an action of this rank: (start, end, bytes held after it or None)} on each rank.
+
+    One collective over axes["pp"]: every rank knows the program, so nothing but numbers travels. An action without an entry is not shown.
+    offset: seconds to add to this rank's times, where its clock is known to be behind by as many. Raises ProgramError for an index that is not
+    in the program, or a program for another number of ranks.
+    """
+    pp = axes["pp"]
+    if len(program) != pp.size:
+        raise ProgramError(f"the program is for {len(program)} pipeline ranks; mesh {axes.mesh} has pp={pp.size}")
+    mine = program[pp.index]
+    if unknown := [i for i in taken if not 0 <= i < len(mine)]:
+        raise ProgramError(f"pipeline rank {pp.index} has {len(mine)} actions; what was measured names {unknown}")
+    nan = math.nan
+    numbers = [taken.get(i, (nan, nan, None)) for i in range(len(mine))]
+    table = torch.tensor([[start + offset, end + offset, nan if held is None else held] for start, end, held in numbers], dtype=torch.float64)
+    sizes = [len(row) for row in program]
+    each = pp.all_gather(table.reshape(-1, 3), sizes).split(sizes)
+    zero = min((t for rows in each for t in rows[:, 0].tolist() if not math.isnan(t)), default=0.0)
+    spans, memory = [], []
+    for actions, rows in zip(program, each):
+        known = [(a, start - zero, end - zero, held) for a, (start, end, held) in zip(actions, rows.tolist()) if not math.isnan(start)]
+        spans.append(tuple(sorted((Span(a, start, end) for a, start, end, _ in known), key=lambda s: (s.start, s.end))))
+        memory.append(tuple(sorted((end, held) for _, _, end, held in known if not math.isnan(held))))
+    return Timeline(tuple(spans), tuple(memory) if any(memory) else (), "s")

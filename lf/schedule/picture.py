@@ -1,0 +1,147 @@
+"""A timeline as a picture: who computes what when, and what each rank holds meanwhile. matplotlib is loaded when the first is drawn."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lf.config import ConfigError
+from lf.schedule.draw import COLOURS, MEANING, OTHER, amount, chunks, colour, ink, ops
+from lf.schedule.ir import COMPUTE, MOVES, Action
+from lf.schedule.timeline import Span, Timeline
+
+FORMATS = (".svg", ".png")
+ROW, STRIP = 0.84, 0.17  # height of a row; of what moves, or is summed, at its lower edge
+
+
+def picture(timeline: Timeline, path: str | Path, title: str = "", links: bool = False) -> Path:
+    """Draws to `path`, .svg or .png: a row a rank, with the microbatch in each box where it fits and the share of bubbles beside it; below, what
+    each rank holds over time where the timeline knows. links: a line from each SEND to its RECV; of a timeline without them, from each forward
+    and backward to the one that follows on another rank. Raises ConfigError for another kind of file.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    path = Path(path)
+    if path.suffix not in FORMATS:
+        raise ConfigError(f"picture {path}: it is drawn as {' or '.join(FORMATS)}, by the end of its name")
+    p = len(timeline.rows)
+    least = min((s.end - s.start for row in timeline.rows for s in row if s.action.op in COMPUTE and s.end > s.start), default=1.0)
+    width = min(max(6.5, 0.17 * timeline.makespan / least), 22) + 1.6
+    above, below = 0.3 * p + 0.2, 1.5 if timeline.memory else 0.0
+    figure = Figure(figsize=(width, above + below + 1.3), layout="constrained")
+    top, *low = figure.subplots(1 + bool(timeline.memory), 1, sharex=True, squeeze=False, height_ratios=[above, below][: 1 + bool(below)])[:, 0]
+    _rows(top, timeline, width - 1.8)
+    if links:
+        _lines(top, timeline)
+    top.set_title(title, loc="left", fontsize=11, weight="bold")
+    if low:
+        _memory(low[0], timeline)
+    (low or [top])[-1].set_xlabel(f"time{' (s)' * (timeline.unit == 's')}", fontsize=9)
+    _legend(figure, timeline)
+    with rc_context({"svg.hashsalt": "lf", "svg.fonttype": "none"}):  # the same bytes each time, and text that stays text
+        figure.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
+    return path
+
+
+def _rows(ax: Any, timeline: Timeline, inches: float) -> None:
+    from matplotlib.collections import PolyCollection
+
+    end = timeline.makespan or 1.0
+    boxes: dict[str, list[list[tuple[float, float]]]] = defaultdict(list)
+    strip = STRIP if any(s.action.op not in (*COMPUTE, "OVERLAP") and s.end > s.start for row in timeline.rows for s in row) else 0.0
+    ax.barh(range(len(timeline.rows)), end, ROW, color="#f1f1f1", linewidth=0)
+    for rank, (row, stages) in enumerate(zip(timeline.rows, chunks(timeline))):
+        for s in row:
+            if s.end == s.start:
+                continue
+            for action, y, height in _places(s.action, rank, strip):
+                back = colour(action, stages)
+                boxes[back].append([(s.start, y), (s.end, y), (s.end, y + height), (s.start, y + height)])
+                number = "" if action.microbatch is None or action.op not in COMPUTE else str(action.microbatch)
+                room = 72 * inches * (s.end - s.start) / end  # points
+                size = min(8.0, (room - 1) / (0.62 * len(number))) if number else 0.0
+                if size >= 4:
+                    middle = ((s.start + s.end) / 2, y + height / 2)
+                    ax.text(*middle, number, ha="center", va="center_baseline", fontsize=size if height > 0.5 else min(size, 6), color=ink(back))
+    thin = len(timeline.rows) * max(map(len, timeline.rows), default=0) > 3000  # edges would hide what they part
+    for back, corners in boxes.items():
+        ax.add_collection(PolyCollection(corners, facecolors=back, edgecolors="white", linewidths=0 if thin else 0.7))
+    ax.text(1.008, 1.0, "bubble", transform=ax.transAxes, fontsize=8, color="#666666", va="bottom")
+    for rank in range(len(timeline.rows)):
+        ax.text(1.008, rank, f"{timeline.bubble(rank) / end:.1%}", transform=ax.get_yaxis_transform(), fontsize=8, va="center", color="#666666")
+    ax.set(xlim=(0, end), ylim=(len(timeline.rows) - 0.45, -0.55), yticks=range(len(timeline.rows)))
+    ax.set_yticklabels([f"rank {rank}" for rank in range(len(timeline.rows))], fontsize=9)
+    ax.tick_params(length=0, labelsize=8)
+    ax.spines[:].set_visible(False)
+
+
+def _places(action: Action, rank: int, strip: float) -> list[tuple[Action, float, float]]:
+    """(action, upper edge, height) of its boxes: the two of an OVERLAP share the height, and what is no computation has a strip below."""
+    top, height = rank - ROW / 2, ROW - strip
+    if action.op == "OVERLAP":
+        return [(part, top + i * height / 2, height / 2) for i, part in enumerate(action.pair)]
+    return [(action, top, height)] if action.op in COMPUTE else [(action, top + height, strip)]
+
+
+def _memory(ax: Any, timeline: Timeline) -> None:
+    from matplotlib import colormaps
+
+    many = len(timeline.rows)
+    for rank, steps in enumerate(timeline.memory):
+        after = {**dict(steps), timeline.makespan: steps[-1][1] if steps else 0.0}  # of several at one time the last: what is held from then on
+        times, held = list(after), list(after.values())
+        if timeline.unit == "s":
+            held = [x / 2**30 for x in held]
+        label = f"rank {rank}: at most {amount(timeline.peak(rank), timeline.unit)}"
+        ax.step(times, held, where="post", color=colormaps["viridis"](0.92 * rank / max(many - 1, 1)), linewidth=1.4, label=label)
+    ax.set(ylim=(0, None))
+    ax.set_ylabel("held (GiB)" if timeline.unit == "s" else "held", fontsize=9)
+    ax.tick_params(labelsize=8)
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=7, frameon=False, ncols=1 + (many - 1) // 8, loc="upper left", bbox_to_anchor=(1.0, 1.06), borderaxespad=0.2, labelspacing=0.2)
+
+
+def _legend(figure: Any, timeline: Timeline) -> None:
+    from matplotlib.patches import Patch
+
+    seen = ops(timeline)
+    handles = [Patch(color=COLOURS[op], label=f"{op}: {MEANING[op]}") for op in seen if op not in ("OFFLOAD", "FETCH")]
+    if "OFFLOAD" in seen or "FETCH" in seen:
+        handles.append(Patch(color=COLOURS["FETCH"], label="OFFLOAD, FETCH: to the host and back"))
+    if any(s.action.op in MOVES for row in timeline.rows for s in row):
+        handles.append(Patch(color=OTHER, label="SEND, RECV"))
+    several = max(chunks(timeline), key=len, default=())
+    if len(several) > 1:
+        shades = [colour(Action("F", s), several) for s in (several[0], several[-1])]
+        handles += [Patch(color=c, label=f"{word} of a rank's stages") for c, word in zip(shades, ("first", "last"))]
+    columns = min(len(handles), int(figure.get_figwidth() / 1.7))
+    figure.legend(handles=handles, loc="outside lower left", ncols=columns, fontsize=8, frameon=False, handlelength=1.2, columnspacing=1.6)
+
+
+def _lines(ax: Any, timeline: Timeline) -> None:
+    from matplotlib.collections import LineCollection
+
+    ends = [[(a.start if a.action.op in MOVES else a.end, i), (max(a.end, b.end) if a.action.op in MOVES else b.start, j)]
+            for i, a, j, b in pairs(timeline)]  # fmt: skip
+    ax.add_collection(LineCollection(ends, colors="#333333", linewidths=0.6, alpha=0.6, zorder=3))
+
+
+def pairs(timeline: Timeline) -> Iterator[tuple[int, Span, int, Span]]:
+    """(rank, span, other rank, span) of each SEND and its RECV; where there is none, of each compute whose result another rank waits for."""
+    where = {part: (rank, s) for rank, row in enumerate(timeline.rows) for s in row for part in (s.action, *s.action.pair)}
+    moves = any(a.op in MOVES for a in where)
+    last = max((a.stage for a in where), default=0)
+    for a, (rank, span) in where.items():
+        if a.op in ("SEND_F", "SEND_B") if moves else a.op in ("F", "B", "I"):
+            step = 1 if a.op in ("F", "SEND_F") else -1
+            if not 0 <= a.stage + step <= last:
+                continue
+            follows = [a.op.replace("SEND", "RECV")] if moves else ["F"] if a.op == "F" else ["B", "I"]
+            for op in follows:
+                other, its = where.get(Action(op, a.stage + step, a.microbatch, chain=a.chain), (rank, span))
+                if other != rank:
+                    yield rank, span, other, its

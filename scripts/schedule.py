@@ -1,0 +1,195 @@
+"""Pipeline schedules before anything runs: printed, checked, timed, drawn, compared. No accelerator, no processes.
+
+    scripts/launch schedule --schedule zb-v --ranks 4 --microbatches 8 --out runs/zb-v
+    scripts/launch schedule --compare --ranks 8 --microbatches 32 --times f=1,b=2,link=0.1
+    scripts/launch schedule --schedule mine.py:snake --placement 0,1,2,2,1,0 --text
+
+Times and what is held are those of a rank's whole share of a microbatch; a stage that is one of v on its rank has a v-th of it. So schedules with
+different numbers of stages can be compared. Held: activations, from a forward to the backward or W of the same microbatch.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import attrs
+
+import lf
+from lf.config import ConfigError, one_of
+from lf.schedule import Program, Timeline, text
+from lf.schedule.ir import OPS, microbatches, placement
+from lf.schedule.place import loop, vee
+
+RANKS = 1
+LOGS = "runs/schedule"
+SEVERAL = ("interleaved", "interleaved-zb", "breadth-first", "greedy", "greedy-zb")  # two stages a rank where nothing else is said
+TIMES = {"f": 1.0, "b": 2.0, "i": 1.0, "w": 1.0, "link": 0.0}
+
+
+@attrs.frozen
+class Config:
+    schedule: str = "1f1b"  # a name, a function as my.py:fn, or a file with a program: .txt, or .csv as torch pipelining writes it
+    compare: tuple[str, ...] | None = None  # a table instead: of these schedules, or of all that there are
+    ranks: int | None = None  # of the pipeline (default: 4)
+    microbatches: int | None = None  # of a step (default: 8)
+    chunks: int | None = None  # stages on each rank (default: 1; 2 where the schedule is for several)
+    stages: int | None = None  # stages in all, where ranks have unequal numbers of them
+    placement: str | None = None  # loop, vee, or the rank of each stage, as 0,1,2,2,1,0 (default: vee for zb-v, else loop)
+    times: str = ""  # of a rank's share of a microbatch and of a message, as f=1,b=2,i=1,w=1,link=0.1 (the default but for link: 0)
+    show: str = "compute"  # all: with the messages between ranks as well
+    text: bool = False  # print the program, too, a line a rank
+    links: bool = False  # lines in the pictures from what is sent to where it arrives
+    out: str | None = None  # a folder for NAME.svg, NAME.png, NAME.json (a trace for ui.perfetto.dev), NAME.txt and NAME.csv
+
+
+def main(config: Config) -> None:
+    one_of("value for --show:", config.show, ("compute", "all"))
+    lf.config.at_least(1, attrs.evolve(config, **{n: 1 for n in COUNTS if getattr(config, n) is None}), *COUNTS)
+    if config.chunks is not None and config.stages is not None:
+        raise ConfigError(f"--chunks {config.chunks} and --stages {config.stages} both say how many stages there are: give one")
+    times = parsed(config.times)
+    if config.compare is not None:
+        compare(config, times)
+    else:
+        one(config, times)
+
+
+COUNTS = ("ranks", "microbatches", "chunks", "stages")
+
+
+def one(config: Config, times: Mapping[str, float]) -> None:
+    screen = lf.console.console()
+    program = made(config, config.schedule)
+    peaks = lf.schedule.check(program)
+    shown = lf.schedule.lower(program) if config.show == "all" else program
+    timeline = timed(shown, times)
+    title = told(config.schedule, program)
+    screen.print(title, soft_wrap=True, style="bold")
+    screen.print(lf.schedule.grid(timeline))
+    share, bubbles = len(program) / len(placement(program)), [b / (timeline.makespan or 1) for b in map(timeline.bubble, range(len(program)))]
+    held = f"held at most {max(peaks) * share:.4g} microbatches of a rank" if max(peaks) else "nothing is held"
+    screen.print(f"checked · bubble {max(bubbles):.1%} at most, {fmean(bubbles):.1%} in the mean · {held} · {sent(program)} messages a rank at most",
+                 soft_wrap=True)  # fmt: skip
+    if config.text:
+        screen.print(lf.schedule.draw(shown), soft_wrap=True, markup=False)
+    if config.out:
+        screen.print("written: " + ", ".join(map(str, written(config, config.schedule, shown, timeline, title))), soft_wrap=True)
+
+
+def compare(config: Config, times: Mapping[str, float]) -> None:
+    screen, rows, out, left = lf.console.console(), [], [], []
+    for name in config.compare or lf.schedule.SCHEDULES:
+        try:
+            program = made(config, name)
+            peaks = lf.schedule.check(program)
+            timeline = timed(program, times)
+        except ValueError as error:
+            if not type(error).__module__.startswith("lf."):
+                raise
+            left.append((name, str(error).splitlines()[0]))
+            continue
+        stages, end = len(placement(program)), timeline.makespan or 1.0
+        bubbles = [timeline.bubble(rank) / end for rank in range(len(program))]
+        share = len(program) / stages
+        numbers = {"time": end, "largest bubble": max(bubbles), "mean bubble": fmean(bubbles), "held": max(peaks) * share, "messages": sent(program)}
+        out.append({"schedule": name, "stages": stages, "placement": placement(program), **numbers})
+        rows.append((name, stages, f"{end:.4g}", f"{100 * max(bubbles):.1f}", f"{100 * fmean(bubbles):.1f}", f"{max(peaks) * share:.4g}", sent(program)))
+        if config.out:
+            written(config, name, program, timeline, told(name, program))
+    if not rows:
+        raise ConfigError("no schedule is left to compare:\n" + "\n".join(f"  {name}: {why}" for name, why in left))
+    title = f"{config.ranks or 4} ranks, {config.microbatches or 8} microbatches, {', '.join(f'{k}={v:g}' for k, v in times.items())}"
+    columns = ("schedule", "stages", "time", "bubble %", "mean", "held", "messages")
+    screen.print(lf.console.table(title, columns, rows))
+    screen.print("bubble: of the rank that waits most, and the mean; held: microbatches of a rank at most; messages: sent by a rank at most",
+                 style="dim", soft_wrap=True)  # fmt: skip
+    for name, why in left:
+        screen.print(f"left out: {name}: {why}", soft_wrap=True, markup=False)
+    if config.out:
+        (Path(config.out) / "compare.json").write_text(json.dumps({"times": times, "schedules": out, "left out": dict(left)}, indent=1) + "\n")
+        screen.print(f"written: {config.out}", soft_wrap=True)
+
+
+def made(config: Config, name: str) -> Program:
+    """The program of compute. Raises ConfigError or ProgramError for what cannot be made."""
+    generate: Any = lf.schedule.resolve(name)
+    if isinstance(generate, tuple):  # a file has all numbers in it
+        for what, has in (("ranks", len(generate)), ("microbatches", microbatches(generate)), ("stages", len(placement(generate)))):
+            if (asked := getattr(config, what)) not in (None, has):
+                raise ConfigError(f"--{what} {asked}: the program in {name} has {has}")
+        return generate
+    ranks, chunks = config.ranks or 4, config.chunks or (2 if name in SEVERAL or name == "zb-v" else 1)
+    stages = config.stages or chunks * ranks
+    kind = config.placement or ("vee" if name == "zb-v" else "loop")
+    if kind == "vee":
+        where = vee(ranks)
+        if config.stages not in (None, len(where)) or config.chunks not in (None, 2):
+            raise ConfigError(f"{name} with placement vee has two stages on each of {ranks} ranks: {len(where)}")
+    elif kind == "loop":
+        where = loop(stages, ranks)
+    else:
+        where = listed(kind)
+        if config.ranks not in (None, max(where) + 1) or config.stages not in (None, len(where)):
+            raise ConfigError(f"--placement {kind} has {len(where)} stages on {max(where) + 1} ranks; leave --ranks and --stages out")
+    return generate(where, config.microbatches or 8)
+
+
+def listed(words: str) -> tuple[int, ...]:
+    try:
+        where = tuple(int(word) for word in words.split(","))
+    except ValueError:
+        raise ConfigError(f"--placement {words}: loop, vee, or the rank of each stage, as 0,1,2,2,1,0") from None
+    return where
+
+
+def parsed(words: str) -> dict[str, float]:
+    """{op in small letters, or link: time}"""
+    given: dict[str, float] = {}
+    for word in filter(None, words.split(",")):
+        name, _, value = word.partition("=")
+        one_of("time", name, [op.lower() for op in OPS if not op.startswith(("SEND", "RECV"))] + ["link"])
+        try:
+            given[name] = float(value)
+        except ValueError:
+            raise ConfigError(f"--times {words}: {word!r} should be a name and a number, as f=1") from None
+        if not 0 <= given[name] < float("inf"):
+            raise ConfigError(f"--times {words}: {word} must be a number of at least 0")
+    times = {**TIMES, **given}
+    if "b" not in given:
+        times["b"] = times["i"] + times["w"]
+    elif not {"i", "w"} & given.keys():
+        times |= {"i": given["b"] / 2, "w": given["b"] / 2}
+    return times
+
+
+def timed(program: Program, times: Mapping[str, float]) -> Timeline:
+    """With the times of a rank's share, and what is held in microbatches of a rank."""
+    share = len(program) / len(placement(program))
+    timeline = lf.schedule.cost(program, {op.upper(): t * share for op, t in times.items() if op != "link"}, times["link"])
+    return attrs.evolve(timeline, memory=tuple(tuple((t, held * share) for t, held in row) for row in timeline.memory))
+
+
+def sent(program: Program) -> int:
+    return max(sum(a.op in ("SEND_F", "SEND_B") for a in row) for row in lf.schedule.lower(program))
+
+
+def told(name: str, program: Program) -> str:
+    stages = len(placement(program))
+    several = "" if stages == len(program) else f", {stages} stages"
+    return f"{name}: {len(program)} ranks{several}, {microbatches(program)} microbatches"
+
+
+def written(config: Config, name: str, program: Program, timeline: Timeline, title: str) -> list[Path]:
+    folder, stem = Path(str(config.out)), Path(name.replace(":", "-")).name.removesuffix(".txt").removesuffix(".csv")
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = [lf.schedule.picture(timeline, folder / f"{stem}{end}", title, config.links) for end in (".svg", ".png")]
+    words = {".txt": text.dumps(program), ".csv": text.to_csv(program, "compute_comms" if config.show == "all" else "compute_only")}
+    for end, content in words.items():
+        (folder / f"{stem}{end}").write_text(content, encoding="utf-8")
+    return [*pictures, lf.schedule.chrome(timeline, folder / f"{stem}.json"), *(folder / f"{stem}{end}" for end in words)]
+
+
+if __name__ == "__main__":
+    lf.cli.run(main, Config)

@@ -1,0 +1,63 @@
+"""What the ranks have measured comes together on each of them as one timeline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from helpers import processes
+
+import lf
+from lf.schedule import Action, ProgramError, one_f_one_b
+from lf.schedule.measured import Clock, gathered
+
+PROGRAM = (one_f_one_b(2, 2)[0], (*one_f_one_b(2, 2)[1], Action("REDUCE", 1, segment="head")))
+
+
+def one_rank(axes: Any) -> Any:
+    """Its clock stands 100 s before or after that of the other; its first dp coordinate is faster. Rank 1 leaves its third action out."""
+    at, slow = axes["pp"].index, 1 + axes["dp"].index
+    taken = {i: (slow * (i + at) - 100.0 * at, slow * (i + at + 1) - 100.0 * at, 1e9 * i if at else None) for i in range(4 + at)}
+    if at:
+        del taken[2]
+    return gathered(PROGRAM, taken, axes, offset=100.0 * at + 7)
+
+
+def test_each_rank_gets_the_timeline_of_its_own_pipeline() -> None:
+    mesh = lf.Mesh(pp=2, dp=2)
+    for rank, timeline in enumerate(lf.sim.spmd(mesh, one_rank)):
+        slow = 1 + mesh.coords(rank)["dp"]
+        assert [(str(s.action), s.start, s.end) for s in timeline.rows[0]] == [
+            (str(a), pytest.approx(slow * i), pytest.approx(slow * (i + 1))) for i, a in enumerate(PROGRAM[0])
+        ]
+        assert [str(s.action) for s in timeline.rows[1]] == ["1F0", "1B0", "1B1", "1REDUCE[head]"]
+        assert timeline.unit == "s"
+        assert timeline.makespan == pytest.approx(6 * slow)
+        assert timeline.memory[0] == ()
+        assert [held for _, held in timeline.memory[1]] == [0, 1e9, 3e9, 4e9]
+        assert timeline.peak(1) == 4e9
+        assert timeline.busy(1) == pytest.approx(3 * slow)
+
+
+def test_what_does_not_fit_the_program_is_refused() -> None:
+    with pytest.raises(ProgramError, match=r"for 2 pipeline ranks; mesh .* has pp=1"):
+        gathered(PROGRAM, {}, lf.solo())
+    with pytest.raises(ProgramError, match=r"rank 0 has 2 actions; what was measured names \[2\]"):
+        gathered(one_f_one_b(1, 1), {2: (0.0, 1.0, None)}, lf.solo())
+
+
+def clocked(axes: Any) -> Any:
+    clock = Clock(axes, lf.devices.get("cpu"))
+    for i in range(len(PROGRAM[axes["pp"].index])):
+        start = clock.moment()
+        clock(i, start, clock.moment())
+    return clock.timeline(PROGRAM)
+
+
+def test_a_clock_on_real_processes() -> None:
+    a, b = processes(lf.Mesh(pp=2), clocked)
+    assert a == b
+    assert [[s.action for s in row] for row in a.rows] == [list(row) for row in PROGRAM]
+    assert a.memory == ()
+    assert all(0 <= s.start <= s.end for row in a.rows for s in row)
+    assert min(row[0].start for row in a.rows) == 0
