@@ -12,13 +12,13 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from types import SimpleNamespace
 
 import attrs
 
 import lf
 from lf.config import ConfigError, one_of
-from lf.schedule import Program, ProgramError, Timeline, text
+from lf.schedule import Program, Timeline, text
 from lf.schedule.ir import OPS, microbatches, placement
 from lf.schedule.named import SCHEDULES, read, resolve
 from lf.schedule.place import loop
@@ -49,7 +49,8 @@ COUNTS = ("ranks", "microbatches", "chunks", "stages")
 
 def main(config: Config) -> None:
     one_of("value for --show:", config.show, ("compute", "all"))
-    lf.config.at_least(1, attrs.evolve(config, **{n: 1 for n in COUNTS if getattr(config, n) is None}), *COUNTS)
+    given = {name: value for name in COUNTS if (value := getattr(config, name)) is not None}
+    lf.config.at_least(1, SimpleNamespace(**given), *given)
     if config.chunks is not None and config.stages is not None:
         raise ConfigError(f"--chunks {config.chunks} and --stages {config.stages} both say how many stages there are: give one")
     times = parsed(config.times)
@@ -68,8 +69,7 @@ def one(config: Config, times: Mapping[str, float]) -> None:
     title = told(config.schedule, program)
     screen.print(title, soft_wrap=True, style="bold")
     screen.print(lf.schedule.grid(timeline))
-    share, bubbles = len(program) / len(placement(program)), [b / (timeline.makespan or 1) for b in map(timeline.bubble, range(len(program)))]
-    held = f"held at most {max(peaks) * share:.4g} microbatches of a rank" if max(peaks) else "nothing is held"
+    bubbles, held = shares(timeline), f"held at most {max(peaks) * len(program) / len(placement(program)):.4g} microbatches of a rank"
     screen.print(f"checked · bubble {max(bubbles):.1%} at most, {fmean(bubbles):.1%} in the mean · {held} · {sent(program)} messages a rank at most",
                  soft_wrap=True)  # fmt: skip
     if config.text:
@@ -91,12 +91,11 @@ def compare(config: Config, times: Mapping[str, float]) -> None:
                 raise
             left.append((name, str(error).splitlines()[0]))
             continue
-        stages, end = len(placement(program)), timeline.makespan or 1.0
-        bubbles = [timeline.bubble(rank) / end for rank in range(len(program))]
-        share = len(program) / stages
-        numbers = {"time": end, "largest bubble": max(bubbles), "mean bubble": fmean(bubbles), "held": max(peaks) * share, "messages": sent(program)}
+        stages, bubbles = len(placement(program)), shares(timeline)
+        held = max(peaks) * len(program) / stages
+        numbers = {"time": timeline.makespan, "bubble": max(bubbles), "mean bubble": fmean(bubbles), "held": held, "messages": sent(program)}
         out.append({"schedule": name, "stages": stages, "placement": placement(program), **numbers})
-        rows.append((name, stages, f"{end:.4g}", f"{100 * max(bubbles):.1f}", f"{100 * fmean(bubbles):.1f}", f"{max(peaks) * share:.4g}", sent(program)))
+        rows.append((name, stages, f"{timeline.makespan:.4g}", *(f"{100 * f(bubbles):.1f}" for f in (max, fmean)), f"{held:.4g}", sent(program)))
         if config.out:
             written(config, name, program, timeline, told(name, program))
     if not rows:
@@ -124,8 +123,9 @@ def made(config: Config, name: str) -> Program:
     schedule, ranks = resolve(name), config.ranks or 4
     if config.placement is not None:
         where = listed(config.placement)
-        if config.chunks or config.ranks not in (None, max(where) + 1) or config.stages not in (None, len(where)):
-            raise ConfigError(f"--placement {config.placement} is {len(where)} stages on {max(where) + 1} ranks; leave --ranks, --chunks, --stages out")
+        ranks, stages = max(where) + 1, len(where)
+        if config.chunks or config.ranks not in (None, ranks) or config.stages not in (None, stages):
+            raise ConfigError(f"--placement {config.placement} is {stages} stages on {ranks} ranks; leave out --ranks, --chunks and --stages")
     elif config.stages is not None:
         where = loop(config.stages, ranks)
     else:
@@ -168,6 +168,11 @@ def timed(program: Program, times: Mapping[str, float]) -> Timeline:
     return attrs.evolve(timeline, memory=tuple(tuple((t, held * share) for t, held in row) for row in timeline.memory))
 
 
+def shares(timeline: Timeline) -> list[float]:
+    """The bubble of each rank as a share of the whole."""
+    return [timeline.bubble(rank) / (timeline.makespan or 1.0) for rank in range(len(timeline.rows))]
+
+
 def sent(program: Program) -> int:
     return max(sum(a.op in ("SEND_F", "SEND_B") for a in row) for row in lf.schedule.lower(program))
 
@@ -183,7 +188,8 @@ def written(config: Config, name: str, program: Program, timeline: Timeline, tit
     folder.mkdir(parents=True, exist_ok=True)
     out = [lf.schedule.picture(timeline, folder / f"{stem}{end}", title, config.links) for end in (".svg", ".png")]
     out.append(lf.schedule.chrome(timeline, folder / f"{stem}.json"))
-    for end, content in ((".txt", text.dumps(program)), (".csv", text.to_csv(program, "compute_comms" if config.show == "all" else "compute_only"))):
+    kind = "compute_comms" if config.show == "all" else "compute_only"
+    for end, content in ((".txt", text.dumps(program)), (".csv", text.to_csv(program, kind))):
         out.append(folder / f"{stem}{end}")
         out[-1].write_text(content, encoding="utf-8")
     return out

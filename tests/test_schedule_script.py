@@ -88,7 +88,7 @@ def test_a_schedule_of_the_user(tmp_path: Path, capsys: Any) -> None:
         ({"chunks": 2, "stages": 8}, "--chunks 2 and --stages 8 both say"),
         ({"stages": 3}, "3 stages on 4 ranks"),
         ({"placement": "0,x"}, "--placement 0,x: should be the rank of each stage"),
-        ({"placement": "0,1", "ranks": 4}, "is 2 stages on 2 ranks; leave"),
+        ({"placement": "0,1", "ranks": 4}, "is 2 stages on 2 ranks; leave out"),
         ({"placement": "0,2"}, "no stage on ranks"),
         ({"times": "g=1"}, "unknown time 'g'"),
         ({"times": "f"}, "'f' should be a name and a number, as f=1"),
