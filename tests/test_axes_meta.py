@@ -28,7 +28,8 @@ def collectives(axis, x: torch.Tensor) -> list:
 
 def test_shapes_are_those_of_ranks_with_data() -> None:
     def body(axes):
-        return [(a.size, a.index, a.ranks, a.name, collectives(a, torch.zeros(4, 3 * a.size, dtype=torch.float16))) for a in map(axes.__getitem__, NAMES)]
+        each = [axes[name] for name in NAMES]
+        return [(a.size, a.index, a.ranks, a.name, collectives(a, torch.zeros(4, 3 * a.size, dtype=torch.float16))) for a in each]
 
     for rank, wanted in enumerate(spmd(MESH, body)):
         axes = MetaAxes(MESH, rank)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import draw
 
 import lf
@@ -129,6 +131,71 @@ def test_the_host_never_waits_inside_a_step() -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(metrics["loss"])
     assert importlib.import_module("lf.devices.cuda").memory_peak() > 0
+
+
+def test_bytes_go_to_pinned_memory_and_back() -> None:
+    cuda = lf.devices.get("cuda")
+    streams, sources = cuda.copy_streams(), [torch.randint(0, 256, (n,), dtype=torch.uint8, device=CUDA) for n in (5000, 1, 2048)]
+    hosts, after = cuda.copy_out(sources, 2048, streams)
+    assert [[len(piece) for piece in pieces] for pieces in hosts] == [[2048, 2048, 904], [1], [2048]]
+    assert all(piece.is_pinned() for pieces in hosts for piece in pieces)
+    for source, pieces in zip(sources, hosts):
+        back, wait = cuda.copy_in(pieces, source.device, after, streams)
+        wait()
+        assert torch.equal(back, source)
+
+
+def test_what_a_forward_keeps_goes_to_the_host_and_back_while_others_use_its_memory() -> None:
+    """Several times over, the memory that an offload leaves and that a fetch takes being written in between; and the host never waits."""
+    from lf.schedule.slots import Slots, entry
+    from lf.schedule.vjp import Root
+
+    ctx, tokens, dim, inner = on("cuda", "fp32"), 4096, 1024, 2048
+    shapes = {"norm": (dim,), "gate_up": (2 * inner, dim), "down": (dim, inner)}
+    layers = [{k: (draw(k, i, shape=s) / s[-1] ** 0.5).to(CUDA, torch.float32).requires_grad_() for k, s in shapes.items()} for i in range(2)]
+    leaves = [w for layer in layers for w in layer.values()]
+    x, dy = (draw(k, shape=(tokens, dim)).to(CUDA, torch.float32) for k in ("x", "dy"))
+
+    def forward(slots: Slots | None) -> tuple[torch.Tensor, torch.Tensor]:
+        leaf, y = entry(x)
+        ops = ctx.ops if slots is None else slots.table(ctx.ops)
+        with contextlib.nullcontext() if slots is None else slots.filing():
+            for p in layers:
+                y = y + F.linear(ops.swiglu(F.linear(ops.rms_norm(y, p["norm"], 1e-6), p["gate_up"])), p["down"])
+            return leaf, Root.apply([dy], y)
+
+    def write_over() -> None:
+        for size in (tokens * dim, 2 * tokens * inner) * 3:
+            torch.full((size,), torch.nan, device=CUDA)
+
+    leaf, root = forward(None)
+    want = torch.autograd.grad(root, [leaf, *leaves])
+    del leaf, root
+    streams, keep = ctx.device.copy_streams(), {t.untyped_storage().data_ptr() for t in (x, *leaves)}
+    torch.cuda.synchronize()
+    for i, ops in enumerate([(), ("swiglu",), ("rms_norm", "swiglu"), ("rms_norm", "swiglu")]):
+        base = torch.cuda.memory_allocated()
+        slots = Slots(keep, ops)
+        torch.cuda.set_sync_debug_mode("error" if i else "default")  # the first round loads kernels
+        try:
+            leaf, root = forward(slots)
+            filed, _ = slots.bytes()
+            assert torch.cuda.memory_allocated() - base >= filed
+            slots.offload(ctx.device, streams, 1 << 22)
+            small, moved = slots.bytes()
+            assert moved > 100 << 20
+            assert small + moved == filed
+            assert torch.cuda.memory_allocated() - base < 1 << 20
+            write_over()
+            slots.fetch(ctx.device, streams)
+            write_over()
+            slots.remat()
+            got = torch.autograd.grad(root, [leaf, *leaves])
+            assert slots.bytes() == (0, 0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert all(torch.equal(a, b) for a, b in zip(want, got))
+        del leaf, root, slots, got
 
 
 def test_hashes_of_replicas_are_those_of_the_cpu() -> None:

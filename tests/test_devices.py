@@ -33,6 +33,12 @@ def test_every_device_has_the_same_names() -> None:
         assert [inspect.signature(getattr(device, n)) for n in FUNCTIONS] == [inspect.signature(getattr(lf.devices.cpu, n)) for n in FUNCTIONS]
 
 
+def test_the_twins_are_a_table_like_a_devices() -> None:
+    for name in lf.devices.KNOWN:
+        assert importlib.import_module(f"lf.devices.{name}").OPS.keys() == lf.ops.OPS.keys()
+    assert lf.devices.op_table(lf.ops).rope is importlib.import_module("lf.ops.rope").rope
+
+
 def test_no_name_says_what_is_here() -> None:
     with pytest.raises(ConfigError, match=r"no device named; found here: cpu \(\d+ cores\).* Add .*--device cpu"):
         lf.devices.get(None)

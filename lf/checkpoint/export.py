@@ -1,7 +1,8 @@
 """Parameters → a Hugging Face folder that everybody else's tools open; the same bytes whatever mesh saves it.
 
 Tensors are dealt out to shards by their logical sizes alone. Shard f is assembled and written by data-parallel coordinate f mod dp, one tensor
-at a time: every rank along the axes that split it gives the rows that it owns, so overlapping kv heads come together exactly once.
+at a time: every rank along the axes that split it gives the rows that it owns, so overlapping kv heads come together exactly once. Of a
+parameter of another pipeline rank they come together there, and travel to the one that writes, rank 0 of the pipeline.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 from lf import tree
 from lf.box import shape
 from lf.checkpoint.atomic import CheckpointError, agree, attempt, publish, sync, write_json, write_tensors
-from lf.checkpoint.files import float_dtype
+from lf.checkpoint.files import FLOATS, float_dtype
 from lf.layouts import Layout
 from lf.models import families
 from lf.models.families.place import Place, places
@@ -76,17 +77,24 @@ def save(
     """
     params = state.optimizer["master"] if isinstance(state, State) else state
     get = params if callable(params) else partial(tree.get, params)
-    dtype = float_dtype("dtype", dtype)
+    asked = float_dtype("dtype", dtype)
     if max_shard_bytes < 1:
         raise CheckpointError(f"max_shard_bytes={max_shard_bytes} must be at least 1")
     family, errors = families.of(layout.model.config), list[Exception]()
     copied = attempt(errors, _tokenizer_files, tokenizer) if ctx.axes.rank == 0 else []
-    dtype = dtype or attempt(errors, lambda: get(next(iter(layout.specs))).dtype)
+    held = layout.held(ctx.axes.coords)
+    code = attempt(errors, lambda: _code(get(next(iter(held))).dtype if asked is None else asked)) if asked or held else 0
     agree(errors, f"saving {folder}", ctx)
-    assert dtype is not None
-    shards = deal(layout, family.names(layout.model.config), dtype, max_shard_bytes)
+    assert code is not None
+    # a rank whose stages are empty learns from the others what they have
+    on_disk = [*FLOATS.values()][int(ctx.axes.world.max(torch.tensor(code, device=device_of(ctx)))) - 1]
+    shards = deal(layout, family.names(layout.model.config), on_disk, max_shard_bytes)
     name_of = {f: SINGLE if len(shards) == 1 else f"model-{f + 1:05d}-of-{len(shards):05d}.safetensors" for f in range(len(shards))}
     axes = ctx.axes
+    # torch numbers the groups that a rank is in, and members must agree: so all make them here, in one order, before their ways part
+    for axis in sorted({axis for spec in layout.specs.values() for axis in spec.names if axis}):
+        _ = axes[axis]
+    _ = axes.pipe()
 
     def write(partial: Path, errors: list[Exception]) -> None:
         writer = not any(at for axis, at in axes.coords.items() if axis in ("pp", "cp", "tp"))
@@ -101,20 +109,20 @@ def save(
                 continue
             held: dict[str, Tensor] = {}
             for entry in entries:
-                whole = assemble(entry, local, dtype, axes)
-                if writer:
+                whole = assemble(entry, local, on_disk, layout, ctx)
+                if writer and whole is not None:
                     held[entry.name] = whole
             if writer:
                 attempt(errors, write_tensors, partial / name_of[f], held)
 
     def finish(partial: Path) -> None:
-        short = str(dtype).removeprefix("torch.")
+        short = str(on_disk).removeprefix("torch.")
         config = {**family.write(layout.model.config), "dtype": short, "torch_dtype": short}
         if tokenizer is not None and (eos := _eos(Path(tokenizer))) is not None:
             config["eos_token_id"] = eos  # where `generate` stops
         write_json(partial / "config.json", config)
         if len(shards) > 1:
-            total = sum(math.prod(e.shape) for entries in shards for e in entries) * dtype.itemsize
+            total = sum(math.prod(e.shape) for entries in shards for e in entries) * on_disk.itemsize
             where = {e.name: name_of[f] for f, entries in enumerate(shards) for e in entries}
             write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
         for path in copied or []:
@@ -138,17 +146,31 @@ def deal(layout: Layout, names: dict[str, str | Place], dtype: torch.dtype, limi
     return shards
 
 
-def assemble(entry: Entry, local: Callable[[str], Tensor], dtype: torch.dtype, axes: Any) -> Tensor:
-    """The tensor on disk, in the host's memory, of its parts; local(path): what this rank holds. Collective over the axes of their specs."""
-    out: Tensor | None = None
+def assemble(entry: Entry, local: Callable[[str], Tensor], dtype: torch.dtype, layout: Layout, ctx: Any) -> Tensor | None:
+    """The tensor on disk, in the host's memory, of its parts; None on pipeline ranks other than 0. local(path): what this rank holds.
+
+    Collective over the axes of the parts' specs; a part of another pipeline rank is sent to rank 0 of the pipeline.
+    """
+    axes, out = ctx.axes, None
+    pp, speaks = axes.coords["pp"], not (axes.coords["cp"] or axes.coords["tp"])  # the others gather, and neither send nor write
     for source in entry.sources:
-        part = gather(source, local(source.spec.path), dtype, axes).cpu()
+        path, shape = source.spec.path, source.spec.pieces(axes.coords)[source.index].shape
+        owner = layout.holders(path)[0]
+        found = gather(source, local(path), dtype, axes) if pp == owner else None
+        if owner and speaks:
+            pipe = axes.pipe()
+            if pp == owner:
+                pipe.send(found, 0, path)()  # waits until it has left: no rank holds more than one
+            elif pp == 0:
+                found = pipe.recv(shape, dtype, device_of(ctx), owner, path)()
+        if pp or found is None:
+            continue
+        part = found.cpu()
         if not source.place.runs:
             return part
         out = torch.empty(entry.shape, dtype=dtype) if out is None else out
         for at, there, n in source.place.runs:
             out.narrow(source.place.dim, there, n).copy_(part.narrow(source.place.dim, at, n))
-    assert out is not None
     return out
 
 
@@ -181,6 +203,13 @@ def _entries(layout: Layout, names: dict[str, str | Place]) -> list[Entry]:
             entry = out.get(place.name) or Entry(place.name, place.shape(piece.shape), ())
             out[place.name] = attrs.evolve(entry, sources=(*entry.sources, Source(spec, i, place)))
     return list(out.values())
+
+
+def _code(dtype: torch.dtype) -> int:
+    """The number of a dtype among FLOATS, from 1. Raises CheckpointError for another."""
+    if dtype not in FLOATS.values():
+        raise CheckpointError(f"the parameters have dtype {dtype}; give dtype=, one of {', '.join(FLOATS)}")
+    return [*FLOATS.values()].index(dtype) + 1
 
 
 def _ours(name: str) -> bool:

@@ -205,7 +205,7 @@ def _read(folder: Path, layout: Layout, ctx: Any, dtype: torch.dtype | None, fou
     config, pairs = layout.model.config, []
     family = families.of(read_config(folder))
     at, copies = places(family.names(config)), [(copy, name) for copy, name in family.copies(config).items() if copy in found]
-    for path, spec in layout.specs.items():
+    for path, spec in layout.held(ctx.axes.coords).items():
         local = torch.empty(spec.local_shape(ctx.axes.coords), dtype=ctx.precision.master)
         for piece in spec.pieces(ctx.axes.coords):
             if boxes.volume(piece.box):

@@ -174,8 +174,7 @@ def _keyed(leaf: str, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
 
 
 def _refuse(leaves: dict[str, Tensor], layout: Layout, coords: dict[str, int], extra: dict[str, Any]) -> None:
-    problems = [f"master/{path} is missing" for path in layout.held(coords) if f"master/{path}" not in leaves]
-    held = layout.held(coords)
+    problems, held = [], layout.held(coords)
     for leaf, x in leaves.items():
         spec = _spec(layout, leaf)
         if spec and spec.path not in held:

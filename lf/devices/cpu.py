@@ -78,7 +78,7 @@ def seconds(start: Any, end: Any) -> float:
 
 def memory_now() -> int | None:
     """Not known: what tensors take up is not counted apart from the rest of the process."""
-    return None  # noqa: RET501
+    return None
 
 
 def copy_streams() -> Any:

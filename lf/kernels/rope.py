@@ -7,9 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lf.ops import rope as plain
+
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The same as `lf.ops.rope.rope`."""
+    """The same as `lf.ops.rope.rope`; that itself where it is compiled: a compiler fuses it, and cannot trace what writes into half a tensor."""
+    if torch.compiler.is_compiling():
+        return plain.rope(x, cos, sin)
     return _Rope.apply(x, cos, sin)
 
 

@@ -1,6 +1,9 @@
 """Packed causal attention through torch's fused scaled_dot_product_attention, for devices whose host can read cu_seqlens freely (the CPU)."""
 
+from __future__ import annotations
+
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +20,18 @@ def attention(q_thd: Tensor, k_tkd: Tensor, v_tkd: Tensor, cu_seqlens: Tensor, w
     window with their lengths alone.
 
     The row is cut between documents into blocks. A block of one document needs no mask; one of several short ones has a mask of at most
-    BLOCK² booleans.
+    BLOCK² booleans. Where that is compiled, it is one op whose backward runs the forward again: cuts that follow the data are no graph.
     """
     tokens, heads, _ = q_thd.shape
     if not heads or not tokens:  # a rank may have no heads at all; the output still depends on q, so that its backward runs
         return q_thd * 1
+    if torch.compiler.is_compiling():
+        return _Opaque.apply(q_thd, k_tkd, v_tkd, cu_seqlens, window)
+    return _attention(q_thd, k_tkd, v_tkd, cu_seqlens, window)
+
+
+def _attention(q_thd: Tensor, k_tkd: Tensor, v_tkd: Tensor, cu_seqlens: Tensor, window: int | None) -> Tensor:
+    tokens = len(q_thd)
     edges = sorted({0, tokens, *cu_seqlens.tolist()})
     n = edges[1]
     if len(edges) > 2 and (window is None or n <= window) and edges == list(range(0, tokens + 1, n)):  # documents of one length: one call
@@ -79,3 +89,39 @@ def _blocks(edges: list[int]) -> list[list[int]]:
             runs.append(run)
         run.append(edge)
     return runs
+
+
+class _Opaque(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None) -> Tensor:
+        ctx.save_for_backward(q, k, v, cu_seqlens)
+        ctx.window = window
+        return torch.ops.lf.packed_attention(q, k, v, cu_seqlens, window)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return *torch.ops.lf.packed_attention_backward(dy, *ctx.saved_tensors, ctx.window), None, None
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None) -> Tensor:
+    return _attention(q, k, v, cu_seqlens, window).contiguous()
+
+
+def _backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        dq, dk, dv = torch.autograd.grad((_attention(*leaves, cu_seqlens, window) * dy).sum(), leaves)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+_LIBRARY = torch.library.Library("lf", "FRAGMENT")
+_LIBRARY.define("packed_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int? window) -> Tensor")
+_LIBRARY.define("packed_attention_backward(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int? window) -> (Tensor, Tensor, Tensor)")
+_LIBRARY.impl("packed_attention", _forward, "CPU")
+_LIBRARY.impl("packed_attention_backward", _backward, "CPU")
+_LIBRARY.impl("packed_attention", lambda q, *_: _like(q), "Meta")
+_LIBRARY.impl("packed_attention_backward", lambda dy, q, k, v, *_: (_like(q), _like(k), _like(v)), "Meta")

@@ -6,9 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lf.ops import swiglu as plain
+
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """The same as `lf.ops.swiglu.swiglu`."""
+    """The same as `lf.ops.swiglu.swiglu`; that itself where it is compiled: a compiler fuses it, and cannot trace what writes into half a tensor."""
+    if torch.compiler.is_compiling():
+        return plain.swiglu(gate_up)
     return _SwiGLU.apply(gate_up)
 
 

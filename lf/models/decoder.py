@@ -99,14 +99,16 @@ def decoder(config: DecoderConfig) -> Model:
     matrix, gain = normal(config.init_std), constant(1.0)
     # Two products a layer are added to the residual stream, 2L in all; each 1/√(2L) as large keeps the sum's variance (GPT-2 §2.3, Megatron-LM).
     added = normal(config.init_std / math.sqrt(2 * max(len(config.layers), 1)))
-    table = Param((config.vocab, config.dim), ("vocab", "embed"), normal(config.embed_std), (vocab_part(config.vocab),))
+    words = vocab_part(config.vocab)
+    table = Param((config.vocab, config.dim), ("vocab", "embed"), normal(config.embed_std), (words,))
     norm = Param((config.dim,), ("embed",), gain)
-    # One function object for all layers that are alike: that is what "each distinct segment compiles once" hangs on.
-    attn = {a: partial(attention_block, a, config.norm_eps) for a in {layer.mixer for layer in config.layers}}
+    # One function object for all layers that are alike: that is what "each distinct segment compiles once" hangs on. It is given the parts: Dynamo
+    # reads frozen attrs objects but cannot make them.
+    attn = {a: partial(attention_block, a, qkv_parts(a), config.norm_eps) for a in {layer.mixer for layer in config.layers}}
     mlp = partial(mlp_block, config.norm_eps)
     attn_flops = {a: partial(attention_flops, a, config.dim) for a in attn}
     mlp_flops = {n: partial(matrix_flops, 3 * n * config.dim) for n in {layer.ffn.dim for layer in config.layers}}
-    segments = [Segment("embed", "embed", {"weight": table}, partial(embed, config), (), embed_flops)]
+    segments = [Segment("embed", "embed", {"weight": table}, partial(embed, words), (), embed_flops)]
     for i, layer in enumerate(config.layers):
         name, a, inner = f"layers.{i}", layer.mixer, layer.ffn.dim
         down = Param((config.dim, inner), ("embed", "mlp"), added, part_dim=1)
@@ -116,7 +118,7 @@ def decoder(config: DecoderConfig) -> Model:
         segments.append(Segment(f"{name}.mlp", name, {"norm": norm, "gate_up": gate_up, "down": down}, mlp, ("gate_up", "down"), mlp_flops[inner]))
     weight = Tied("embed/weight") if config.tied else attrs.evolve(table, init=matrix)
     logits = partial(matrix_flops, config.dim * config.vocab)
-    segments.append(Segment("head", "head", {"norm": norm, "weight": weight}, partial(head, config), ("weight",), logits))
+    segments.append(Segment("head", "head", {"norm": norm, "weight": weight}, partial(head, words, config.norm_eps), ("weight",), logits))
     objectives = {"cross_entropy": Objective(1.0, valid_labels)}
     ropes = tuple(dict.fromkeys((layer.mixer.rope, layer.mixer.head_dim) for layer in config.layers))
     return Model(config, tuple(segments), objectives, RULES, partial(accepts, config), partial(tables, ropes))
@@ -173,9 +175,9 @@ def token_shares(batch: Batch, axis: Any) -> Type:
     return S(0, shares(batch.plan["tokens"].shape[0], axis.size))
 
 
-def embed(config: DecoderConfig, p: dict[str, Tensor], x: Any, batch: Batch, ctx: Any) -> tuple[Tensor, Terms]:
+def embed(words: Part, p: dict[str, Tensor], x: Any, batch: Batch, ctx: Any) -> tuple[Tensor, Terms]:
     tp = ctx.axes["tp"]
-    first, _ = vocab_part(config.vocab).bounds(tp.index, tp.size)
+    first, _ = words.bounds(tp.index, tp.size)
     return vocab_embedding(batch.plan["tokens"], p["weight"], first, tp, token_shares(batch, tp)), {}
 
 
@@ -187,10 +189,12 @@ def tables(ropes: tuple[tuple[Rope, int], ...], batch: Batch, ctx: Any) -> Batch
     return attrs.evolve(batch, derived={**batch.derived, **found})
 
 
-def attention_block(a: Attention, eps: float, p: dict[str, Tensor], x_tD: Tensor, batch: Batch, ctx: Any) -> tuple[Tensor, Terms]:
+def attention_block(
+    a: Attention, parts: tuple[Part, Part, Part], eps: float, p: dict[str, Tensor], x_tD: Tensor, batch: Batch, ctx: Any
+) -> tuple[Tensor, Terms]:
     tp, ops = ctx.axes["tp"], ctx.ops
     seq = token_shares(batch, tp)
-    q_part, k_part, _ = qkv_parts(a)
+    q_part, k_part, _ = parts
     (q0, q1), (k0, k1) = q_part.units(tp.index, tp.size), k_part.units(tp.index, tp.size)
 
     qkv = column_linear(ops.rms_norm(x_tD, p["norm"], eps), p["qkv"], tp, seq)
@@ -220,14 +224,14 @@ def mlp_block(eps: float, p: dict[str, Tensor], x_tD: Tensor, batch: Batch, ctx:
     return x_tD + row_linear(ops.swiglu(gate_up), p["down"], tp, seq), {}
 
 
-def head(config: DecoderConfig, p: dict[str, Tensor], x_tD: Tensor, batch: Batch, ctx: Any) -> tuple[Any, Terms]:
+def head(words: Part, eps: float, p: dict[str, Tensor], x_tD: Tensor, batch: Batch, ctx: Any) -> tuple[Any, Terms]:
     """The sum of the cross-entropy where the batch has labels; the logits (T, vocabulary), the same on every rank of tp, where it has none."""
     tp = ctx.axes["tp"]
-    part, seq = vocab_part(config.vocab), token_shares(batch, tp)
-    z_TV = column_linear(ctx.ops.rms_norm(x_tD, p["norm"], config.norm_eps), p["weight"], tp, seq)
+    seq = token_shares(batch, tp)
+    z_TV = column_linear(ctx.ops.rms_norm(x_tD, p["norm"], eps), p["weight"], tp, seq)
     if "labels" not in batch.plan:
-        return redistribute(z_TV, tp, S(1, part.sizes(tp.size)), I), {}
-    first, _ = part.bounds(tp.index, tp.size)
+        return redistribute(z_TV, tp, S(1, words.sizes(tp.size)), I), {}
+    first, _ = words.bounds(tp.index, tp.size)
     return {}, {"losses": {"cross_entropy": vocab_cross_entropy(z_TV, batch.plan["labels"], first, tp, seq)}}
 
 

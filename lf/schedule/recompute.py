@@ -16,8 +16,8 @@ EVERY = -1
 
 @attrs.frozen
 class Recompute:
-    """`layers`: how many layers of each stage are run again whole, its first ones (Megatron-LM's "block"; EVERY: all) · `segments`: last parts of
-    names: those segments are run again whole · `ops`: these are, wherever the rest of a layer is not."""
+    """`layers`: how many layers of each stage are run again whole, its first ones (Megatron-LM's method "block"; EVERY: all) · `segments`: last
+    parts of names: those segments are run again whole · `ops`: these are, wherever the rest of a layer is not."""
 
     layers: int = 0
     segments: tuple[str, ...] = ()
@@ -30,7 +30,8 @@ class Recompute:
 
     def chosen(self, layout: Layout, stage: int) -> tuple[tuple[str, tuple[str, ...]], ...]:
         """(layer or segment, ops) of what is run again of a stage, in the order of its forward; no ops: all of it. Of each layer either its own
-        name stands here or those of segments. Raises ConfigError for a segment that the model does not have."""
+        name stands here or those of segments; one with ops may call none of them. Raises ConfigError for a segment that the model does not have.
+        """
         for name in self.segments:
             one_of("segment to recompute", name, {_last(s.name) for s in layout.model.segments})
         whole = _first(layout, stage, self.layers)

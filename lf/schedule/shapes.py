@@ -57,8 +57,10 @@ def trace(layout: Layout, batch: Batch, ctx: Any) -> Shapes:
     table = SimpleNamespace(**{**vars(ctx.ops), **vars(op_table(ops))})
     ctx = attrs.evolve(ctx, axes=MetaAxes(layout.mesh, ctx.axes.rank), ops=table)
     done: dict[Any, tuple[Any, dict[str, Seen], frozenset[str]]] = {}
+    inputs: list[Carry] = []
+    products: dict[str, dict[str, Seen]] = {}
+    losses: list[frozenset[str]] = []
     x: Any = {}
-    inputs, products, losses = [], {}, []
     with torch.no_grad():
         derived = batch.derived  # by its shapes, where there is any; else worked out here
         batch = attrs.evolve(batch, plan=_meta(batch.plan), payload=_meta(batch.payload), derived=_meta(derived))

@@ -10,17 +10,18 @@
 Autograd's hooks do nothing but file: each tensor that a node of the graph keeps is given to `Slots`, and the node keeps its place there. The
 graph owns the places, `Slots` only knows of them: what a node's backward has used goes at once, as it would without. Parameters and whatever
 else `keep` names are handed through. So that the graph holds no other device memory, its two ends must not be the tensors themselves: `entry`
-and `handle` stand for them.
+stands for what goes in, `Root` (vjp.py) for what comes out.
 
-Ops that are run again. A chosen op keeps its inputs, and so do those who keep its output: they keep a recipe. What each saves, in elements of
-the activations' dtype for each layer of a decoder (T tokens of the rank, F feed-forward columns, D width, h heads of d dims, k kv heads):
+Ops that are run again. A chosen op keeps its inputs and nothing else, and whoever keeps its output keeps a recipe instead. What that saves, in
+elements for each layer of a decoder (T tokens of the tp group, t of this rank, F feed-forward columns, D width, h heads of d dims, k kv heads):
 
-    swiglu      T·F           its output, which `down` keeps
-    rms_norm    T·D for each norm before a matrix (its output, T/tp of them on each rank), T·(h+k)·d for the norms of q and k where rope is chosen too
-    rope        T·(h+k)·d     its outputs, which attention keeps
-    attention   T·h·d         its output, which `out` keeps, and the T·h log-sum-exps
+    swiglu      T·F         its output, which the product after it keeps
+    rms_norm    2·t·D       its outputs before the two products; with norms of q and k and with rope chosen, theirs too: T·(h+k)·d
+    rope        T·(h+k)·d   its outputs, which attention keeps; nothing where its inputs are the outputs of norms that are not chosen
+    attention   T·h·d       its output, and the log-sum-exp of each head and token
 
-A chosen op's inputs must then be there: where nobody else keeps them, they are kept instead of the output, and nothing is saved.
+Inputs that nobody else keeps must be kept then, as those of rope may: choose the op before as well. The numbers are those of the op to the bit.
+Autograd may add up the gradients of an input in another order where the op is several nodes that use it several times, as lf's kernels are not.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ class Slots:
         self.keep, self.ops = keep, tuple(ops)
         self._slots: list[weakref.ref[_Slot]] = []
         self._recipes: list[weakref.ref[_Recipe]] = []
-        self._made: dict[int, tuple[StorageWeakRef, _Recipe, int]] = {}  # outputs of chosen ops, by storage, while a forward files
+        self._made: dict[int, tuple[StorageWeakRef, _Recipe, int, int]] = {}  # outputs of chosen ops with their versions, by storage, in a forward
         self._filing = False
 
     @contextmanager
@@ -192,7 +193,7 @@ class Slots:
     def remat(self) -> None:
         """Runs the chosen ops again, in their order, from what they were given: their outputs lie in their slots, and their backwards can run."""
         for ref in self._recipes:
-            if (recipe := ref()) is not None and not recipe.outputs:
+            if (recipe := ref()) is not None and recipe.args and not recipe.outputs:
                 recipe.run()
 
     def bytes(self) -> tuple[int, int]:
@@ -214,8 +215,8 @@ class Slots:
         """The place of x: without its graph, or a node that keeps its own output would keep itself."""
         storage, value, version, place = x.untyped_storage(), x.detach(), x._version, (x.shape, x.stride(), x.storage_offset())
         if made := self._made.get(storage._cdata):
-            _, recipe, at = made
-            if version == 0 and x.dtype == recipe.metas[at][-1]:  # changed since, it is no longer what the op gives
+            _, recipe, at, given = made
+            if version == given and x.dtype == recipe.metas[at][-1]:  # changed since, it is no longer what the op gives
                 value.data = value.new_empty(0)
                 return _Output(recipe, at, value, version, place)
         slot = _Slot(value, version, place)
@@ -236,7 +237,7 @@ class Slots:
             given = {a.untyped_storage()._cdata for a in args if isinstance(a, Tensor)}
             for at, y in enumerate(_several(out)):
                 if (storage := y.untyped_storage())._cdata not in given:
-                    self._made[storage._cdata] = (StorageWeakRef(storage), recipe, at)
+                    self._made[storage._cdata] = (StorageWeakRef(storage), recipe, at, y._version)
             return out
 
         return again
@@ -251,27 +252,22 @@ class _Again(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         out = recipe.op(*args)
         recipe.metas = tuple(_meta(y) for y in _several(out))
-        return out
+        return out if isinstance(out, Tensor) else tuple(out)  # a list would go past autograd
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         recipe = ctx.recipe
         pairs = [(y, g) for y, g in zip(recipe.done(), grads) if g is not None and y.requires_grad]
         wanted = [x for x, n in zip(recipe.inputs, recipe.needs) if n]
-        got = iter(vjp([y for y, _ in pairs], [g for _, g in pairs], wanted) if pairs else [None] * len(wanted))
+        found = iter(vjp([y for y, _ in pairs], [g for _, g in pairs], wanted) if pairs else [None] * len(wanted))
         recipe.args, recipe.inputs, recipe.outputs = (), (), ()
-        return None, *(next(got) if n else None for n in recipe.needs)
+        return None, *(next(found) if n else None for n in recipe.needs)
 
 
 def entry(x: Tensor) -> tuple[Tensor, Tensor]:
     """(leaf, x in a graph): the gradient of `leaf`, which is as large as one element, is that of x. A leaf that is x itself would hold its memory."""
-    leaf = x.new_zeros(()).expand(x.shape).requires_grad_()
+    leaf = x.new_empty(()).expand(x.shape).requires_grad_()
     return leaf, _Entry.apply(leaf, x)
-
-
-def handle(y: Tensor) -> Tensor:
-    """What stands for y when its gradient comes: of its shape, as large as one element, differentiable as y."""
-    return _Handle.apply(y)
 
 
 class _Entry(torch.autograd.Function):
@@ -282,16 +278,6 @@ class _Entry(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return dy, None
-
-
-class _Handle(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor) -> Tensor:
-        return y.new_empty(()).expand(y.shape)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:  # type: ignore[override]
-        return dy
 
 
 def got(place: Any) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 
 import lf
 from lf.config import ConfigError
 from lf.models.small import tiny
-from lf.schedule.recompute import Offload, Recompute, parse_offload, parse_recompute
+from lf.schedule.recompute import OPS, Offload, Recompute, parse_offload, parse_recompute
 
 LAYOUT = lf.layout(tiny(), lf.Mesh(pp=2), split=(2, 2))  # embed, layers.0 | layers.1, head
 
@@ -99,3 +101,9 @@ def test_names_are_those_of_the_model() -> None:
     with pytest.raises(ConfigError, match=r"unknown layer to offload 'layer.1'; did you mean 'layers.1'"):
         parse_offload("layers=layer.1").chosen(LAYOUT, 0)
     assert Recompute().chosen(LAYOUT, 0) == Offload().chosen(LAYOUT, 0) == ()
+
+
+def test_ops_are_those_of_the_devices() -> None:
+    for name in lf.devices.KNOWN:
+        assert {*OPS, "adamw_update"} == vars(lf.devices.op_table(importlib.import_module(f"lf.devices.{name}"))).keys()
+    assert parse_recompute("ops=mine", (*OPS, "mine")).ops == ("mine",)

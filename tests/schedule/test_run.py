@@ -13,9 +13,10 @@ import lf
 from lf import parity, tree
 from lf.axes import solo
 from lf.models.small import tiny
-from lf.schedule import Action, add_reduce, check, one_f_one_b
+from lf.schedule import OVERLAP, Action, check, lower, one_f_one_b
+from lf.schedule.bind import bind
 from lf.schedule.memory import OutOfMemory
-from lf.schedule.run import bind, run, run_forward
+from lf.schedule.run import run, run_forward
 from lf.segment import Model, Objective, Segment
 from lf.spec import Param, constant
 
@@ -32,19 +33,32 @@ def plain(layout, params, batches, ctx) -> tuple[dict[str, torch.Tensor], torch.
     return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())))), total.detach()
 
 
+def forwards() -> tuple[Action, ...]:
+    return tuple(Action("F", 0, i) for i in range(3))
+
+
+LAYERS = ("embed", "layers.0", "layers.1", "head")
+ORDERS = {
+    "one by one": one_f_one_b(1, 3)[0],
+    "all forwards first": (*forwards(), *(Action("B", 0, i) for i in range(3))),
+    "backwards the other way": (*forwards(), *(Action("B", 0, i) for i in reversed(range(3)))),
+    "weights last": (*forwards(), *(Action("I", 0, i) for i in range(3)), *(Action("W", 0, i) for i in range(3))),
+    "by layers": tuple(Action(op, 0, i, n) for i in range(3) for op, names in (("F", LAYERS), ("I", LAYERS[::-1]), ("W", LAYERS)) for n in names),
+    "interleaved": (Action("F", 0, 0), OVERLAP(Action("F", 0, 1), Action("B", 0, 0)), OVERLAP(Action("B", 0, 1), Action("F", 0, 2)), Action("B", 0, 2)),
+}
+
+
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("order", ["one by one", "all forwards first", "backwards the other way"])
+@pytest.mark.parametrize("order", ["one by one", "all forwards first", "backwards the other way", "weights last", "by layers", "interleaved"])
 def test_gradients_are_those_of_plain_autograd(tied: bool, order: str) -> None:
     ctx = context(solo())
     layout = lf.layout(tiny(tied), lf.Mesh(dp=1))
     params = parity.randomised(layout, ctx, seed=3)
     batches = [lf.shard_batch(b, layout.model, ctx) for b in parity.random_batches(layout.model, 3, 0, 3, 17)]
-    backward = range(3) if order != "backwards the other way" else reversed(range(3))
-    program = one_f_one_b(1, 3) if order == "one by one" else (tuple([Action("F", 0, i) for i in range(3)] + [Action("B", 0, i) for i in backward]),)
-    program = add_reduce(program, layout)
+    program = lower((ORDERS[order],), layout)
     check(program, layout, 3)
     weight = torch.tensor(0.25, dtype=torch.float64)
-    grads, terms, finite = run(bind(program[0], layout), params, batches, {"cross_entropy": weight}, ctx)
+    grads, terms, finite = run(bind(program, layout, ctx), params, batches, {"cross_entropy": weight}, ctx)
     assert finite.tolist() == [True] * 3
     want, total = plain(layout, params, batches, ctx)
     assert grads.keys() == want.keys()
@@ -72,9 +86,9 @@ def test_params_are_not_changed_by_a_run() -> None:
     layout = lf.layout(tiny(), lf.Mesh(dp=1))
     params = parity.randomised(layout, ctx, seed=0)
     before = tree.map(torch.clone, params)
-    (actions,) = add_reduce(one_f_one_b(1, 1), layout)
+    program = lower(one_f_one_b(1, 1), layout)
     batches = [lf.shard_batch(b, layout.model, ctx) for b in parity.random_batches(layout.model, 0, 0, 1, 9)]
-    run(bind(actions, layout), params, batches, {"cross_entropy": torch.ones(())}, ctx)
+    run(bind(program, layout, ctx), params, batches, {"cross_entropy": torch.ones(())}, ctx)
     tree.map(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), params, before)
     assert all(w.grad is None for w in tree.leaves(params))
 
@@ -89,8 +103,8 @@ def test_a_gradient_that_two_parameters_share_is_not_added_twice() -> None:
     model = Model(None, (Segment("only", "only", {"a": one, "b": one}, apply),), {"loss": Objective(1.0, lambda batch: torch.tensor(1))})
     ctx, layout = context(solo()), lf.layout(model, lf.Mesh(dp=1))
     batches = [lf.Batch({"tokens": torch.tensor([1.0, 10.0], dtype=torch.float64)})] * 3
-    (actions,) = add_reduce(one_f_one_b(1, 3), layout)
-    grads, *_ = run(bind(actions, layout), lf.init(layout, ctx, 0), batches, {"loss": torch.ones((), dtype=torch.float64)}, ctx)
+    program = lower(one_f_one_b(1, 3), layout)
+    grads, *_ = run(bind(program, layout, ctx), lf.init(layout, ctx, 0), batches, {"loss": torch.ones((), dtype=torch.float64)}, ctx)
     assert {k: g.tolist() for k, g in grads.items()} == {"only/a": [3.0, 30.0], "only/b": [3.0, 30.0]}
 
 
@@ -116,8 +130,8 @@ def test_the_microbatch_that_is_not_finite_is_known(where: str) -> None:
     ctx, layout = context(solo()), lf.layout(model, lf.Mesh(dp=1))
     rows = parity.random_batches(tiny(), 0, 0, 3, 9)
     batches = [lf.shard_batch(lf.Batch({**b.plan, "bad": torch.tensor(i == 1)}), model, ctx) for i, b in enumerate(rows)]
-    (actions,) = add_reduce(one_f_one_b(1, 3), layout)
-    grads, terms, finite = run(bind(actions, layout), parity.randomised(layout, ctx, 0), batches, {"cross_entropy": torch.ones(())}, ctx)
+    program = lower(one_f_one_b(1, 3), layout)
+    grads, terms, finite = run(bind(program, layout, ctx), parity.randomised(layout, ctx, 0), batches, {"cross_entropy": torch.ones(())}, ctx)
     assert finite.tolist() == [True, False, True]
     assert torch.isfinite(terms["losses"]["cross_entropy"]) == (where == "backward")
     assert not torch.isfinite(grads["embed/weight"]).all()
@@ -130,10 +144,10 @@ def test_memory_that_runs_out_says_in_which_action_and_layer() -> None:
     first, *rest = tiny().segments
     model = attrs.evolve(tiny(), segments=(first, Segment("full", "full", {}, full), *rest))
     ctx, layout = context(solo()), lf.layout(model, lf.Mesh(dp=1))
-    (actions,) = add_reduce(one_f_one_b(1, 1), layout)
+    program = lower(one_f_one_b(1, 1), layout)
     params, batches = lf.init(layout, ctx, 0), parity.random_batches(tiny(), 0, 0, 1, 9)
     with pytest.raises(OutOfMemory, match=r"out of memory in the forward of full, action 0F0: .*allocate memory") as caught:
-        run(bind(actions, layout), params, batches, {"cross_entropy": torch.ones(())}, ctx)
+        run(bind(program, layout, ctx), params, batches, {"cross_entropy": torch.ones(())}, ctx)
     assert caught.value.forward == 2 / 5  # embed has run, full has begun; two layers and the head have not
     assert caught.value.wanted == 4 << 60
     assert caught.value.gradients == 0
