@@ -17,6 +17,8 @@ from lf.layouts import Layout
 from lf.mesh import Mesh
 from lf.schedule import Program
 from lf.segment import path_of
+from lf.schedule.draw import COLOURS, MEANING, OTHER
+from lf.spec import Spec
 
 
 def show(layout: Layout, png: str | Path | None = None, rank: int = 0) -> None:
@@ -128,10 +130,6 @@ def draw_layout(
               bbox_to_anchor=(1, 0), frameon=False)  # fmt: skip
 
 
-# A colour-blind person tells these apart (Okabe & Ito 2008), and their greys differ.
-ACTION_COLOURS = {"F": "#56B4E9", "B": "#009E73", "REDUCE": "#CC79A7"}
-
-
 def draw_program(ax: Any, program: Program, mesh: Mesh) -> None:
     """One row a rank of `mesh`, one box an action in its order. A box's width is not a time.
 
@@ -142,7 +140,7 @@ def draw_program(ax: Any, program: Program, mesh: Mesh) -> None:
     for rank in range(mesh.size):
         coords = mesh.coords(rank)
         for at, a in enumerate(program[coords["pp"]]):
-            colour = ACTION_COLOURS.get(a.op, "#999999")
+            colour = COLOURS.get(a.op, OTHER)
             ax.add_patch(Rectangle((at, rank - 0.42), 1, 0.84, facecolor=colour, edgecolor="white", linewidth=1))
             words = a.segment or "" if a.microbatch is None else f"{a.op}{a.microbatch * mesh['dp'] + coords['dp']}"
             ax.text(at + 0.5, rank, words, ha="center", va="center", fontsize=8)
@@ -151,8 +149,7 @@ def draw_program(ax: Any, program: Program, mesh: Mesh) -> None:
     ax.set_yticklabels([f"rank {r}  {name}" for r, name in enumerate(names)], fontsize=8)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    meaning = {"F": "forward of a microbatch", "B": "backward", "REDUCE": "sum a layer's gradients"}
-    ax.legend(handles=[Patch(color=ACTION_COLOURS.get(op, "#999999"), label=f"{op}: {meaning[op]}" if op in meaning else op) for op in seen],
+    ax.legend(handles=[Patch(color=COLOURS.get(op, OTHER), label=f"{op}: {MEANING[op]}" if op in MEANING else op) for op in seen],
               fontsize=8, ncols=len(seen), loc="upper right", bbox_to_anchor=(1, 0), frameon=False)  # fmt: skip
     ax.set_title("a step is a program: the actions of each rank, in order", fontsize=9, loc="left")
 

@@ -14,6 +14,8 @@ from helpers import draw
 import lf
 from lf import drift, memory, parity, tree
 from lf.models.small import tiny
+from lf.schedule import one_f_one_b
+from lf.schedule.measured import Clock
 from lf.schedule.memory import OutOfMemory
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -244,3 +246,20 @@ def test_a_compiled_layer_gives_the_same_gradients(precision: str, tolerance: fl
     from test_compile import Setup, agree
 
     agree(Setup(on("cuda", precision)), "layers.0", form, "inductor", tolerance)
+
+
+def test_a_clock_takes_down_when_the_card_has_worked_and_nobody_waits() -> None:
+    ctx, program, x = on("cuda", "fp32"), one_f_one_b(1, 1), torch.ones(2048, 2048, device=CUDA)
+    clock = Clock(ctx.axes, ctx.device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for i in range(2):
+            start = clock.moment()
+            for _ in range(20):
+                x = x @ x / 2048
+            clock(i, start, clock.moment())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    ((f, b),) = (timeline := clock.timeline(program)).rows
+    assert 0 == f.start < f.end <= b.start < b.end < 10
+    assert min(held for _, held in timeline.memory[0]) >= x.numel() * 4
