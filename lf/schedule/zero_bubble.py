@@ -67,7 +67,8 @@ def numbered(plan: Sequence[tuple[str, int]], microbatches: int) -> tuple[Action
 
 
 def merge(program: Program) -> Program:
-    """A W right after its I becomes one B: the same work without keeping what lies between the two."""
+    """A W right after its I becomes one B: the same work without keeping what lies between the two. What waits for the I then waits for both:
+    nothing does at stage 0."""
     rows = []
     for actions in program:
         row: list[Action] = []
