@@ -25,6 +25,7 @@ from lf.optim import Optimizer
 from lf.parallel.reduce import owned_square_sum
 from lf.schedule import Action, Program, ProgramError, check, draw
 from lf.schedule.bind import Bound, bind
+from lf.schedule.draw import WIDTH
 from lf.schedule.ir import flat, microbatches
 from lf.schedule.lower import is_lowered, lower
 from lf.schedule.memory import memory_at
@@ -37,7 +38,7 @@ Metrics = dict[str, Tensor]
 Gradients = tuple[Tree, Metrics]
 
 
-def gradients(layout: Layout, program: Program | Sequence[Program], ctx: Any, compile: bool = False) -> Callable[[Tree, Sequence[Batch]], Gradients]:
+def gradients(layout: Layout, program: Program | Sequence[Program], ctx: Any, compile: bool | str = False) -> Callable[[Tree, Sequence[Batch]], Gradients]:
     """fn(params, microbatches) -> (gradients as a tree like params, metrics): the half of a step before the optimizer.
 
     program: one, or one for each number of microbatches that occurs. params: the compute copy. Gradients come in the master dtype, summed over
@@ -75,7 +76,7 @@ def gradients(layout: Layout, program: Program | Sequence[Program], ctx: Any, co
     return fn
 
 
-def _bound(layout: Layout, program: Program | Sequence[Program], ctx: Any, compile: bool) -> dict[int, Bound]:
+def _bound(layout: Layout, program: Program | Sequence[Program], ctx: Any, compile: bool | str) -> dict[int, Bound]:
     """Each program, lowered, checked and bound, by its number of microbatches."""
     # a program is the actions of each rank, several programs are a sequence of those
     programs: Any = [program] if not program or not program[0] or isinstance(program[0][0], Action) else program
@@ -84,12 +85,12 @@ def _bound(layout: Layout, program: Program | Sequence[Program], ctx: Any, compi
         count = microbatches(p)
         if count in bound:
             raise ProgramError(f"two programs are for {count} microbatches: a step could not tell which to run")
+        if not any(a.op in ("B", "I") for row in p for a in flat(row)):
+            raise ProgramError(f"the program has no backward, so nothing would be learned:\n{draw(p, width=WIDTH)}")
         if not is_lowered(p):
             check(p, layout, count)  # before passes, so that the drawing is of what was given
             p = lower(p, layout)
         check(p, layout, count)
-        if not any(a.op in ("B", "I") for row in p for a in flat(row)):
-            raise ProgramError(f"the program has no backward, so nothing would be learned:\n{draw(p)}")
         bound[count] = bind(p, layout, ctx, compile)
     return bound
 
@@ -110,7 +111,7 @@ def _world_sums(
 
 
 def make(
-    layout: Layout, optimizer: Optimizer, program: Program | Sequence[Program], ctx: Any, clip: float | None = 1.0, compile: bool = False
+    layout: Layout, optimizer: Optimizer, program: Program | Sequence[Program], ctx: Any, clip: float | None = 1.0, compile: bool | str = False
 ) -> tuple[Callable[[Tree], State], Callable[[State, Sequence[Batch]], tuple[State, Metrics]]]:
     """(init, step): init(master params) -> State; step(state, microbatches) -> (state, metrics). Everything refusable is refused here.
 

@@ -24,8 +24,8 @@ KINDS = ("plain", "acc", "probe")
 class Piece:
     """A layer, or a segment of one: what a forward runs between two cuts of autograd.
 
-    fn[kind](values, x, batch, ctx) -> (y, losses), for each of KINDS · `names`: of each segment its name, and (name, path, is it a product) of each of its parameters ·
-    `leaves`: paths whose gradients autograd returns · `products`: (segment, name, path) of those that come through a W · `upstream`: whether
+    fn[kind](values, x, batch, ctx) -> (y, losses), for each of KINDS · `names`: of each segment its name, and (name, path, is it a product) of
+    each of its parameters · `leaves`: paths whose gradients autograd returns · `products`: (segment, name, path) of those that come through a W · `upstream`: whether
     anything before it trains, so that its input has a gradient · `back`: whether it has a backward.
     """
 
@@ -42,7 +42,7 @@ class Piece:
 @attrs.frozen
 class Bound:
     """`actions` of one rank · `pieces`: of each stage and `segment` of a forward, what it runs · `spans`: of each other compute action's
-    (stage, segment), the names of the pieces that it covers · `split`: (stage, microbatch)es with weight gradients of their own · `again`: of
+    (stage, segment), the names of the pieces that it covers · `split`: (stage, microbatch, piece)s whose weight gradients a W makes · `again`: of
     each (stage, microbatch, piece) that is made again, which ops (none named: all)."""
 
     actions: tuple[Action, ...]
@@ -52,7 +52,7 @@ class Bound:
     known: tuple[Stage, ...]
     pieces: dict[tuple[int, str | None], tuple[Piece, ...]]
     spans: dict[tuple[int, str | None], frozenset[str]]
-    split: frozenset[tuple[int, int | None]]
+    split: frozenset[tuple[int, int | None, str]]
     again: dict[tuple[int, int | None, str], tuple[str, ...]]
     away: frozenset[tuple[int, int | None, str]]
     trained: dict[str, bool]
@@ -67,9 +67,9 @@ class Bound:
         return any(a.op in ("B", "I") for a in flat(self.actions))
 
 
-def bind(program: Program, layout: Layout, ctx: Any, compile: bool = False, name: str = "step") -> Bound:
-    """The actions of this rank. `compile`: each distinct layer by torch.compile, as a full graph. `name`: what one run of it is called, where a
-    rank says how far it is. Collective over pp the first time."""
+def bind(program: Program, layout: Layout, ctx: Any, compile: bool | str = False, name: str = "step") -> Bound:
+    """The actions of this rank. `compile`: each distinct layer by torch.compile, as a full graph, for this backend (True: inductor). `name`:
+    what one run of it is called, where a rank says how far it is. Collective over pp the first time."""
     rank = ctx.axes.coords["pp"]
     ctx.axes.pipe()
     actions, known = program[rank], stages(program, layout)
@@ -91,7 +91,7 @@ def bind(program: Program, layout: Layout, ctx: Any, compile: bool = False, name
     away = {(a.stage, a.microbatch, p) for a in flat(actions) if a.op == "OFFLOAD" for p in spans[a.stage, a.segment]}
     return Bound(
         actions, program, rank, layout.placement, known, pieces, spans,
-        frozenset((a.stage, a.microbatch) for a in flat(actions) if a.op == "I"),
+        frozenset((a.stage, a.microbatch, p) for a in flat(actions) if a.op == "I" for p in spans[a.stage, a.segment]),
         again, frozenset(away),
         {path: path not in layout.frozen for path in layout.held(ctx.axes.coords)},
         {where: tuple(layout.specs[p] for p in paths) for where, paths in reduced_layers(layout, rank).items()},
@@ -102,7 +102,7 @@ def bind(program: Program, layout: Layout, ctx: Any, compile: bool = False, name
 
 
 def _piece(
-    index: int, name: str, stage: Stage, segments: dict[str, Segment], layout: Layout, fns: dict[Any, LayerFn], ctx: Any, compile: bool
+    index: int, name: str, stage: Stage, segments: dict[str, Segment], layout: Layout, fns: dict[Any, LayerFn], ctx: Any, compile: bool | str
 ) -> Piece:
     lo, hi = stage.span(name) or (0, 0)
     mine = [segments[atom] for atom in stage.atoms[lo:hi]]
@@ -112,9 +112,11 @@ def _piece(
     key = tuple(s.apply for s in mine)
     for kind in KINDS:
         if (key, kind) not in fns:  # equal layers share one function, and so one compilation for each kind of weight
-            fns[key, kind] = compiled(layer_fn(key), ctx) if compile else layer_fn(key)
+            fns[key, kind] = compiled(layer_fn(key), ctx, "inductor" if compile is True else compile) if compile else layer_fn(key)
+    kinds = {kind: fns[key, kind] for kind in KINDS}
     leaves = tuple(dict.fromkeys(path for _, _, path, w in trained if not w))
-    return Piece(index, name, {kind: fns[key, kind] for kind in KINDS}, names, leaves, tuple((s, n, path) for s, n, path, w in trained if w), upstream, hi > stage.stop)
+    products = tuple((s, n, path) for s, n, path, w in trained if w)
+    return Piece(index, name, kinds, names, leaves, products, upstream, hi > stage.stop)
 
 
 def _traced(layout: Layout) -> Callable[[Any, Any], Shapes]:

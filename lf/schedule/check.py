@@ -14,7 +14,7 @@ from __future__ import annotations
 import attrs
 
 from lf.layouts import Layout
-from lf.schedule.draw import draw
+from lf.schedule.draw import WIDTH, draw
 from lf.schedule.ir import COMPUTE, MOVES, OPS, Action, Program, ProgramError, flat, microbatches, placement
 from lf.schedule.lower import is_lowered, lower, reduced_layers, tied_paths, users_of
 from lf.schedule.pieces import WHOLE, Stage, stages
@@ -342,12 +342,12 @@ class _Proof:
         words |= {"sent SEND_F": "there is no {0}FREE{1}[SEND_F]", "sent SEND_B": "there is no {0}FREE{1}[SEND_B]"}
         for rank, row in enumerate(self.rows):
             if kept := [f"{s}F{m}" for (s, m), pieces in sorted(row.kept.items()) if pieces]:
-                raise ProgramError(f"rank {rank}: activations stay alive, there is no backward for {', '.join(kept)}\n{draw(self.program)}")
+                raise ProgramError(f"rank {rank}: activations stay alive, there is no backward for {', '.join(kept)}\n{draw(self.program, width=WIDTH)}")
             if owed := [f"{s}I{m}" for (s, m), pieces in sorted(row.owed.items()) if pieces]:
-                raise ProgramError(f"rank {rank}: activations stay alive, there is no W for {', '.join(owed)}\n{draw(self.program)}")
+                raise ProgramError(f"rank {rank}: activations stay alive, there is no W for {', '.join(owed)}\n{draw(self.program, width=WIDTH)}")
             if row.values:
                 left = [words[kind].format(s, m) for kind, s, m in sorted(row.values)]
-                raise ProgramError(f"rank {rank}: values stay alive: {'; '.join(left)}\n{draw(self.program)}")
+                raise ProgramError(f"rank {rank}: values stay alive: {'; '.join(left)}\n{draw(self.program, width=WIDTH)}")
 
     def nothing_is_missing(self) -> None:
         missing = []
@@ -364,4 +364,4 @@ class _Proof:
                 wanted += [Action("REDUCE", who[path][0][0], segment=path) for path in tied_paths(self.layout, rank)]
                 missing += [str(a) for a in wanted if a not in self.seen]
         if missing:
-            raise ProgramError(f"missing: {', '.join(missing)}; without them gradients would be lost\n{draw(self.program)}")
+            raise ProgramError(f"missing: {', '.join(missing)}; without them gradients would be lost\n{draw(self.program, width=WIDTH)}")
