@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # for editors and type checkers; the table below is what runs
         schedule,
         signals,
         sim,
+        split,
         train,
         tree,
     )
@@ -47,7 +48,7 @@ if TYPE_CHECKING:  # for editors and type checkers; the table below is what runs
 
 _MODULES = (
     *("checkpoint", "cli", "config", "console", "context", "data", "devices", "drift", "evaluate", "log", "loop", "memory", "models", "optim"),
-    *("parity", "pictures", "ramp", "record", "runs", "schedule", "signals", "sim", "train", "tree"),
+    *("parity", "pictures", "ramp", "record", "runs", "schedule", "signals", "sim", "split", "train", "tree"),
 )
 _NAMES = {
     "lf.axes": ("connect", "solo"),

@@ -15,7 +15,7 @@ import attrs
 
 from lf.layouts import Layout
 from lf.schedule.draw import draw
-from lf.schedule.ir import MOVES, OPS, Action, Program, ProgramError, flat, microbatches, placement
+from lf.schedule.ir import COMPUTE, MOVES, OPS, Action, Program, ProgramError, flat, microbatches, placement
 from lf.schedule.lower import is_lowered, lower, reduced_layers, tied_paths, users_of
 from lf.schedule.pieces import WHOLE, Stage, stages
 
@@ -73,6 +73,9 @@ def _names(program: Program, layout: Layout | None, count: int | None) -> None:
     every = len(layout.stages) if layout else 1 + max((a.stage for row in program for a in flat(row)), default=-1)
     for rank, actions in enumerate(program):
         for i, whole in enumerate(actions):
+            if whole.op == "OVERLAP" and (len(whole.pair) != 2 or any(a.op not in COMPUTE for a in whole.pair)):
+                why = f"an OVERLAP is of two actions of compute, {', '.join(COMPUTE)}"
+                raise ProgramError(f"{whole} on rank {rank}: {why}\n{draw(program, (rank, i))}")
             for a in flat((whole,)):
 
                 def fail(why: str, rank: int = rank, i: int = i, a: Action = a) -> ProgramError:
