@@ -108,21 +108,21 @@ def test_stages_need_not_be_a_multiple_of_ranks(how, p: int, more: int, m: int) 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("p", range(1, 9))
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
-def test_all_bubbles_and_peaks(name: str) -> None:
-    for p in range(1, 9):
-        for v in range(1, 5) if SCHEDULES[name].chunks > 1 and name != "zb-v" else (1,):
-            for m in range(1, 34):
-                compare(name, p, v, m)
+def test_all_bubbles_and_peaks(name: str, p: int) -> None:
+    for v in range(1, 5) if SCHEDULES[name].chunks > 1 and name != "zb-v" else (1,):
+        for m in range(1, 34):
+            compare(name, p, v, m)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("p", range(2, 9))
 @pytest.mark.parametrize("how", UNEVEN, ids=lambda how: how[0].__name__)
-def test_all_uneven_loops(how) -> None:  # type: ignore[no-untyped-def]
-    for p in range(2, 9):
-        for stages in [n for n in range(p, 4 * p) if n % p]:
-            for m in (*range(1, 12), 16, 23, 33):
-                other(how[0], stages, p, m, how[1] * (p - 1))
+def test_all_uneven_loops(how, p: int) -> None:  # type: ignore[no-untyped-def]
+    for stages in [n for n in range(p, 4 * p) if n % p]:
+        for m in (*range(1, 12), 16, 23, 33):
+            other(how[0], stages, p, m, how[1] * (p - 1))
 
 
 @pytest.mark.slow
