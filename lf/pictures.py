@@ -16,9 +16,8 @@ from lf.console import console, table
 from lf.layouts import Layout
 from lf.mesh import Mesh
 from lf.schedule import Program
-from lf.segment import path_of
 from lf.schedule.draw import COLOURS, MEANING, OTHER
-from lf.spec import Spec
+from lf.segment import path_of
 
 
 def show(layout: Layout, png: str | Path | None = None, rank: int = 0) -> None:
