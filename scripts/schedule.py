@@ -32,12 +32,12 @@ TIMES = {"f": 1.0, "b": 2.0, "i": 1.0, "w": 1.0, "link": 0.0}
 class Config:
     schedule: str = "1f1b"  # a name, a function as my.py:fn, or a file with a program: .txt, or .csv as torch pipelining writes it
     compare: tuple[str, ...] | None = None  # a table instead: of these schedules, or of all that there are
-    ranks: int | None = None  # of the pipeline (default: 4)
-    microbatches: int | None = None  # of a step (default: 8)
-    chunks: int | None = None  # stages on each rank (default: as the schedule has it, 1 or 2)
+    ranks: int | None = None  # of the pipeline; 4 without
+    microbatches: int | None = None  # of a step; 8 without
+    chunks: int | None = None  # stages on each rank; as the schedule has it without, 1 or 2
     stages: int | None = None  # or stages in all, on a loop, where the last ranks have one less
-    placement: str | None = None  # or the rank of each stage, as 0,1,2,2,1,0 (default: as the schedule has it, a loop or a V)
-    times: str = ""  # of a rank's share of a microbatch and of a message, as f=1,b=2,i=1,w=1,link=0.1 (the default but for link: 0)
+    placement: str | None = None  # or the rank of each stage, as 0,1,2,2,1,0; as the schedule has it without, a loop or a V
+    times: str = ""  # of a rank's share of a microbatch and of a message, as f=1,b=2,i=1,w=1,link=0.1; without, these and link=0
     show: str = "compute"  # all: with the messages between ranks as well
     text: bool = False  # print the program, too, a line a rank
     links: bool = False  # lines in the pictures from what is sent to where it arrives

@@ -74,7 +74,8 @@ def _names(program: Program, layout: Layout | None, count: int | None) -> None:
     for rank, actions in enumerate(program):
         for i, whole in enumerate(actions):
             if whole.op == "OVERLAP" and (len(whole.pair) != 2 or any(a.op not in COMPUTE for a in whole.pair)):
-                raise ProgramError(f"{whole} on rank {rank}: an OVERLAP is of two actions of compute, {', '.join(COMPUTE)}\n{draw(program, (rank, i))}")
+                why = f"an OVERLAP is of two actions of compute, {', '.join(COMPUTE)}"
+                raise ProgramError(f"{whole} on rank {rank}: {why}\n{draw(program, (rank, i))}")
             for a in flat((whole,)):
 
                 def fail(why: str, rank: int = rank, i: int = i, a: Action = a) -> ProgramError:

@@ -162,7 +162,7 @@ class _Rank:
             else:
                 kept.inputs = {k: x[k].requires_grad_() for k in wanted}
             with kept.slots.filing() if kept.slots else nullcontext():
-                y, losses = piece.fn(values, _unwrap(x), self.batches[m], ctx)
+                y, losses = piece.fn["probe" if (piece.stage, m) in self.bound.split else "acc"](values, _unwrap(x), self.batches[m], ctx)
                 y = _wrap(y)
                 outputs = {k: v for k, v in y.items() if v.requires_grad}
                 weighed = {k: v for k, v in losses.items() if v.requires_grad}
@@ -179,7 +179,7 @@ class _Rank:
             kept.x = {k: kept.slots.file(v) for k, v in carry.items()}
         with torch.no_grad():
             values: tuple[dict[str, Tensor | W], ...] = tuple({n: self.leaves[path] for n, path, _ in params} for _, params in piece.names)
-            y, losses = piece.fn(values, _unwrap(carry), self.batches[m], self.ctx)
+            y, losses = piece.fn["plain"](values, _unwrap(carry), self.batches[m], self.ctx)
         return kept, _wrap(y), losses
 
     def storages(self, m: int) -> frozenset[int]:

@@ -110,7 +110,7 @@ def test_an_action_doubled_is_refused(data: st.DataObject) -> None:
     assert ">>" in message  # drawn, with the failing action marked
 
 
-LOWERED: Callable[[], Program] = lambda: build(PIPE, 4, SCHEDULES["zb-h1"].generate, parse_recompute("full:1"), parse_offload("full"))  # noqa: E731
+LOWERED: Callable[[], Program] = lambda: build(PIPE, 4, SCHEDULES["zb-h1"].generate, parse_recompute("full:1"), parse_offload("full"))
 
 
 def change(program: Program, rank: int, word: str, new: Callable[[Action], tuple[Action, ...]]) -> Program:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -86,5 +87,5 @@ def test_a_step_of_the_interpreter_is_drawn_as_it_ran(tmp_path: Path) -> None:
     assert {f"{s}{op}{m}" for s in (0, 1) for op in "FB" for m in range(2)} <= spans.keys()
     assert all(spans[f"0F{m}"].end <= spans[f"1F{m}"].start for m in range(3))
     assert all(spans[f"1B{m}"].end <= spans[f"0B{m}"].start for m in range(2))
-    assert all(a.end <= b.start for row in timeline.rows for a, b in zip(row, row[1:]))
+    assert all(a.end <= b.start for row in timeline.rows for a, b in pairwise(row))
     assert picture(timeline, tmp_path / "a.svg").stat().st_size > 1000
