@@ -334,13 +334,29 @@ class _Rank:
         assert a.segment is not None
         if a.segment in self.bound.tied:
             self.finish_sums()
-            self.grads[a.segment] = self.ctx.axes.some("pp", self.bound.tied[a.segment]).sum(self.grads[a.segment])
+            self.grads[a.segment] = self.sum_over(self.bound.tied[a.segment], a.segment)
             return
         specs = self.bound.reduced[a.stage, a.segment]
         with memory_at(f"the sum of gradients of {a.segment}, action {a}", 1.0, self.grads):
             for spec in specs:  # a parameter that no loss reached: its sum over the holders is still a collective that all must join
                 self.sum_of(spec.path)
             self.waits.append(reduce_gradients(specs, self.grads, self.ctx.axes))
+
+    def sum_over(self, holders: tuple[int, ...], path: str) -> Tensor:
+        """The sum of a gradient over the pipeline ranks that hold it, by messages to the first of them and back: a group of processes for each such
+        set would have to be made by all ranks in one order."""
+        mine, first, pipe = self.grads[path], holders[0], self.pipe
+        like = (mine.shape, mine.dtype, self.device)
+        if self.bound.rank != first:
+            sent = pipe.send(mine, first, f"{path} part")
+            total = pipe.recv(*like, first, f"{path} sum")()
+            sent()
+            return total
+        for h in holders[1:]:
+            mine += pipe.recv(*like, h, f"{path} part")()
+        for sent in [pipe.send(mine, h, f"{path} sum") for h in holders[1:]]:
+            sent()
+        return mine
 
     def finish_sums(self) -> None:
         while self.waits:
