@@ -1,7 +1,7 @@
 """The interpreter: it runs any program over any layout, one rank's actions in their order. There is no other training step.
 
 Its state is `live` (values: written once, taken once, nothing left at the end) and the gradient sums. Autograd is cut between pieces, which are
-layers, or segments where a program goes into layers: a forward keeps, for each, its input and the root of its graph; a backward walks the pieces
+layers, or segments where a program goes into layers: a forward keeps, for each, its input and the ends of its graph; a backward walks the pieces
 from the last to the first. Parameters, activations and messages are touched by the program's actions and by nothing else. Where memory runs out,
 the error says in which action and layer.
 """
@@ -16,6 +16,7 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_leaves
 
 from lf.batch import Batch
@@ -25,7 +26,7 @@ from lf.schedule.bind import Bound, Piece
 from lf.schedule.ir import Action, flat
 from lf.schedule.memory import memory_at
 from lf.schedule.slots import Slots, entry, got
-from lf.schedule.vjp import Root
+from lf.schedule.vjp import ends, vjp
 from lf.segment import Segment, Terms, path_of
 
 Carry = dict[str, Any]  # name → Tensor, or a function that waits for one
@@ -34,17 +35,16 @@ Carry = dict[str, Any]  # name → Tensor, or a function that waits for one
 @attrs.define
 class _Kept:
     """What the forward of a piece leaves for its backward. `x`: where it is to be made again, its input, or the slots of that · `inputs`: what the
-    gradients of its input are those of · `root`: a scalar from which the gradients in `seeds` flow into the graph; None where there is none yet,
-    or it leads to nothing that trains · `slots`: where a later action moves or makes again what the graph keeps."""
+    gradients of its input are those of · `ends`: where the gradients of its outputs and then of its losses come in; none where it has not run or
+    leads to nothing that trains · `slots`: where a later action moves or makes again what the graph keeps."""
 
     piece: Piece
     x: dict[str, Any] = attrs.field(factory=dict)
     inputs: dict[str, Tensor] = attrs.field(factory=dict)
-    root: Tensor | None = None
+    ends: tuple[GradientEdge, ...] = ()
     slots: Slots | None = None
     outputs: tuple[str, ...] = ()
     losses: tuple[str, ...] = ()
-    seeds: list[Tensor | None] = attrs.field(factory=list)
     probes: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
@@ -90,8 +90,8 @@ class _Rank:
         self.waits: list[Callable[[], None]] = []
         self.streams = ctx.device.copy_streams() if bound.away else None
         device = next(iter(batches[0].plan.values())).device
-        true = torch.ones((), dtype=torch.bool, device=device)
-        self.device, self.seen = device, [[true] for _ in batches]  # of each microbatch, whether what was looked at is finite
+        self.device = device
+        self.seen: list[list[Tensor]] = [[] for _ in batches]  # of each microbatch, numbers that are finite if it is
 
     def handlers(self) -> dict[str, Callable[[Action], None]]:
         compute = {"F": self.forward, "B": self.backward, "I": self.backward, "W": self.weights, "REMAT": self.remat}
@@ -112,7 +112,13 @@ class _Rank:
         self.finish_sums()
         if left := [*self.kept, *self.owed, *self.values, *self.sent]:
             raise AssertionError(f"the program left values alive: {left}")  # `check` proves that this cannot be
-        return self.grads, self.terms, torch.stack([torch.stack(flags).all() for flags in self.seen])
+        return self.grads, self.terms, self.finite()
+
+    def finite(self) -> Tensor:
+        """Whether all that was seen of each microbatch is."""
+        width, zero = max(1, *map(len, self.seen)), torch.zeros((), dtype=self.dtype, device=self.device)
+        numbers = [x.to(self.dtype) for row in self.seen for x in (*row, *[zero] * (width - len(row)))]
+        return torch.isfinite(torch.stack(numbers).view(-1, width)).all(1)
 
     def forward(self, a: Action) -> Iterator[None]:
         s, m = at = a.stage, a.microbatch
@@ -130,7 +136,7 @@ class _Rank:
             if keeps:
                 self.kept.setdefault(at, []).append(kept)
             _add_terms(self.terms, {"losses": losses})
-            self.seen[m] += [torch.isfinite(loss) for loss in losses.values()]
+            self.seen[m] += losses.values()
             yield
         whole = self.bound.known[s].atoms
         last = (self.bound.known[s].span(a.segment) or (0, 0))[1] == len(whole)
@@ -167,8 +173,7 @@ class _Rank:
                 outputs = {k: v for k, v in y.items() if v.requires_grad}
                 weighed = {k: v for k, v in losses.items() if v.requires_grad}
                 kept.outputs, kept.losses = tuple(outputs), tuple(weighed)
-                if outputs or weighed:
-                    kept.root = Root.apply(kept.seeds, *outputs.values(), *weighed.values())
+                kept.ends = ends((*outputs.values(), *weighed.values()))
         return kept, {k: v.detach() for k, v in y.items()}, {k: v.detach() for k, v in losses.items()}
 
     def pass_by(self, piece: Piece, carry: dict[str, Tensor], m: int, keeps: bool) -> tuple[_Kept, Carry, dict[str, Tensor]]:
@@ -225,7 +230,7 @@ class _Rank:
             if factors:
                 self.owed.setdefault(at, []).append((kept.piece.name, factors))
             if not (pieces and pieces[-1].piece.upstream):  # as far back as a gradient comes
-                self.seen[m] += [torch.isfinite(g).all() for g in dy.values()]
+                self.seen[m] += [torch.linalg.vector_norm(g, torch.inf) for g in dy.values() if g.numel()]  # one kernel: the largest of all
             yield
         if pieces:
             self.values["B", s, m] = dy  # the piece before takes it
@@ -243,11 +248,7 @@ class _Rank:
         # a weight with a sum of its own stands here for its product to stay in the backward; its gradient is None
         rest = [t for pair in kept.probes for t in pair] or [self.leaves[path] for _, _, path in piece.products]
         wanted = [*inputs.values(), *plain, *rest]
-        got: Sequence[Tensor | None] = [None] * len(wanted)
-        if kept.root is not None and wanted:
-            kept.seeds += [dy.get(k) for k in kept.outputs]
-            kept.seeds += [self.seeds[k] for k in kept.losses]
-            got = torch.autograd.grad(kept.root, wanted, allow_unused=True)
+        got = vjp(kept.ends, [*map(dy.get, kept.outputs), *(self.seeds[k] for k in kept.losses)], wanted)
         for path, g in zip(piece.leaves, got[len(inputs) :]):
             self.add(path, g)
         factors: list[tuple[str, Tensor, Tensor]] = []
