@@ -24,7 +24,7 @@ from lf.parallel.product import W, probe_of, weight_gradient
 from lf.parallel.reduce import reduce_gradients
 from lf.schedule.bind import Bound, Piece
 from lf.schedule.ir import Action, flat
-from lf.schedule.memory import memory_at
+from lf.schedule.memory import memory_is_full, out_of_memory
 from lf.schedule.slots import Slots, entry, got
 from lf.schedule.vjp import ends, vjp
 from lf.segment import Segment, Terms, path_of
@@ -63,13 +63,19 @@ def run(
     position.start(bound.number)
     for i, a in enumerate(bound.actions):
         position.at(i)
-        if clock is None:
-            do[a.op](a)
-        else:
-            rank.settle(a)
-            start = clock.moment()
-            do[a.op](a)
-            clock(i, start, clock.moment())
+        try:
+            if clock is None:
+                do[a.op](a)
+            else:
+                rank.settle(a)
+                start = clock.moment()
+                do[a.op](a)
+                clock(i, start, clock.moment())
+        except RuntimeError as error:
+            if memory_is_full(error):
+                what, name, share = rank.doing
+                raise out_of_memory(error, f"{what} {name}, action {a}", share, rank.grads) from error
+            raise
     position.done()
     return rank.results()
 
@@ -88,6 +94,7 @@ class _Rank:
         self.values: dict[tuple[str, int, int | None], Carry] = {}
         self.sent: dict[tuple[str, int, int | None], list[Callable[[], None]]] = {}
         self.waits: list[Callable[[], None]] = []
+        self.doing = ("the start of", "the program", 0.0)  # what with which piece, and the share of the stage's layers whose forward has begun
         self.streams = ctx.device.copy_streams() if bound.away else None
         device = next(iter(batches[0].plan.values())).device
         self.device = device
@@ -126,17 +133,18 @@ class _Rank:
         pieces = self.bound.pieces[s, a.segment]
         carry = _here(self.values.pop(("F", s, m), {}))
         for i, piece in enumerate(pieces):
-            with memory_at(f"the forward of {piece.name}, action {a}", (i + 1) / len(pieces), self.grads):
-                keeps = self.trains and piece.back
-                again = self.bound.again.get((s, m, piece.name)) if keeps else None
-                if keeps and again != ():
-                    kept, carry, losses = self.make(piece, carry, m, again or ())
-                else:
-                    kept, carry, losses = self.pass_by(piece, carry, m, keeps)
+            self.doing = "the forward of", piece.name, (i + 1) / len(pieces)
+            keeps = self.trains and piece.back
+            again = self.bound.again.get((s, m, piece.name)) if keeps else None
+            if keeps and again != ():
+                kept, carry, losses = self.make(piece, carry, m, again or ())
+            else:
+                kept, carry, losses = self.pass_by(piece, carry, m, keeps)
             if keeps:
                 self.kept.setdefault(at, []).append(kept)
-            _add_terms(self.terms, {"losses": losses})
-            self.seen[m] += losses.values()
+            if losses:
+                _add_terms(self.terms, {"losses": losses})
+                self.seen[m] += losses.values()
             yield
         whole = self.bound.known[s].atoms
         last = (self.bound.known[s].span(a.segment) or (0, 0))[1] == len(whole)
@@ -225,8 +233,8 @@ class _Rank:
         dy = _here(self.values.pop(("B", s, m), {}))
         while pieces and pieces[-1].piece.name in covered:  # a piece's activations go as soon as its backward is done
             kept = pieces.pop()
-            with memory_at(f"the backward of {kept.piece.name}, action {a}", 1.0, self.grads):
-                dy, factors = self.back(kept, dy)
+            self.doing = "the backward of", kept.piece.name, 1.0
+            dy, factors = self.back(kept, dy)
             if factors:
                 self.owed.setdefault(at, []).append((kept.piece.name, factors))
             if not (pieces and pieces[-1].piece.upstream):  # as far back as a gradient comes
@@ -278,9 +286,9 @@ class _Rank:
             if name not in covered:
                 left.append((name, factors))
                 continue
-            with memory_at(f"the weight gradients of {name}, action {a}", 1.0, self.grads):
-                for path, rows, dy in factors:
-                    weight_gradient(self.sum_of(path), rows, dy)
+            self.doing = "the weight gradients of", name, 1.0
+            for path, rows, dy in factors:
+                weight_gradient(self.sum_of(path), rows, dy)
             yield
         if left:
             self.owed[at] = left
@@ -292,22 +300,24 @@ class _Rank:
         pieces = self.kept[at]
         for i, kept in enumerate(pieces):
             if kept.piece.name in covered:
-                with memory_at(f"the second forward of {kept.piece.name}, action {a}", 1.0, self.grads):
-                    if a.ops and kept.slots is not None:
-                        kept.slots.remat()
-                    else:
-                        pieces[i], _, _ = self.make(kept.piece, {k: got(v) for k, v in kept.x.items()}, a.microbatch)
+                self.doing = "the second forward of", kept.piece.name, 1.0
+                if a.ops and kept.slots is not None:
+                    kept.slots.remat()
+                else:
+                    pieces[i], _, _ = self.make(kept.piece, {k: got(v) for k, v in kept.x.items()}, a.microbatch)
                 yield
 
     def copy(self, a: Action) -> None:
         """OFFLOAD and FETCH: they start copies; who needs one waits."""
         covered = self.bound.spans[a.stage, a.segment]
         for kept in self.kept[a.stage, a.microbatch]:
+            self.doing = "the copy of", kept.piece.name, 1.0
             if kept.piece.name in covered and kept.slots is not None:
                 (kept.slots.offload if a.op == "OFFLOAD" else kept.slots.fetch)(self.ctx.device, self.streams)
 
     def send(self, a: Action) -> None:
         kind, s, m = a.op[-1], a.stage, a.microbatch
+        self.doing = "the message of", f"stage {s}", 1.0
         to = self.bound.placement[s + 1 if kind == "F" else s - 1]
         carry = self.values.pop((f"out {kind}", s, m))
         self.sent[a.op, s, m] = [self.pipe.send(carry[k], to, f"{s}{kind}{m} {k}") for k in sorted(carry)]
@@ -317,6 +327,7 @@ class _Rank:
         kind, s, m = a.op[-1], a.stage, a.microbatch
         assert m is not None
         at, source = (s, s - 1) if kind == "F" else (s + 1, s + 1)
+        self.doing = "the message to", f"stage {s}", 1.0
         like = self.bound.shapes(self.batches[m], self.ctx).inputs[at]
         if kind == "B":
             like = {k: (shape, dtype) for k, (shape, dtype) in like.items() if dtype.is_floating_point}
@@ -334,10 +345,11 @@ class _Rank:
             self.finish_sums()
             self.grads[a.segment] = self.ctx.axes.some("pp", self.bound.tied[a.segment]).sum(self.grads[a.segment])
             return
-        specs = self.bound.reduced[a.stage, a.segment]
-        with memory_at(f"the sum of gradients of {a.segment}, action {a}", 1.0, self.grads):
-            for spec in specs:  # a parameter that no loss reached: its sum over the holders is still a collective that all must join
-                self.sum_of(spec.path)
+        paths, specs = self.bound.reduced[a.stage, a.segment]
+        self.doing = "the sum of gradients of", a.segment, 1.0
+        for path in paths:  # a parameter that no loss reached: its sum over the holders is still a collective that all must join
+            self.sum_of(path)
+        if specs:
             self.waits.append(reduce_gradients(specs, self.grads, self.ctx.axes))
 
     def finish_sums(self) -> None:
