@@ -25,9 +25,12 @@ from lf.console import Bar, console
 from lf.layouts import Layout
 from lf.record import Measured, measure, record_of
 from lf.runs import Run, RunError, cut_metrics, on_first_rank
+from lf.schedule import Program, chrome, picture
+from lf.schedule.ir import microbatches
+from lf.schedule.measured import Clock
 from lf.schedule.memory import OutOfMemory
 from lf.state import State
-from lf.train import Metrics
+from lf.train import Metrics, Step
 from lf.tree import Tree
 
 OFF_BY = 1.0  # nats that a fresh model's first loss may be from what it should be
@@ -82,22 +85,36 @@ class Policy:
         return every is not None and (step % every == 0 or step == self.steps)
 
 
+@attrs.frozen
+class Drawing:
+    """A step whose actions are timed and drawn into the run's folder: as they were on the pipeline of rank 0. `step`: counted from 1 · `programs`:
+    those of the run, lowered, one for each number of microbatches · `title`: of the drawing."""
+
+    step: int
+    programs: Sequence[Program]
+    title: str = ""
+
+
 def run(
     folder: Run,
     layout: Layout,
-    step: Callable[[State, Sequence[Batch]], tuple[State, Metrics]],
+    step: Step,
     state: State,
     feed: Feed,
     ctx: Any,
     policy: Policy,
     evaluate: Callable[[Tree], dict[str, float]] | None = None,
+    drawing: Drawing | None = None,
 ) -> State:
     """Steps from where `state` is to policy.steps, or to where a signal asks it to end: then int(state.step) is less, and all is saved.
 
-    `step`: from lf.train.make · `evaluate`: from lf.evaluate.make. Raises RunError when steps are not finite or replicas differ, OutOfMemory;
+    `step`: from lf.train.make · `evaluate`: from lf.evaluate.make · `drawing`: a step to be drawn. Raises ConfigError when that is none of the run,
+    RunError when steps are not finite or replicas differ, OutOfMemory;
     the checkpoints that are there stay.
     """
     first, screen = int(state.step), console(ctx.axes.rank)
+    if drawing is not None and not 1 <= drawing.step <= policy.steps:
+        raise ConfigError(f"step {drawing.step} cannot be drawn: the run has steps 1 to {policy.steps}")
     in_a_row = on_first_rank(lambda: _skipped_last(cut_metrics(folder.metrics, first)), ctx.axes)
     with ExitStack() as stack:
         write = stack.enter_context(log.opened(policy.log, folder, first, ctx.axes))
@@ -140,8 +157,9 @@ def run(
         stop = 0
         for i in range(first, policy.steps):
             began, batches = time.perf_counter(), feed.batches(i)
+            clock = Clock(ctx.axes, ctx.device) if drawing is not None and i + 1 == drawing.step else None
             try:
-                state, metrics = step(state, batches)
+                state, metrics = step(state, batches, clock) if clock else step(state, batches)
             except OutOfMemory as error:
                 raise memory.explained(error, layout, state, batches, feed.seq_len, ctx) from error
             measured = measure(i + 1, metrics, batches, began, asked(), layout, ctx)
@@ -150,8 +168,10 @@ def run(
             saving = policy.due(policy.save_every, i + 1) or bool(stop)
             evaluating = evaluate is not None and policy.due(policy.eval_every, i + 1)
             drifting = policy.drift_every is not None and (saving or policy.due(policy.drift_every, i + 1))
-            if saving or evaluating or drifting:
+            if saving or evaluating or drifting or clock:
                 stop = settle(partial(between, evaluating, drifting)) or stop
+            if clock and drawing:
+                screen.print(_drawn(clock, drawing, len(batches), folder, ctx), soft_wrap=True)
             if saving:  # it stands for metrics that are written
                 checkpoint.save(folder.checkpoints / f"step-{i + 1:08d}", layout, state, ctx, feed.about)
                 checkpoint.prune(folder.checkpoints, keep=policy.keep, ctx=ctx)
@@ -160,6 +180,20 @@ def run(
                     screen.print(f"{name}: ended after step {i + 1} of {policy.steps}, which is saved; the same command goes on", soft_wrap=True)
                     break
     return state
+
+
+def _drawn(clock: Clock, drawing: Drawing, n: int, folder: Run, ctx: Any) -> str:
+    """Collective: every rank tells rank 0 when its actions were, which draws them."""
+    timeline = clock.timeline(next(p for p in drawing.programs if microbatches(p) == n))
+    files = [folder.folder / f"step-{drawing.step:08d}{end}" for end in (".svg", ".png", ".json")]
+
+    def draw() -> None:
+        for file in files[:2]:
+            picture(timeline, file, f"step {drawing.step}: {drawing.title}")
+        chrome(timeline, files[2])
+
+    on_first_rank(draw, ctx.axes)
+    return f"step {drawing.step} is drawn: {', '.join(map(str, files))}"
 
 
 def _skipped_last(records: Sequence[dict[str, Any]]) -> int:
