@@ -51,7 +51,7 @@ def gradients(layout: Layout, program: Program | Sequence[Program], ctx: Any, co
     if layout.mesh != ctx.axes.mesh:
         raise MeshError(f"the layout is for mesh {layout.mesh}, the context has mesh {ctx.axes.mesh}")
     if compile:
-        _refuse_compile(layout, ctx)
+        _can_compile(layout, ctx)
     bound = _bound(layout, program, ctx, compile)
     model, objectives = layout.model, layout.model.objectives
     owned = [(path, piece) for path, piece in layout.owned(ctx.axes.coords) if path not in layout.frozen]
@@ -99,12 +99,14 @@ def _bound(layout: Layout, program: Program | Sequence[Program], ctx: Any, compi
     return bound
 
 
-def _refuse_compile(layout: Layout, ctx: Any) -> None:
-    """A full graph has no place for a collective, and a device may have no compiler."""
+def _can_compile(layout: Layout, ctx: Any) -> None:
+    """A full graph has no place for a collective, and a device may have no compiler. Raises ConfigError."""
     if layout.mesh.tp > 1:
         raise ConfigError(f"compile on mesh {layout.mesh}: a compiled layer may hold no collective, and with tp={layout.mesh.tp} it has some; use tp=1")
     if why := ctx.device.no_compiler():
         raise ConfigError(f"compile on device {ctx.device.NAME!r}: {why}; leave compile out")
+    for name in layout.mesh.grid(()):
+        ctx.axes[name]  # made on first use, which a compiler would trace
 
 
 def _given(bound: Bound, losses: dict[str, Tensor], batch: Batch, ctx: Any) -> Sequence[Collection[str]]:
