@@ -10,6 +10,7 @@ There is no mean of means: every rank back-propagates its own sums with the one 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from lf.batch import Batch, BatchError
 from lf.config import ConfigError
 from lf.layouts import Layout
 from lf.memory import refuse_what_cannot_fit
-from lf.mesh import MeshError
+from lf.mesh import Mesh, MeshError
 from lf.optim import Optimizer
 from lf.parallel.reduce import owned_square_sum
 from lf.schedule import Action, Program, ProgramError, check, draw
@@ -51,7 +52,9 @@ def gradients(layout: Layout, program: Program | Sequence[Program], ctx: Any, co
     if layout.mesh != ctx.axes.mesh:
         raise MeshError(f"the layout is for mesh {layout.mesh}, the context has mesh {ctx.axes.mesh}")
     if compile:
-        _can_compile(layout, ctx)
+        refuse_compile(layout.mesh, ctx.device)
+        for name in layout.mesh.grid(()):
+            ctx.axes[name]  # made on first use, which a compiler would trace
     bound = _bound(layout, program, ctx, compile)
     model, objectives = layout.model, layout.model.objectives
     owned = [(path, piece) for path, piece in layout.owned(ctx.axes.coords) if path not in layout.frozen]
@@ -99,14 +102,12 @@ def _bound(layout: Layout, program: Program | Sequence[Program], ctx: Any, compi
     return bound
 
 
-def _can_compile(layout: Layout, ctx: Any) -> None:
-    """A full graph has no place for a collective, and a device may have no compiler. Raises ConfigError."""
-    if layout.mesh.tp > 1:
-        raise ConfigError(f"compile on mesh {layout.mesh}: a compiled layer may hold no collective, and with tp={layout.mesh.tp} it has some; use tp=1")
-    if why := ctx.device.no_compiler():
-        raise ConfigError(f"compile on device {ctx.device.NAME!r}: {why}; leave compile out")
-    for name in layout.mesh.grid(()):
-        ctx.axes[name]  # made on first use, which a compiler would trace
+def refuse_compile(mesh: Mesh, device: ModuleType) -> None:
+    """Raises ConfigError: a full graph has no place for a collective, and a device may have no compiler."""
+    if mesh.tp > 1:
+        raise ConfigError(f"compile on mesh {mesh}: a compiled layer may hold no collective, and with tp={mesh.tp} it has some; use tp=1")
+    if why := device.no_compiler():
+        raise ConfigError(f"compile on device {device.NAME!r}: {why}; leave compile out")
 
 
 def _given(bound: Bound, losses: dict[str, Tensor], batch: Batch, ctx: Any) -> Sequence[Collection[str]]:
@@ -129,8 +130,8 @@ def make(
 ) -> tuple[Callable[[Tree], State], Step]:
     """(init, step): init(master params) -> State; step(state, microbatches, clock=None) -> (state, metrics). Everything refusable is refused here.
 
-    program, compile, clock: as in `gradients`; a step runs the one for its number of microbatches. metrics: those of `gradients`, and lr, skipped (1 where loss
-    or norm was not finite and nothing was changed). They lie on the device: read them a step later and the host never waits. `clip`: the
+    program, compile, clock: as in `gradients`; a step runs the program for its number of microbatches. metrics: those of
+    `gradients`, and lr, skipped (1 where loss or norm was not finite and nothing was changed). They lie on the device: read them a step later and the host never waits. `clip`: the
     largest gradient norm (None: unlimited). `init` takes the parameters over and a state is used up by its step: both are updated in place.
     A state that cannot fit into memory raises OutOfMemory here, a step that does not fit when it is made.
     """

@@ -62,22 +62,26 @@ def main(config: Config) -> None:
     # with --json - standard output belongs to the report
     screen = Console(stderr=True, highlight=False) if config.json == "-" else lf.console.console()
     refuse(config)
-    lf.devices.get(config.device)
+    device = lf.devices.get(config.device)
     meshes = [lf.Mesh.parse(text).fill() for text in config.mesh or ("tp=2,dp=2", "tp=4", "dp=3", "pp=2,tp=2")]
     model = build(config, screen.print)
-    how = [lf.pipeline.Pipeline(s, config.chunks, config.split, config.recompute, config.offload, config.freeze) for s in config.schedule or ("1f1b",)]
-    runs = [(mesh, pipeline) for mesh in meshes for pipeline in how]
+    flags = (config.chunks, config.split, config.recompute, config.offload, config.freeze)
+    pipelines = [lf.pipeline.Pipeline(name, *flags) for name in config.schedule or ("1f1b",)]
+    runs = [(mesh, pipeline) for mesh in meshes for pipeline in pipelines]
     for mesh, pipeline in runs:  # refused before anything runs
         pipeline.program(pipeline.layout(model, mesh, config.tokens), config.microbatches)
+        if config.compile:
+            lf.train.refuse_compile(mesh, device)
     writable(config.json)
 
     results = []
     for i, (mesh, pipeline) in enumerate(runs, 1):
-        with screen.status(f"mesh {mesh} {told(pipeline)} ({i} of {len(runs)}): {mesh.size} ranks"):
+        about = told(mesh, pipeline)
+        with screen.status(f"mesh {mesh} {about} ({i} of {len(runs)}): {mesh.size} ranks"):
             results.append(measured(config, model, mesh, pipeline))
         result = results[-1]
         passed = isinstance(result, lf.parity.Report) and result.ok
-        words = result if isinstance(result, lf.parity.Report) else f"mesh {mesh} {told(pipeline)}: {result}"
+        words = result if isinstance(result, lf.parity.Report) else " ".join(filter(None, ("mesh", str(mesh), about))) + f": {result}"
         screen.print(f"{'ok' if passed else 'DISAGREES'}: {words}", style=None if passed else "red", markup=False, soft_wrap=True)
     reports = [r for r in results if isinstance(r, lf.parity.Report)]
     if reports:
@@ -85,7 +89,7 @@ def main(config: Config) -> None:
     ok = len(reports) == len(results) and all(r.ok for r in reports)
     if config.json:
         reported = [
-            r.to_dict() if isinstance(r, lf.parity.Report) else {"mesh": str(m), "about": told(p), "ok": False, "error": r}
+            r.to_dict() if isinstance(r, lf.parity.Report) else {"mesh": str(m), "about": told(m, p), "ok": False, "error": r}
             for (m, p), r in zip(runs, results)
         ]
         text = json.dumps({"model": config.model, "config": lf.config.to_dict(model.config), "ok": ok, "reports": reported}, indent=1) + "\n"
@@ -94,10 +98,11 @@ def main(config: Config) -> None:
         sys.exit(1)
 
 
-def told(p: lf.pipeline.Pipeline) -> str:
-    """What distinguishes it from 1F1B that keeps everything."""
+def told(mesh: lf.Mesh, p: lf.pipeline.Pipeline) -> str:
+    """The schedule, where there is one to speak of, and what was asked for besides."""
     given = {"chunks": p.chunks, "split": p.split, "recompute": p.recompute, "offload": p.offload, "freeze": ",".join(p.freeze)}
-    return " ".join([p.schedule, *(f"{name} {value}" for name, value in given.items() if value not in (None, "", "none", "count"))])
+    schedule = [p.schedule] if mesh.pp > 1 or p.schedule != "1f1b" else []
+    return " ".join([*schedule, *(f"{name} {value}" for name, value in given.items() if value not in (None, "", "none", "count"))])
 
 
 def measured(config: Config, model: lf.segment.Model, mesh: lf.Mesh, pipeline: lf.pipeline.Pipeline) -> "lf.parity.Report | str":
@@ -106,7 +111,7 @@ def measured(config: Config, model: lf.segment.Model, mesh: lf.Mesh, pipeline: l
     asked = {name: getattr(config, name) for name in ("microbatches", "seed", "tokens", "padding", "device", "compile")}
     asked |= {"split": tuple(map(len, map(layout.layers, range(len(layout.stages))))), "placement": layout.placement, "frozen": config.freeze}
     try:
-        return attrs.evolve(lf.parity.compare(model, mesh, program=pipeline.program, **asked), about=told(pipeline))
+        return attrs.evolve(lf.parity.compare(model, mesh, program=pipeline.program, **asked), about=told(mesh, pipeline))
     except (lf.sim.CollectiveMismatch, lf.sim.Deadlock) as error:
         return f"{type(error).__name__}: {error}"
 

@@ -85,7 +85,7 @@ def main(config: Config) -> tuple[lf.State, lf.context.Context]:
     layout = pipeline.layout(model, axes.mesh, config.seq_len)  # who holds what
     policy = lf.loop.Policy(
         steps, config.save_every, config.keep, config.eval_every, config.drift_every, config.on_nonfinite, config.log,
-        first_loss=None if config.weights else math.log(model.config.vocab),
+        first_loss=None if config.weights else math.log(model.config.vocab), draw_step=config.draw_step,
     )  # fmt: skip
     micro_batch = lf.pipeline.micro_batch(config.micro_batch, config.microbatches, config.global_batch, axes.mesh["dp"])
     counts = ramp.microbatches(micro_batch, axes.mesh["dp"])
@@ -133,8 +133,7 @@ def main(config: Config) -> tuple[lf.State, lf.context.Context]:
     else:
         state = init(lf.hf.load(config.weights, layout, ctx, weights_dtype) if config.weights else lf.init(layout, ctx, config.seed))
     feed = lf.loop.Feed(batches, ramp.consumed, config.seq_len, data)
-    drawing = None if config.draw_step is None else lf.loop.Drawing(config.draw_step, programs, told)
-    state = lf.loop.run(run, layout, step, state, feed, ctx, policy, evaluate, drawing)
+    state = lf.loop.run(run, layout, step, state, feed, ctx, policy, evaluate, programs)
     if int(state.step) < steps:  # a signal has asked it to end; all is saved
         return state, ctx
     lf.hf.save(run.folder / "hf", layout, state, ctx, tokenizer, export_dtype)

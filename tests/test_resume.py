@@ -175,8 +175,8 @@ def _richer(config: pretrain.Config) -> pretrain.Config:
     held.mkdir()
     (held / "a.txt").write_text("return x ( y ) : yield self")
     return attrs.evolve(
-        config, mesh="tp=2", micro_batch=1, batch_ramp="1:1:9", eval=(f"held={held}",), eval_every=4, drift_every=2, lr_schedule="wsd", save_every=100,
-        log="tensorboard", steps=None, tokens=15 * 38,
+        config, mesh="tp=2", micro_batch=1, batch_ramp="1:1:9", eval=(f"held={held}",), eval_every=4, drift_every=2, lr_schedule="wsd",
+        save_every=100, log="tensorboard", steps=None, tokens=15 * 38,
     )  # fmt: skip
 
 

@@ -144,7 +144,8 @@ def test_a_line_says_what_a_step_is():
     ctx = context(lf.solo(), "bf16")
     line = lf.runs.summary("small", lf.layout(model, lf.Mesh(tp=2, dp=2)), ctx, 64, 2, 3, "1f1b, 1 stage")
     size = sum(p.numel() for p in lf.tree.leaves(lf.init(lf.layout(model, lf.Mesh(dp=1)), ctx, 0)))
-    assert line == f"small: {size:,} parameters in bfloat16 on {lf.Mesh(tp=2, dp=2)} (cpu); a step is 12 rows of 64 = 2 × 3 microbatches × dp=2; 1f1b, 1 stage"
+    step = "a step is 12 rows of 64 = 2 × 3 microbatches × dp=2; 1f1b, 1 stage"
+    assert line == f"small: {size:,} parameters in bfloat16 on {lf.Mesh(tp=2, dp=2)} (cpu); {step}"
 
 
 def test_metrics_after_the_checkpoint_and_a_torn_line_go(tmp_path):

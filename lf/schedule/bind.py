@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any
 
 import attrs
@@ -117,7 +118,7 @@ def _piece(
     return Piece(index, name, fns[key], names, leaves, tuple((s, n, path) for s, n, path, w in trained if w), upstream, hi > stage.stop)
 
 
-def _layer(applies: Sequence[Callable[..., Any]]) -> LayerFn:
+def _layer(applies: Sequence[Callable[..., Any]]) -> FunctionType:
     def fn(values: tuple[dict[str, Tensor | W], ...], x: Any, batch: Any, ctx: Any) -> tuple[Any, Losses]:
         losses: Losses = {}
         for apply, p in zip(applies, values):
@@ -125,13 +126,16 @@ def _layer(applies: Sequence[Callable[..., Any]]) -> LayerFn:
             losses.update(terms.get("losses", {}))
         return x, losses
 
+    assert isinstance(fn, FunctionType)
     return fn
 
 
-def _compiled(fn: LayerFn) -> LayerFn:
+def _compiled(fn: FunctionType) -> LayerFn:
     import torch
 
-    return torch.compile(fn, fullgraph=True)
+    # The compiler counts what it makes of a code object and stops at a few: kinds of layer must not share one.
+    own = FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, None, fn.__closure__)
+    return torch.compile(own, fullgraph=True)
 
 
 def _traced(layout: Layout) -> Callable[[Any, Any], Shapes]:
