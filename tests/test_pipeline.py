@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import datasets  # noqa: F401 — loaded once here, not in every process that is forked
 import pytest
+import tokenizers  # noqa: F401
+import torch._dynamo  # noqa: F401 — the first operation on meta tensors wants it
 from helpers import MEASURED, QWEN3, ROOT, processes
 
 import lf
