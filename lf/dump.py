@@ -2,11 +2,13 @@
 
 The Python stack of every thread is written by the signal handler itself, in native code, so it comes whatever the process is stuck in, also where
 native code has kept the interpreter's lock. Then the process's Positions are said: by a thread that the signal wakes, since the main thread may
-wait in native code for ever. A process that hears SIGUSR1 in a way of its own keeps it.
+wait in native code for ever. A second signal that comes while the first is being answered may get the second part alone. A process that hears
+SIGUSR1 in a way of its own keeps it.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
 import os
@@ -34,6 +36,7 @@ class Listener:
         else:  # an event loop has it: then the main thread says it, when it comes back to Python
             signal.set_wakeup_fd(before)
         self._excepthook, sys.excepthook = sys.excepthook, self._uncaught
+        atexit.register(self._end)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if not self.threaded:
@@ -54,6 +57,11 @@ class Listener:
     def _uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         self._excepthook(kind, error, trace)
         self.say()
+
+    def _end(self) -> None:  # Python gives signals back their defaults as it ends: this one would kill a process that has ended well
+        if signal.getsignal(signal.SIGUSR1) is self:
+            faulthandler.unregister(signal.SIGUSR1)
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     def _forget(self) -> None:
         with contextlib.suppress(ValueError, OSError):  # else a signal to the child would wake the parent

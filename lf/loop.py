@@ -107,6 +107,7 @@ def run(
     the checkpoints that are there stay.
     """
     first, screen = int(state.step), console(ctx.axes.rank)
+    ctx.axes.position.counts["step"] = first  # a drawing of where the ranks are then names a step as the records do
     in_a_row = on_first_rank(lambda: _skipped_last(cut_metrics(folder.metrics, first)), ctx.axes)
     with ExitStack() as stack:
         write = stack.enter_context(log.opened(policy.log, folder, first, ctx.axes))

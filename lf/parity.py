@@ -132,7 +132,7 @@ def compare(
     device: str = "cpu",
     spmd: Callable[..., list[Any]] = simulated,
     program: Callable[[Layout, int], Program] = build,
-    compile: bool = False,
+    compile: bool | str = False,
 ) -> Report:
     """`model` on `mesh`, with `microbatches` a rank and step, against one rank. `split`, `placement`, `frozen`: as in `lf.layout`; the one rank has
     one stage, and the same frozen. `program(layout, microbatches)`: what the mesh does in a step; the one rank makes a forward and its backward in
@@ -162,7 +162,7 @@ def trace(
     lr: float,
     clip: float | None,
     device: str,
-    compile: bool = False,
+    compile: bool | str = False,
 ) -> Trace:
     """This rank's part of a few steps of `lf.train.make`. batches[step] are the microbatches of all dp coordinates."""
     ctx = Context(axes, devices.get(device), "fp64")

@@ -10,7 +10,6 @@ There is no mean of means: every rank back-propagates its own sums with the one 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,11 +20,13 @@ from lf.batch import Batch, BatchError
 from lf.config import ConfigError
 from lf.layouts import Layout
 from lf.memory import refuse_what_cannot_fit
-from lf.mesh import Mesh, MeshError
+from lf.mesh import MeshError
 from lf.optim import Optimizer
 from lf.parallel.reduce import owned_square_sum
 from lf.schedule import Action, Program, ProgramError, check, draw
 from lf.schedule.bind import Bound, bind
+from lf.schedule.compiled import refuse_compile
+from lf.schedule.draw import WIDTH
 from lf.schedule.ir import flat, microbatches
 from lf.schedule.lower import is_lowered, lower
 from lf.schedule.measured import Clock
@@ -40,21 +41,20 @@ Gradients = tuple[Tree, Metrics]
 Step = Callable[..., tuple[State, Metrics]]
 
 
-def gradients(layout: Layout, program: Program | Sequence[Program], ctx: Any, compile: bool = False) -> Callable[..., Gradients]:
+def gradients(layout: Layout, program: Program | Sequence[Program], ctx: Any, compile: bool | str = False) -> Callable[..., Gradients]:
     """fn(params, microbatches, clock=None) -> (gradients as a tree like params, metrics): the half of a step before the optimizer.
 
     program: one, or one for each number of microbatches that occurs. params: the compute copy. Gradients come in the master dtype, summed over
     all ranks. metrics are device scalars, equal on all ranks: loss (Σ_k λ_k · mean of objective k), one entry per objective, grad_norm, tokens
     (the count of the first objective: tokens with a label); and finite, (microbatches,) bool, this rank's own, as in `lf.schedule.run.run`.
-    clock: an `lf.schedule.measured.Clock` that takes the step down. `compile`: each distinct layer by torch.compile, as a full graph.
+    clock: an `lf.schedule.measured.Clock` that takes the step down. `compile`: each distinct layer by torch.compile, True or
+    the name of a backend.
     Raises ProgramError, MeshError where programs, layout and ranks do not fit together, ConfigError for a compile that cannot be.
     """
     if layout.mesh != ctx.axes.mesh:
         raise MeshError(f"the layout is for mesh {layout.mesh}, the context has mesh {ctx.axes.mesh}")
     if compile:
-        refuse_compile(layout.mesh, ctx.device)
-        for name in layout.mesh.grid(()):
-            ctx.axes[name]  # made on first use, which a compiler would trace
+        refuse_compile(layout.mesh, ctx.device, compile)
     bound = _bound(layout, program, ctx, compile)
     model, objectives = layout.model, layout.model.objectives
     owned = [(path, piece) for path, piece in layout.owned(ctx.axes.coords) if path not in layout.frozen]
@@ -83,7 +83,7 @@ def gradients(layout: Layout, program: Program | Sequence[Program], ctx: Any, co
     return fn
 
 
-def _bound(layout: Layout, program: Program | Sequence[Program], ctx: Any, compile: bool) -> dict[int, Bound]:
+def _bound(layout: Layout, program: Program | Sequence[Program], ctx: Any, compile: bool | str) -> dict[int, Bound]:
     """Each program, lowered, checked and bound, by its number of microbatches."""
     # a program is the actions of each rank, several programs are a sequence of those
     programs: Any = [program] if not program or not program[0] or isinstance(program[0][0], Action) else program
@@ -92,22 +92,14 @@ def _bound(layout: Layout, program: Program | Sequence[Program], ctx: Any, compi
         count = microbatches(p)
         if count in bound:
             raise ProgramError(f"two programs are for {count} microbatches: a step could not tell which to run")
+        if not any(a.op in ("B", "I") for row in p for a in flat(row)):
+            raise ProgramError(f"the program has no backward, so nothing would be learned:\n{draw(p, width=WIDTH)}")
         if not is_lowered(p):
             check(p, layout, count)  # before passes, so that the drawing is of what was given
             p = lower(p, layout)
         check(p, layout, count)
-        if not any(a.op in ("B", "I") for row in p for a in flat(row)):
-            raise ProgramError(f"the program has no backward, so nothing would be learned:\n{draw(p)}")
         bound[count] = bind(p, layout, ctx, compile)
     return bound
-
-
-def refuse_compile(mesh: Mesh, device: ModuleType) -> None:
-    """Raises ConfigError: a full graph has no place for a collective, and a device may have no compiler."""
-    if mesh.tp > 1:
-        raise ConfigError(f"compile on mesh {mesh}: a compiled layer may hold no collective, and with tp={mesh.tp} it has some; use tp=1")
-    if why := device.no_compiler():
-        raise ConfigError(f"compile on device {device.NAME!r}: {why}; leave compile out")
 
 
 def _given(bound: Bound, losses: dict[str, Tensor], batch: Batch, ctx: Any) -> Sequence[Collection[str]]:
@@ -126,13 +118,13 @@ def _world_sums(
 
 
 def make(
-    layout: Layout, optimizer: Optimizer, program: Program | Sequence[Program], ctx: Any, clip: float | None = 1.0, compile: bool = False
+    layout: Layout, optimizer: Optimizer, program: Program | Sequence[Program], ctx: Any, clip: float | None = 1.0, compile: bool | str = False
 ) -> tuple[Callable[[Tree], State], Step]:
     """(init, step): init(master params) -> State; step(state, microbatches, clock=None) -> (state, metrics). Everything refusable is refused here.
 
     program, compile, clock: as in `gradients`; a step runs the program for its number of microbatches. metrics: those of
-    `gradients`, and lr, skipped (1 where loss or norm was not finite and nothing was changed). They lie on the device: read them a step later and the host never waits. `clip`: the
-    largest gradient norm (None: unlimited). `init` takes the parameters over and a state is used up by its step: both are updated in place.
+    `gradients`, and lr, skipped (1 where loss or norm was not finite and nothing was changed). They lie on the device:
+    read them a step later and the host never waits. `clip`: the largest gradient norm (None: unlimited). `init` takes the parameters over and a state is used up by its step: both are updated in place.
     A state that cannot fit into memory raises OutOfMemory here, a step that does not fit when it is made.
     """
     if clip is not None and not clip > 0:

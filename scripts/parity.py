@@ -18,6 +18,7 @@ from rich.console import Console
 
 import lf
 from lf.models.small import shrunk, tiny
+from lf.schedule.compiled import refuse_compile
 
 RANKS = 1  # the ranks of the mesh are simulated
 
@@ -71,7 +72,7 @@ def main(config: Config) -> None:
     for mesh, pipeline in runs:  # refused before anything runs
         pipeline.program(pipeline.layout(model, mesh, config.tokens), config.microbatches)
         if config.compile:
-            lf.train.refuse_compile(mesh, device)
+            refuse_compile(mesh, device)
     writable(config.json)
 
     results = []

@@ -116,6 +116,8 @@ def run(command: str) -> None:
     assert program == "scripts/launch", command
     args = ["cpu" if word == "cuda" else word for word in args]
     assert launch.main(["--dry-run", *args]) == 0, command
+    while args[0].startswith("--"):  # the launcher's own, each with its value
+        del args[:2]
     name, *own = args
     config = small(tyro.cli(script(name).Config, args=own))
     mesh = lf.Mesh.parse(getattr(config, "mesh", "")).fill()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from lf import launch, supervise
+import lf
+from lf import launch, position, supervise
 from lf.cluster import Cluster, ClusterError, count_devices, find, first_host
 from lf.mesh import MeshError
 
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_NTASKS", "SLURM_PROCID", "NNODES", "PET_NNODES", "MASTER_ADDR",
-           "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTHONPATH", "LF_RANK_LOGS", "LF_LAUNCHER")
+           "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTHONPATH", "LF_RANK_LOGS", "LF_LAUNCHER", "LF_TIMEOUT")
 
 
 @pytest.fixture
@@ -107,6 +109,19 @@ def test_a_scripts_options_are_its_own(script):
     assert (found.module, found.training_script, found.training_script_args) == (True, "lf.worker", ["job.py", *args])
 
 
+def test_how_long_a_collective_may_wait(script, monkeypatch):
+    script()
+    assert launch.plan(Path("job.py"), [], env={}, timeout=2.5).env["LF_TIMEOUT"] == "2.5"
+    assert "LF_TIMEOUT" not in launch.plan(Path("job.py"), [], env={}).env
+    monkeypatch.setenv("LF_TIMEOUT", "2.5")
+    assert lf.connect(lf.Mesh(), lf.devices.get("cpu")).timeout.total_seconds() == 2.5
+    assert lf.connect(lf.Mesh(), lf.devices.get("cpu"), timeout_s=7).timeout.total_seconds() == 7
+    for wrong in ("0", "soon", "inf"):
+        monkeypatch.setenv("LF_TIMEOUT", wrong)
+        with pytest.raises(lf.config.ConfigError, match=f"LF_TIMEOUT={wrong}: give seconds"):
+            lf.connect(lf.Mesh(), lf.devices.get("cpu"))
+
+
 def test_the_run_folder(script):
     script('OUT = "runs/mine"')
     assert launch.plan(Path("job.py"), [], env={}).logs.parent == Path("runs/mine/logs")
@@ -156,6 +171,8 @@ def test_a_mesh_that_does_not_match_the_world_shows_both_products(script, capsys
         (["nothing.py"], "no script nothing.py"),
         (["job.py", "--mesh", "xp=2"], "unknown axis 'xp'"),
         (["--nproc", "two", "job.py"], "--nproc two"),
+        (["--timeout", "0", "job.py"], "--timeout 0: give seconds"),
+        (["--timeout=soon", "job.py"], "--timeout soon: give seconds"),
         (["--frob", "job.py"], "--frob is no option"),
         (["job.py", "--config", "gone.json"], "gone.json"),
         (["broken.py"], "broken.py, line 2"),
@@ -402,6 +419,115 @@ def test_under_torchrun_every_rank_hears_a_signal(script, tmp_path):
     job.communicate(timeout=60)
     assert job.returncode == 0
     assert [(logs / f"rank{r}.log").read_text().splitlines()[-1] for r in range(3)] == [f"heard {int(signal.SIGUSR2)}"] * 3
+
+
+# where the ranks are
+
+STANDS = """
+import os, sys, time
+from lf.position import Position
+MESH = "pp=2"
+rank = int(os.environ["RANK"])
+position = Position(rank, f"pp={rank}", os.environ["LF_RANK_LOGS"])
+number = position.program([f"{rank}{action}" for action in ("F0", "F1", "SEND_F0", "SEND_F1", "RECV_B0", "B0", "RECV_B1", "B1", "REDUCE[head]")])
+for _ in range(2 - rank):
+    position.start(number)
+position.at(4)
+def stands():
+    open(f"{sys.argv[1]}/{rank}.up", "w").close()
+    while not os.path.exists(f"{sys.argv[1]}/fail"):
+        time.sleep(0.02)
+    if rank == 1:
+        position.at(7)
+        raise ValueError("boom")
+    os.read(os.pipe()[0], 1)
+stands()
+"""
+
+
+def wait_for(what, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "did not come"
+        time.sleep(0.02)
+
+
+def test_under_torchrun_every_rank_says_where_it_is_when_asked_and_when_one_fails(script, tmp_path):
+    script(STANDS)
+    job = start("job.py", str(tmp_path))
+    wait_for(lambda: all((tmp_path / f"{rank}.up").exists() for rank in (0, 1)))
+    logs = next(Path("runs/job/logs").iterdir())
+    stacks = [lambda rank=rank: (logs / f"rank{rank}.log").read_text().count("in stands") for rank in (0, 1)]
+    job.send_signal(signal.SIGUSR1)
+    assert job.stderr is not None
+    said = [job.stderr.readline() for _ in range(5)]
+    assert said[:2] == ["\n", "lf: where the ranks are:\n"]
+    assert re.fullmatch(r"  rank 0  pp=0  step 2             .+ s +5 of 9: … 0F1 0SEND_F0 0SEND_F1 >>0RECV_B0<< 0B0 0RECV_B1 0B1 …\n", said[2])
+    assert re.fullmatch(r"  rank 1  pp=1  step 1 \(1 behind\)  .+ s +5 of 9: … 1F1 1SEND_F0 1SEND_F1 >>1RECV_B0<< .*\n", said[3])
+    assert said[4] == f"  Python stacks: {logs}/rank0.log … rank1.log\n"
+    wait_for(lambda: [count() for count in stacks] == [1, 1])
+    assert job.poll() is None  # the run goes on
+    (tmp_path / "fail").touch()
+    out, err = job.communicate(timeout=100)
+    assert (job.returncode, out) == (1, "")  # nor is rank 0's screen written to
+    cause, drawn = err.split("lf: where the ranks were:\n")
+    assert "ValueError: boom" in cause
+    assert "0SEND_F1 >>0RECV_B0<< 0B0" in drawn.splitlines()[0]
+    assert "8 of 9: … 1RECV_B0 1B0 1RECV_B1 >>1B1<< 1REDUCE[head]" in drawn.splitlines()[1]
+    assert "lf: rank 1 stopped first (exit code 1)" in drawn.splitlines()[3]
+    assert stacks[0]() == 2  # rank 1's failure has asked it
+    assert "in stands" in (logs / "rank1.log").read_text().split("Traceback")[1]
+
+
+def test_a_rank_that_was_killed_is_drawn_too(script):
+    script(STANDS.replace("stands()\n", "os.kill(os.getpid(), 9)\n"))
+    job = start("job.py", ".", RANK="1", WORLD_SIZE="2", TORCHELASTIC_RUN_ID="j1")
+    err = job.communicate(timeout=60)[1]
+    assert job.returncode == 137
+    assert "rank 1 was ended by SIGKILL" in err
+    assert "1SEND_F1 >>1RECV_B0<< 1B0" in err
+    assert "Python stacks: runs/job/logs/j1/rank1.log\n" in err
+
+
+def test_a_run_that_fails_before_its_work_draws_nothing(script):
+    script("raise ValueError('boom')")
+    job = start("job.py", RANK="1", WORLD_SIZE="2")
+    assert "where the ranks" not in job.communicate(timeout=60)[1]
+
+
+def test_what_is_left_of_an_older_run_is_not_drawn(script):
+    logs = Path("runs/job/logs/j1")
+    logs.mkdir(parents=True)
+    old = position.Position(1, "", logs)
+    old.start(old.program(["0F0"]))
+    script("raise ValueError('boom')")
+    job = start("job.py", RANK="1", WORLD_SIZE="2", TORCHELASTIC_RUN_ID="j1")
+    assert "where the ranks" not in job.communicate(timeout=60)[1]
+
+
+def test_a_report_says_what_it_cannot_read(tmp_path, capsys):
+    good = position.Position(0, "pp=0", tmp_path)
+    good.start(good.program(["0F0", "0B0"]))
+    (tmp_path / "rank1.at").write_bytes(b"damaged")
+    assert supervise.report(3, tmp_path, range(4)) == 3
+    said = capsys.readouterr().err
+    assert "1 of 2: >>0F0<< 0B0" in said
+    assert "rank 1        rank1.at is no position: 7 bytes" in said
+    assert said.count("has not said where it is") == 2
+
+
+def test_a_signal_before_a_rank_listens_ends_nothing(script):
+    script("import time\nprint('up', flush=True)\ntime.sleep(60)")
+    job = start("job.py", RANK="0", WORLD_SIZE="1", TORCHELASTIC_RUN_ID="j1")
+    assert job.stdout is not None
+    wait_for(Path("runs/job/logs/j1/rank0.log").exists)  # the launcher listens
+    for _ in range(20):
+        job.send_signal(signal.SIGUSR1)
+        time.sleep(0.01)
+    assert job.stdout.readline() == "up\n"
+    job.send_signal(signal.SIGINT)
+    assert "has not said where it is" in job.communicate(timeout=30)[1]
+    assert job.returncode == 130
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")

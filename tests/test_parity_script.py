@@ -60,7 +60,7 @@ def test_a_preset_is_shrunk_and_says_so(monkeypatch, capsys, tmp_path) -> None:
         (("--mesh", "pp=2", "--chunks", "2"), "one_f_one_b has one stage on each rank"),
         (("--mesh", "pp=2", "--recompute", "fll"), "unknown part of --recompute 'fll'; did you mean 'full'"),
         (("--mesh", "pp=2", "--schedule", "zb-v", "--split", "e,2,h"), "--split e,2,h is of 3 stages; --schedule zb-v on pp=2 has 4"),
-        (("--mesh", "tp=2", "--compile"), "compile on mesh tp=2: a compiled layer may hold no collective"),
+        (("--mesh", "tp=2", "--compile"), "compiled layers: mesh tp=2 has tp=2"),
         (("--mesh", "tp=0"), "mesh axis tp=0 must be at least 1"),
         (("--model", "nonsense"), "nonsense"),
         (("--tokens", "3"), "--tokens 3: at least 4"),

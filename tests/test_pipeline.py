@@ -1,180 +1,279 @@
-"""A pipeline by its flags: what they make of a model, what they refuse, and runs of the scripts that go on under others."""
+"""Law 1 for every schedule: pipelines with tp and dp beside them, uneven and empty stages, fewer microbatches than stages, recompute and offload."""
 
 from __future__ import annotations
 
-import json
 import random
-import sys
-from pathlib import Path
+import weakref
+from functools import partial
 from typing import Any
 
 import attrs
-import datasets  # noqa: F401 — loaded once here, not in every process that is forked
 import pytest
-import tokenizers  # noqa: F401
-import torch._dynamo  # noqa: F401 — the first operation on meta tensors wants it
-from helpers import MEASURED, QWEN3, ROOT, processes
+import torch
+from helpers import SEED, context, processes
 
 import lf
-from lf.config import ConfigError
+from lf import parity, tree
+from lf.models.decoder import decoder
 from lf.models.small import tiny
-from lf.pipeline import Pipeline, micro_batch
-from lf.schedule import ProgramError
-from lf.spec import LayoutError
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import evaluate
-import export
-import pretrain
-
-WIDE = attrs.evolve(tiny().config, layers=tiny().config.layers[:1] * 6, vocab=4000)
-MODEL = lf.models.decoder.decoder(WIDE)  # embed, six layers and a head that costs as much as several
+from lf.schedule import Action, ProgramError, check
+from lf.schedule.bind import bind
+from lf.schedule.build import build
+from lf.schedule.named import SCHEDULES
+from lf.schedule.recompute import parse_offload, parse_recompute
+from lf.schedule.run import run
+from lf.segment import Model, Objective, Segment
+from lf.spec import Param, Tied, normal
 
 
-def sizes(pipeline: Pipeline, pp: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    layout = pipeline.layout(MODEL, lf.Mesh(pp=pp), 64)
-    return tuple(len(layout.layers(s)) for s in range(len(layout.stages))), layout.placement
+def deep(tied: bool = True, layers: int = 4) -> Model:
+    config = tiny(tied).config
+    return decoder(attrs.evolve(config, layers=config.layers[:1] * layers))
 
 
-def test_what_the_words_make_of_a_model() -> None:
-    assert sizes(Pipeline(), 2) == ((4, 4), (0, 1))
-    assert sizes(Pipeline("interleaved"), 2) == ((2, 2, 2, 2), (0, 1, 0, 1))
-    assert sizes(Pipeline("interleaved", chunks=3), 2)[1] == (0, 1, 0, 1, 0, 1)
-    assert sizes(Pipeline("zb-v", split="e,3,3,h"), 2) == ((1, 3, 3, 1), (0, 1, 1, 0))
-    assert sizes(Pipeline("interleaved", split="e+1,2,1,2,h"), 2) == ((2, 2, 1, 2, 1), (0, 1, 0, 1, 0))  # rank 0 has a stage more
-    (first, last), _ = sizes(Pipeline(split="cost"), 2)
-    assert first > last + 2, "the head has cost nothing"
+def compared(
+    name: str,
+    mesh: str,
+    *,
+    recompute: str = "none",
+    offload: str = "none",
+    tied: bool = True,
+    split: str | None = None,
+    chunks: int = 0,
+    frozen: tuple[str, ...] = (),
+    **more: Any,
+) -> None:
+    schedule, where = SCHEDULES[name], lf.Mesh.parse(mesh)
+    written = partial(build, generate=schedule.generate, recomputed=parse_recompute(recompute), offloaded=parse_offload(offload))
+    placement = schedule.place(where.pp, chunks or schedule.chunks)
+    more = {"steps": 2, **more}
+    report = parity.compare(deep(tied), where, placement=placement, split=split, frozen=frozen, program=written, seed=SEED, **more)
+    assert report.ok, f"{name}, recompute {recompute}, offload {offload}: {report}"
 
 
-def test_a_line_says_what_a_step_is() -> None:
-    pipeline = Pipeline("gpipe", recompute="full:1", offload="full")
-    layout = pipeline.layout(MODEL, lf.Mesh(pp=2), 64)
-    said = Pipeline("gpipe").told(Pipeline("gpipe").program(layout, 4), 2)
-    assert said == "gpipe, 2 stages, bubble 20.0% in unit times, recompute none"  # (p-1)/(m+p-1)
-    assert pipeline.told(pipeline.program(layout, 4), 2).endswith("recompute full:1, offload full;distance=1")
+KEPT = [("none", "none"), ("full", "none"), ("none", "full;distance=2"), ("full:1", "full"), ("segments=mlp;ops=swiglu,rms_norm,rope", "layers=layers.1")]
+SWEEP = [
+    (name, mesh, kept, m, tied)
+    for name in SCHEDULES
+    for mesh in ("pp=2", "pp=3", "pp=4", "pp=2,tp=2", "pp=2,dp=2", "pp=2,dp=2,tp=2", "pp=3,tp=2", "pp=4,dp=2")
+    for kept in KEPT
+    for m in (1, 2, 3, 5)
+    for tied in (True, False)
+]
 
 
-def test_a_program_for_each_number_of_microbatches(tmp_path: Path) -> None:
-    layout = Pipeline().layout(MODEL, lf.Mesh(pp=2))
-    assert [lf.schedule.ir.microbatches(p) for p in Pipeline().programs(layout, (1, 2, 5))] == [1, 2, 5]
-    file = tmp_path / "two.txt"
-    file.write_text("rank 0: 0F0 0F1 0B0 0B1\nrank 1: 1F0 1B0 1F1 1B1\n")
-    fixed = Pipeline(str(file))
-    assert len(fixed.programs(layout, (2,))) == 1
-    with pytest.raises(ProgramError, match=r"steps of this run have 2, 4 microbatches; --schedule .*two\.txt with 4: .*is for placement \(0, 1\) and 2"):
-        fixed.programs(layout, (2, 4))
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_law_1(name: str) -> None:
+    """One case of each schedule, with the rest drawn."""
+    random.seed(f"{SEED} {name}")
+    _, mesh, (recompute, offload), m, tied = random.choice([case for case in SWEEP if case[0] == name])
+    compared(name, mesh, recompute=recompute, offload=offload, microbatches=m, tied=tied)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("kept", KEPT, ids=str)
+def test_law_1_in_full(name: str, kept: tuple[str, str]) -> None:
+    for _, mesh, (recompute, offload), m, tied in (case for case in SWEEP if case[0] == name and case[2] == kept):
+        compared(name, mesh, recompute=recompute, offload=offload, microbatches=m, tied=tied, steps=1)
 
 
 @pytest.mark.parametrize(
-    ("flags", "error", "words"),
+    ("name", "mesh", "split", "m"),
     [
-        ({"schedule": "cosine"}, ConfigError, "--schedule cosine is of the learning rate, whose flag is --lr-schedule now"),
-        ({"schedule": "zb"}, ConfigError, "unknown schedule 'zb'; did you mean 'zb-"),
-        ({"chunks": 0}, ConfigError, "--chunks 0: must be at least 1"),
-        ({"chunks": 2}, ProgramError, "one_f_one_b has one stage on each rank.*interleaved is for several"),
-        ({"schedule": "zb-v", "chunks": 3}, ProgramError, "3 stages a rank: a V has 2"),
-        ({"split": "e,9,h"}, LayoutError, "9 for the 6 layers between"),
-        ({"split": "e+6+h"}, ConfigError, r"--split e\+6\+h is of 1 stages; --schedule 1f1b on pp=2 has 2"),
-        ({"split": "costs"}, LayoutError, "'costs' should be e, h or a number"),
-        ({"recompute": "all"}, ConfigError, "unknown part of --recompute 'all'"),
-        ({"offload": "full=2"}, ConfigError, "--offload full=2: .*should be full or full:K"),
-        ({"freeze": ("layer.0",)}, LayoutError, "frozen 'layer.0' names no segment, layer or parameter of the model; near: layers.0"),
+        ("1f1b", "pp=4", "e,4,0,h", 2),  # an empty stage, which hands on; fewer microbatches than stages
+        ("zb-h1", "pp=3", "e+1,3,h", 3),
+        ("zb-v", "pp=2", "e,1,3,h", 3),  # the tied table on one rank twice
+        ("interleaved", "pp=2", "e+2,0,1,1+h", 1),
+        ("gpipe", "pp=3", "0,e+4,h", 1),  # the first stage is the empty one
     ],
 )
-def test_words_that_cannot_be(flags: dict[str, Any], error: type[ValueError], words: str) -> None:
-    with pytest.raises(error, match=words):
-        (pipeline := Pipeline(**flags)).program(pipeline.layout(MODEL, lf.Mesh(pp=2)), 4)
+def test_uneven_and_empty_stages(name: str, mesh: str, split: str, m: int) -> None:
+    compared(name, mesh, split=split, microbatches=m)
 
 
-def test_rows_of_a_microbatch() -> None:
-    assert [micro_batch(*given) for given in ((None, None, 8, 2), (4, None, 8, 2), (None, 4, 8, 2), (1, 4, 8, 2))] == [1, 4, 1, 1]
-    for given, words in (
-        ((None, 3, 8, 2), r"--global-batch 8 is no multiple of dp·microbatches = 2·3 = 6; the nearest that are: 6 and 12"),
-        ((2, 4, 8, 2), r"--micro-batch 2 and --microbatches 4 do not agree: 2·4·dp = 16 rows a step, and --global-batch is 8"),
-        ((None, 9, 8, 1), "the nearest that are: 9"),
-        ((0, None, 8, 1), "--micro-batch 0: must be at least 1"),
-        ((None, 0, 8, 1), "--microbatches 0: must be at least 1"),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            micro_batch(*given)
+@pytest.mark.parametrize("frozen", [("embed", "layers.0", "layers.1"), ("layers.3", "head"), ("layers.1", "layers.2.mlp", "*/norm")])
+@pytest.mark.parametrize("name", ["1f1b", "zb-v"])
+def test_what_is_frozen(name: str, frozen: tuple[str, ...]) -> None:
+    compared(name, "pp=2", frozen=frozen, tied=False, recompute="full:1", steps=2)
 
 
-# runs
+def test_overlapped_pairs() -> None:
+    from lf.schedule import OVERLAP
+
+    def paired(placement: Any, m: int) -> Any:
+        """1F1B whose forwards and backwards in the steady part interleave."""
+        rows = SCHEDULES["1f1b"].generate(placement, m)
+        out = []
+        for row in rows:
+            new: list[Action] = []
+            for a in row:
+                last = new[-1] if new else None
+                both = last is not None and last.op == "F" and a.op == "B" and last.microbatch != a.microbatch
+                new[-1:] = [OVERLAP(last, a)] if both and last else [*new[-1:], a]
+            out.append(tuple(new))
+        return tuple(out)
+
+    for recompute in ("none", "full"):
+        written = partial(build, generate=paired, recomputed=parse_recompute(recompute))
+        assert any(a.op == "OVERLAP" for row in written(lf.layout(deep(), lf.Mesh(pp=2, dp=1)), 3) for a in row)
+        report = parity.compare(deep(), lf.Mesh(pp=2, tp=2, dp=1), program=written, microbatches=3, steps=1)
+        assert report.ok, str(report)
 
 
-@pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pretrain.Config:
-    monkeypatch.setattr(lf.pictures, "loss_curve", lambda *_: None)  # tests/test_demo.py looks at it
-    dice = random.Random(0)
-    (tmp_path / "texts").mkdir()
-    for i in range(8):
-        (tmp_path / "texts" / f"{i}.txt").write_text(" ".join(dice.choices(["def", "return", "self", "yield", "x", "(", ")", "\n"], k=120)))
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps({**QWEN3, "num_hidden_layers": 3}))
-    return pretrain.Config(
-        data=(str(tmp_path / "texts"),), model=str(tmp_path / "model"), device="cpu", precision="fp64", seq_len=15, global_batch=4,
-        steps=6, warmup=2, lr=1e-2, lr_schedule="constant", save_every=3, eval=(f"held={tmp_path / 'texts'}",), eval_every=3,
-        out=str(tmp_path / "run"),
-    )  # fmt: skip
+def test_over_processes() -> None:
+    """The same over gloo: messages, the sum over two holders of a table, groups that are made while others compute."""
+    written = partial(build, generate=SCHEDULES["zb-v"].generate, recomputed=parse_recompute("full:1"))
+    report = parity.compare(deep(), lf.Mesh(pp=2, tp=2, dp=1), placement=(0, 1, 1, 0), program=written, microbatches=3, steps=2, spmd=processes)
+    assert report.ok, str(report)
 
 
-def _train(axes: Any, config: pretrain.Config) -> None:
-    pretrain.main(config)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_over_processes(name: str) -> None:
+    compared(name, "pp=2,dp=2", recompute="full:1", offload="full", microbatches=3, spmd=processes)
+    compared(name, "pp=4", microbatches=3, spmd=processes)
 
 
-def _evaluate(axes: Any, config: evaluate.Config) -> dict[str, float]:
-    return evaluate.main(config)
+@pytest.mark.parametrize("name", ["1f1b", "zb-h1"])
+def test_compiled_layers(name: str) -> None:
+    """Every layer one full graph, forward and backward; the slow tier has the compiler that is used in earnest."""
+    compared(name, "pp=2", microbatches=2, steps=1, compile="aot_eager")
 
 
-def curve(config: pretrain.Config) -> list[dict[str, Any]]:
-    return [{k: v for k, v in r.items() if k not in MEASURED} for r in lf.runs.read_metrics(Path(config.out) / "metrics.jsonl")]
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["1f1b", "zb-v"])
+def test_compiled_layers_by_inductor(name: str) -> None:
+    compared(name, "pp=2", recompute="full:1", microbatches=3, steps=2, compile=True)
 
 
-def test_a_run_goes_on_under_another_schedule_and_mesh(config: pretrain.Config, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    """The losses and the evaluation of one rank: begun as an interleaved pipeline, ended as another one of uneven stages."""
-    whole = attrs.evolve(config, out=str(tmp_path / "whole"))
-    pretrain.main(whole)
-    begun = attrs.evolve(config, steps=3, mesh="pp=2", schedule="interleaved", microbatches=4, recompute="full", draw_step=2)
-    processes(lf.Mesh(pp=2), _train, begun)
-    said = capfd.readouterr().out
-    assert "a step is 4 rows of 15 = 1 × 4 microbatches × dp=1; interleaved, 4 stages, bubble" in said
-    assert "recompute full" in said
-    run = Path(config.out)
-    assert f"step 2 is drawn: {run}/step-00000002.svg" in said
-    assert (run / "step-00000002.png").read_bytes()[:4] == b"\x89PNG"
-    events = json.loads((run / "step-00000002.json").read_text())["traceEvents"]
-    assert {e["pid"] for e in events} == {0, 1}
-    names = {e["name"] for e in events}
-    assert any("REMAT" in name for name in names), names
+def test_evaluation_over_stages_is_that_of_one_rank() -> None:
+    def body(axes: Any) -> dict[str, float]:
+        ctx, model = context(axes), deep()
+        layout = lf.layout(model, axes.mesh, placement=(0, 1, 0, 1) if axes.mesh.pp == 2 else None)
+        rows = lf.data.Row
+        held = lf.evaluate.HeldOut(lambda k: rows(*_row(k)), 5)
+        return lf.evaluate.make(layout, {"x": held}, 2, ctx)(parity.randomised(layout, ctx, 0))
 
-    ended = attrs.evolve(config, mesh="pp=2", schedule="zb-h1", split="e+2,1+h", offload="full:1", micro_batch=2)
-    processes(lf.Mesh(pp=2), _train, ended)
-    for one, alone in zip(curve(config), curve(whole), strict=True):
-        assert one == pytest.approx(alone, rel=1e-9), one["step"]
-    settings = json.loads((run / "config.json").read_text())
-    assert (settings["schedule"], settings["microbatches"]) == ("zb-h1", None)
+    def _row(k: int) -> Any:
+        import numpy as np
 
-    held = evaluate.Config(
-        data=config.eval, run=config.out, mesh="pp=2", device="cpu", precision="fp64", out=str(tmp_path / "evaluated"),
-    )  # fmt: skip
-    assert processes(lf.Mesh(pp=2), _evaluate, held)[1]["eval/held/loss"] == pytest.approx(curve(whole)[-1]["eval/held/loss"], rel=1e-9)
-    export.main(export.Config(run=config.out, out=str(tmp_path / "exported"), device="cpu"))
-    assert (tmp_path / "exported" / "model.safetensors").stat().st_size == (run / "hf" / "model.safetensors").stat().st_size
+        words = np.arange(9 + k) % 31
+        return words, np.roll(words, -1), np.array([0, 4])
+
+    (one,) = lf.sim.spmd(lf.Mesh(dp=1), body)
+    for mesh in ("pp=2", "pp=2,tp=2,dp=2"):
+        for many in lf.sim.spmd(lf.Mesh.parse(mesh), body):
+            assert many == pytest.approx(one, rel=1e-12)
 
 
-def test_what_is_not_trained_is_bound(config: pretrain.Config) -> None:
-    config = attrs.evolve(config, steps=2, freeze=("layers.0",), save_every=2, eval=())
-    pretrain.main(config)
-    with pytest.raises(ConfigError, match=r"freeze: the run has \['layers.0'\], this command \[\]"):
-        pretrain.main(attrs.evolve(config, freeze=()))
-    with pytest.raises(ConfigError, match="draw_step=3: the run has 2 steps"):
-        pretrain.main(attrs.evolve(config, draw_step=3))
+def shared() -> Model:
+    """A dict between stages, one entry not differentiated; one matrix in three stages; a loss on the first and on the last."""
+    w = Param((3, 3), (None, None), normal(0.5))
+
+    def first(p: Any, x: Any, batch: Any, ctx: Any) -> Any:
+        h = batch.plan["tokens"][:, None] * p["w"][:1] / 7
+        return {"h": h, "skip": h.square(), "ids": batch.plan["tokens"].long()}, {"losses": {"early": h.square().sum()}}
+
+    def middle(p: Any, x: Any, batch: Any, ctx: Any) -> Any:
+        return {"h": torch.tanh(x["h"] @ p["w"]), "skip": x["skip"], "ids": x["ids"] + 1}, {}
+
+    def last(p: Any, x: Any, batch: Any, ctx: Any) -> Any:
+        y = (x["h"] @ p["w"] + x["skip"]) * x["ids"][:, None]
+        return {}, {"losses": {"late": y.pow(2).sum()}}
+
+    segments = (
+        Segment("a", "a", {"w": w}, first),
+        *(Segment(f"b{i}", f"b{i}", {"w": Tied("a/w")}, middle) for i in range(2)),
+        Segment("c", "c", {"w": Tied("a/w")}, last),
+    )
+    return Model(None, segments, {"early": Objective(0.5, lambda b: torch.tensor(3)), "late": Objective(2.0, lambda b: torch.tensor(5))})
 
 
-def test_a_run_of_an_older_version_says_what_is_called_otherwise_now(config: pretrain.Config) -> None:
-    old = lf.config.to_dict(config)
-    old["schedule"] = old.pop("lr_schedule")
-    Path(config.out).mkdir()
-    (Path(config.out) / "config.json").write_text(json.dumps(old))
-    with pytest.raises(ConfigError, match="holds a run with other settings(.|\n)*what was schedule is lr_schedule now"):
-        pretrain.main(config)
+@pytest.mark.parametrize("name", ["1f1b", "zb-h1", "gpipe"])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_dicts_shared_parameters_and_losses_of_any_stage(name: str, recompute: str) -> None:
+    batches = [lf.Batch({"tokens": torch.arange(1.0, 5.0, dtype=torch.float64) + i}) for i in range(3)]
+    total = {"early": 0.5 / 9, "late": 2.0 / 15}
+
+    def body(axes: Any) -> Any:
+        layout, ctx = lf.layout(shared(), axes.mesh), context(axes)
+        program = build(layout, 3, SCHEDULES[name].generate if axes.mesh.pp > 1 else SCHEDULES["1f1b"].generate, parse_recompute(recompute))
+        return lf.train.gradients(layout, program, ctx)(lf.init(layout, ctx, 3), batches)
+
+    (grads, metrics), *_ = lf.sim.spmd(lf.Mesh(dp=1), body)
+    params = lf.sim.spmd(lf.Mesh(dp=1), lambda axes: lf.init(lf.layout(shared(), axes.mesh), context(axes), 3))[0]
+    w = tree.leaves(params)[0].clone().requires_grad_()
+    loss = torch.zeros((), dtype=torch.float64)
+    for batch in batches:  # by autograd alone
+        h = batch.plan["tokens"][:, None] * w[:1] / 7
+        skip, ids = h.square(), batch.plan["tokens"] + 2
+        loss = loss + total["early"] * h.square().sum()
+        loss = loss + total["late"] * ((torch.tanh(torch.tanh(h @ w) @ w) @ w + skip) * ids[:, None]).pow(2).sum()
+    (want,) = torch.autograd.grad(loss, w)
+    for got, told in [(grads, metrics), *lf.sim.spmd(lf.Mesh(pp=4, dp=1), body), *lf.sim.spmd(lf.Mesh(pp=2, dp=1), body)]:
+        torch.testing.assert_close(tree.leaves(got)[0], want, rtol=1e-12, atol=0)
+        torch.testing.assert_close(told["loss"], loss.detach(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(told["grad_norm"], want.norm(), rtol=1e-12, atol=0)
+
+
+def test_an_objective_that_no_stage_has_is_refused_on_all() -> None:
+    objectives = deep().objectives
+    model = attrs.evolve(deep(), objectives={**objectives, "nothing": objectives["cross_entropy"]})
+
+    def body(axes: Any) -> None:
+        layout, ctx = lf.layout(model, axes.mesh), context(axes)
+        fn = lf.train.gradients(layout, build(layout, 1), ctx)
+        fn(lf.init(layout, ctx, 0), parity.random_batches(deep(), 0, 0, 1, 9))
+
+    with pytest.raises(lf.config.ConfigError, match="no segment gives a loss for objective nothing; they give cross_entropy"):
+        lf.sim.spmd(lf.Mesh(pp=2, dp=1), body)
+
+
+def test_a_loss_that_no_objective_weighs_is_refused() -> None:
+    model = attrs.evolve(deep(), objectives={"other": deep().objectives["cross_entropy"]})
+    layout, ctx = lf.layout(model, lf.Mesh(dp=1)), context(lf.solo())
+    fn = lf.train.gradients(layout, build(layout, 1), ctx)
+    with pytest.raises(ProgramError, match="head gives the loss cross_entropy, which no objective weighs; there are other"):
+        fn(lf.init(layout, ctx, 0), parity.random_batches(deep(), 0, 0, 1, 9))
+
+
+def test_a_program_without_backwards_teaches_nothing() -> None:
+    layout = lf.layout(deep(), lf.Mesh(dp=1))
+    with pytest.raises(ProgramError, match="no backward, so nothing would be learned"):
+        lf.train.gradients(layout, ((Action("F", 0, 0),),), context(lf.solo()))
+
+
+@pytest.mark.parametrize(("recompute", "kept"), [("none", 4), ("full", 0), ("segments=mlp", 0), ("full:2", 2)])
+def test_what_is_made_again_is_not_kept(recompute: str, kept: int) -> None:
+    """Of four layers, how many still hold what their mlp has made when the forward is done."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    seen: list[int] = []
+
+    def spied(apply: Any) -> Any:
+        def fn(p: Any, x: Any, batch: Any, ctx: Any) -> Any:
+            inner = (x * 2).sin()
+            alive.append(weakref.ref(inner))
+            y, terms = apply(p, x + inner.square() - inner.square().detach(), batch, ctx)
+            return y, terms
+
+        return fn
+
+    def last(apply: Any) -> Any:
+        def fn(p: Any, x: Any, batch: Any, ctx: Any) -> Any:
+            if not seen:
+                seen.append(sum(r() is not None for r in alive))
+            return apply(p, x, batch, ctx)
+
+        return fn
+
+    model = deep()
+    by_name = {"mlp": spied, "head": last}
+    segments = [attrs.evolve(s, apply=by_name.get(s.name.split(".")[-1], lambda f: f)(s.apply)) for s in model.segments]
+    model = attrs.evolve(model, segments=tuple(segments))
+    layout, ctx = lf.layout(model, lf.Mesh(dp=1)), context(lf.solo())
+    program = build(layout, 1, recomputed=parse_recompute(recompute))
+    check(program, layout)
+    batches = [lf.shard_batch(b, model, ctx) for b in parity.random_batches(deep(), 0, 0, 1, 9)]
+    run(bind(program, layout, ctx), lf.init(layout, ctx, 0), batches, {"cross_entropy": torch.ones((), dtype=torch.float64)}, ctx)
+    assert seen == [kept]

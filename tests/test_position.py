@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,15 @@ def test_the_drawing() -> None:
     assert draw([places[0]], 90.0).split("  ")[4] == "0.0 s"  # a rank that went on after the moment that is drawn
     assert draw([places[0]], 100.0 + 7300).split("  ")[4] == "2 h 1 min"
     assert draw([]) == ""
+
+
+def test_the_drawing_that_the_documentation_shows() -> None:
+    first = [*["0F0"] * 5, "0F2", "0SEND_F2", "0F3", "0RECV_B0", "0B0", "0RECV_B1", "0B1", "0RECV_B2", "0B2"]
+    last = ["1RECV_F0", "1F0", "1B0", "1SEND_B0", "1RECV_F1", "1F1", "1B1", "1SEND_B1", "1REDUCE[head]"]
+    where = [("pp=0,dp=0", 812, first, 8), ("pp=0,dp=1", 812, first, 8), ("pp=1,dp=0", 812, last, 0), ("pp=1,dp=1", 811, last, 8)]
+    places = [Place(r, "", at, "step", n, tuple(words), i, 6.0 - (r == 3)) for r, (at, n, words, i) in enumerate(where)]
+    page = (ROOT / "docs/pretrain.md").read_text(encoding="utf-8")
+    assert textwrap.indent(draw(places, 100.0), "    ") in page
 
 
 def stuck(axes) -> None:

@@ -22,7 +22,7 @@ from lf.batch import Batch
 from lf.parallel.product import W, probe_of, weight_gradient
 from lf.parallel.reduce import reduce_gradients
 from lf.schedule.bind import Bound, Piece
-from lf.schedule.ir import Action, flat
+from lf.schedule.ir import Action, ProgramError, flat
 from lf.schedule.memory import memory_at
 from lf.schedule.slots import Slots, entry, got
 from lf.schedule.vjp import Root
@@ -127,6 +127,9 @@ class _Rank:
                     kept, carry, losses = self.make(piece, carry, m, again or ())
                 else:
                     kept, carry, losses = self.pass_by(piece, carry, m, keeps)
+            if self.trains and (unknown := losses.keys() - self.seeds.keys()):
+                names = f"{', '.join(sorted(unknown))}, which no objective weighs; there are {', '.join(self.seeds) or 'none'}"
+                raise ProgramError(f"{piece.name} gives the loss {names}")
             if keeps:
                 self.kept.setdefault(at, []).append(kept)
             _add_terms(self.terms, {"losses": losses})
@@ -162,7 +165,7 @@ class _Rank:
             else:
                 kept.inputs = {k: x[k].requires_grad_() for k in wanted}
             with kept.slots.filing() if kept.slots else nullcontext():
-                y, losses = piece.fn(values, _unwrap(x), self.batches[m], ctx)
+                y, losses = piece.fn["probe" if (piece.stage, m, piece.name) in self.bound.split else "acc"](values, _unwrap(x), self.batches[m], ctx)
                 y = _wrap(y)
                 outputs = {k: v for k, v in y.items() if v.requires_grad}
                 weighed = {k: v for k, v in losses.items() if v.requires_grad}
@@ -179,7 +182,7 @@ class _Rank:
             kept.x = {k: kept.slots.file(v) for k, v in carry.items()}
         with torch.no_grad():
             values: tuple[dict[str, Tensor | W], ...] = tuple({n: self.leaves[path] for n, path, _ in params} for _, params in piece.names)
-            y, losses = piece.fn(values, _unwrap(carry), self.batches[m], self.ctx)
+            y, losses = piece.fn["plain"](values, _unwrap(carry), self.batches[m], self.ctx)
         return kept, _wrap(y), losses
 
     def storages(self, m: int) -> frozenset[int]:
@@ -189,7 +192,7 @@ class _Rank:
 
     def parameters(self, piece: Piece, m: int) -> tuple[tuple[dict[str, Tensor | W], ...], tuple[tuple[Tensor, Tensor], ...]]:
         """What each segment gets: a weight of a product comes with the sum that its gradient is added to, or with probes where W makes it."""
-        probes, split = {}, (piece.stage, m) in self.bound.split
+        probes, split = {}, (piece.stage, m, piece.name) in self.bound.split
         if split and piece.products:
             seen = self.bound.shapes(self.batches[m], self.ctx).products
             probes = {(s, n): probe_of(seen[s][n], self.device) for s, n, _ in piece.products}

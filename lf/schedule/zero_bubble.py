@@ -29,7 +29,8 @@ def zb_h1(stages: Stages, microbatches: int) -> Program:
 def interleaved_zb(stages: Stages, microbatches: int) -> Program:
     """`interleaved` with W apart, r microbatches late on rank r. On a loop, even or not.
 
-    Bubble p-1 for m ≥ p, at most 3(S-v) below; at most that where p does not divide S. Peak v·p where p divides m, (v-1)g + p with groups of g.
+    Bubble p-1 for m ≥ p, (v+1)p - 1 + (v-1)·max(p, 2m) - (3v-2)m below; at most that where p does not divide S. Peak v·p where p divides m,
+    at most (v-1)g + p with groups of g.
     """
     return laps("interleaved_zb", placed(stages, microbatches), microbatches, steps=1, split=True)
 
@@ -66,7 +67,8 @@ def numbered(plan: Sequence[tuple[str, int]], microbatches: int) -> tuple[Action
 
 
 def merge(program: Program) -> Program:
-    """A W right after its I becomes one B: the same work without keeping what lies between the two."""
+    """A W right after its I becomes one B: the same work without keeping what lies between the two. What waits for the I then waits for both:
+    nothing does at stage 0."""
     rows = []
     for actions in program:
         row: list[Action] = []

@@ -13,7 +13,8 @@ from typing import Any
 
 import attrs
 
-from lf import axes, axes_sim, drift, evaluate, loop, ramp, record, rng, state, train
+from lf import axes, axes_sim, drift, evaluate, layouts, loop, ramp, record, rng, split, state, train
+from lf.checkpoint import export, native
 from lf.kernels import adamw as fused
 from lf.kernels import norm, rope, swiglu
 from lf.mesh import Mesh
@@ -369,5 +370,26 @@ RUNS = [
     words("run: infinity in the backward is not seen", RUN, (run.run, "first = dy or first", "first = {}")),
 ]
 
-ALL: list[Mutation] = [*edges(), *MOVES, *SPECS, *NORMALISER, *MODEL, *SCHEDULE, *AXES, *RUNS]
+LAYOUT, PIPELINE, SPLIT = "tests/test_layout.py", "tests/checkpoint/test_checkpoint_pipeline.py", "tests/test_split.py"
+HOLDS = 'self._holders[p][0] == coords["pp"]'
+STAGES = [
+    words("norm owner: every stage that holds it counts", (LAYOUT, PIPELINE), (layouts.Layout.owned, HOLDS, 'coords["pp"] in self._holders[p]')),
+    words("norm owner: the last stage that holds it", LAYOUT, (layouts.Layout.owned, HOLDS, HOLDS.replace("[0]", "[-1]"))),
+    words("frozen: a tied parameter in one place alone", LAYOUT, (layouts._frozen, "add(path_of(segment, name))", 'add(f"{segment.name}/{name}")')),
+    words("frozen: has moments all the same", TRAIN, (layouts.Layout.trained, "if path not in self.frozen", "")),
+    words("init: every stage's parameters on every rank", LAYOUT, (state.init, "layout.held(ctx.axes.coords)", "layout.specs")),
+    words(
+        "checkpoint: the leaves of rank 0's stages alone",
+        PIPELINE,
+        (native._all_leaves, "ctx.axes.world.max(table.to(device_of(ctx))).cpu()", "table"),
+    ),
+    words("checkpoint: a thawed parameter has no moments", PIPELINE, (native._thawed, "if path not in layout.frozen:", "if False:")),
+    words("export: what other stages hold is left out", PIPELINE, (export.assemble, "if owner and speaks:", "if False:")),
+    words("drift: stages are not compared", DRIFT, (drift._atoms, " * len(layout.holders(spec.path))", "")),
+    words("drift: numbered by what a rank holds", DRIFT, (drift._atoms, "first += sum(_places(spec))\n", "pass\n")),
+    words("split: the largest stage may be larger", SPLIT, (split.partition, "<= limit", "<= 2 * limit")),
+    words("split: stages in between uneven", SPLIT, (split._joined, "cost**2", "cost")),
+]
+
+ALL: list[Mutation] = [*edges(), *MOVES, *SPECS, *NORMALISER, *MODEL, *SCHEDULE, *AXES, *RUNS, *STAGES]
 assert len({m.name for m in ALL}) == len(ALL)
