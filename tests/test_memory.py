@@ -29,6 +29,9 @@ GIB = 1 << 30
     [
         (40, 48, {}, "--micro-batch 4 instead of 8 (about 64.0 GiB)"),
         (60, 96, {}, "--micro-batch 1 instead of 8 (about 72.0 GiB)"),
+        (70, 96, {"whole": 34}, "--micro-batch 4 instead of 8 and --recompute full (about 74.2 GiB; a step then takes up to a third longer)"),
+        (60, 96, {"micro_batch": 1, "whole": 34}, "--recompute full (about 68.5 GiB; a step then takes up to a third longer)"),
+        (60, 96, {"micro_batch": 1, "whole": 1}, "--seq-len 128 instead of 1024 (about 72.0 GiB)"),  # one layer is as much when it is run again
         (70, 96, {}, "--micro-batch 1 and --seq-len 512 instead of 1024 (about 76.0 GiB)"),
         (70, 40, {"micro_batch": 1}, "--seq-len 128 instead of 1024 (about 75.0 GiB)"),
         (78, 40, {}, "tp=4 instead of 2, on twice the ranks (about 59.0 GiB each)"),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lf.config import ConfigError
+from lf.mesh import Mesh
 from lf.parallel.product import W
 from lf.segment import Apply
 
@@ -38,14 +39,22 @@ def compiled(layer: LayerFn, ctx: Any, backend: str | Callable[..., Any] = "indu
     """`layer` compiled in full; whatever a compiler cannot trace is an error when it is first run, never a slower path.
 
     A caller keeps the result, one for each tuple of apply functions and each kind of weight (plain, acc, probe): torch counts recompilations for
-    each of them apart, and stops at 8. Raises ConfigError on a mesh with tp > 1, whose collectives no compiler traces.
+    each of them apart, and stops at 8. Raises ConfigError as `refuse_compile`.
     """
-    if (n := ctx.axes["tp"].size) > 1:
-        raise ConfigError(
-            f"compiled layers: mesh {ctx.axes.mesh} has tp={n}, and the collectives inside of a layer are not traced; use tp=1, with pp and dp "
-            "instead, or run without compilation"
-        )
+    refuse_compile(ctx.axes.mesh, ctx.device, backend)
+    ctx.axes["tp"]  # made on first use, which a compiler would trace
     assert isinstance(layer, types.FunctionType)
     code = layer.__code__.replace()  # an own code object: that is what torch keeps compilations, and counts them, by
     own = types.FunctionType(code, layer.__globals__, layer.__name__, layer.__defaults__, layer.__closure__)
     return torch.compile(own, fullgraph=True, backend=backend)
+
+
+def refuse_compile(mesh: Mesh, device: types.ModuleType, backend: bool | str | Callable[..., Any] = True) -> None:
+    """Raises ConfigError on a mesh with tp > 1, whose collectives no compiler traces, and where torch's own compiler lacks what it needs."""
+    if (n := mesh.tp) > 1:
+        raise ConfigError(
+            f"compiled layers: mesh {mesh} has tp={n}, and the collectives inside of a layer are not traced; use tp=1, with pp and dp "
+            "instead, or run without compilation"
+        )
+    if backend in (True, "inductor") and (why := device.no_compiler()):
+        raise ConfigError(f"compiled layers on device {device.NAME!r}: {why}; install it, or run without compilation")
