@@ -148,7 +148,7 @@ def test_bytes_go_to_pinned_memory_and_back() -> None:
 def test_what_a_forward_keeps_goes_to_the_host_and_back_while_others_use_its_memory() -> None:
     """Several times over, the memory that an offload leaves and that a fetch takes being written in between; and the host never waits."""
     from lf.schedule.slots import Slots, entry
-    from lf.schedule.vjp import Root
+    from lf.schedule.vjp import ends, vjp
 
     ctx, tokens, dim, inner = on("cuda", "fp32"), 4096, 1024, 2048
     shapes = {"norm": (dim,), "gate_up": (2 * inner, dim), "down": (dim, inner)}
@@ -156,21 +156,21 @@ def test_what_a_forward_keeps_goes_to_the_host_and_back_while_others_use_its_mem
     leaves = [w for layer in layers for w in layer.values()]
     x, dy = (draw(k, shape=(tokens, dim)).to(CUDA, torch.float32) for k in ("x", "dy"))
 
-    def forward(slots: Slots | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(slots: Slots | None) -> tuple[torch.Tensor, Any]:
         leaf, y = entry(x)
         ops = ctx.ops if slots is None else slots.table(ctx.ops)
         with contextlib.nullcontext() if slots is None else slots.filing():
             for p in layers:
                 y = y + F.linear(ops.swiglu(F.linear(ops.rms_norm(y, p["norm"], 1e-6), p["gate_up"])), p["down"])
-            return leaf, Root.apply([dy], y)
+            return leaf, ends([y])
 
     def write_over() -> None:
         for size in (tokens * dim, 2 * tokens * inner) * 3:
             torch.full((size,), torch.nan, device=CUDA)
 
-    leaf, root = forward(None)
-    want = torch.autograd.grad(root, [leaf, *leaves])
-    del leaf, root
+    leaf, held = forward(None)
+    want = vjp(held, [dy], [leaf, *leaves])
+    del leaf, held
     streams, keep = ctx.device.copy_streams(), {t.untyped_storage().data_ptr() for t in (x, *leaves)}
     torch.cuda.synchronize()
     for i, ops in enumerate([(), ("swiglu",), ("rms_norm", "swiglu"), ("rms_norm", "swiglu")]):
@@ -178,7 +178,7 @@ def test_what_a_forward_keeps_goes_to_the_host_and_back_while_others_use_its_mem
         slots = Slots(keep, ops)
         torch.cuda.set_sync_debug_mode("error" if i else "default")  # the first round loads kernels
         try:
-            leaf, root = forward(slots)
+            leaf, held = forward(slots)
             filed, _ = slots.bytes()
             assert torch.cuda.memory_allocated() - base >= filed
             slots.offload(ctx.device, streams, 1 << 22)
@@ -190,12 +190,12 @@ def test_what_a_forward_keeps_goes_to_the_host_and_back_while_others_use_its_mem
             slots.fetch(ctx.device, streams)
             write_over()
             slots.remat()
-            got = torch.autograd.grad(root, [leaf, *leaves])
+            got = vjp(held, [dy], [leaf, *leaves])
             assert slots.bytes() == (0, 0)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert all(torch.equal(a, b) for a, b in zip(want, got))
-        del leaf, root, slots, got
+        del leaf, held, slots, got
 
 
 def test_hashes_of_replicas_are_those_of_the_cpu() -> None:

@@ -25,8 +25,8 @@ class Piece:
     """A layer, or a segment of one: what a forward runs between two cuts of autograd.
 
     fn[kind](values, x, batch, ctx) -> (y, losses), for each of KINDS · `names`: of each segment its name, and (name, path, is it a product) of
-    each of its parameters · `leaves`: paths whose gradients autograd returns · `products`: (segment, name, path) of those that come through a W · `upstream`: whether
-    anything before it trains, so that its input has a gradient · `back`: whether it has a backward.
+    each of its parameters · `leaves`: paths whose gradients autograd returns · `products`: (segment, name, path) of those that come through a W ·
+    `upstream`: whether anything before it trains, so that its input has a gradient · `back`: whether it has a backward.
     """
 
     stage: int
@@ -43,7 +43,8 @@ class Piece:
 class Bound:
     """`actions` of one rank · `pieces`: of each stage and `segment` of a forward, what it runs · `spans`: of each other compute action's
     (stage, segment), the names of the pieces that it covers · `split`: (stage, microbatch, piece)s whose weight gradients a W makes · `again`: of
-    each (stage, microbatch, piece) that is made again, which ops (none named: all)."""
+    each (stage, microbatch, piece) that is made again, which ops (none named: all) · `reduced`: of each (stage, layer), the paths whose sum is then
+    complete on this rank, and the specs of those that other ranks have a part in."""
 
     actions: tuple[Action, ...]
     program: Program
@@ -56,7 +57,7 @@ class Bound:
     again: dict[tuple[int, int | None, str], tuple[str, ...]]
     away: frozenset[tuple[int, int | None, str]]
     trained: dict[str, bool]
-    reduced: dict[tuple[int, str], tuple[Spec, ...]]
+    reduced: dict[tuple[int, str], tuple[tuple[str, ...], tuple[Spec, ...]]]
     tied: dict[str, tuple[int, ...]]
     shapes: Callable[[Any, Any], Shapes]
     number: int  # under which `axes.position` knows the program
@@ -94,11 +95,16 @@ def bind(program: Program, layout: Layout, ctx: Any, compile: bool | str = False
         frozenset((a.stage, a.microbatch, p) for a in flat(actions) if a.op == "I" for p in spans[a.stage, a.segment]),
         again, frozenset(away),
         {path: path not in layout.frozen for path in layout.held(ctx.axes.coords)},
-        {where: tuple(layout.specs[p] for p in paths) for where, paths in reduced_layers(layout, rank).items()},
+        {where: (paths, tuple(s for p in paths if _summed(s := layout.specs[p]))) for where, paths in reduced_layers(layout, rank).items()},
         {path: layout.holders(path) for path in tied_paths(layout, rank)},
         _traced(layout),
         ctx.axes.position.program([str(a) for a in actions], name),
     )  # fmt: skip
+
+
+def _summed(spec: Spec) -> bool:
+    """Whether other ranks of its stage have a part in the gradient."""
+    return bool(spec.shared()) or any(spec.mesh[a] > 1 for a in spec.sum_axes)
 
 
 def _piece(

@@ -341,13 +341,15 @@ class _Proof:
         words |= {"out F": "there is no {0}SEND_F{1}", "out B": "there is no {0}SEND_B{1}"}
         words |= {"sent SEND_F": "there is no {0}FREE{1}[SEND_F]", "sent SEND_B": "there is no {0}FREE{1}[SEND_B]"}
         for rank, row in enumerate(self.rows):
+            why = ""
             if kept := [f"{s}F{m}" for (s, m), pieces in sorted(row.kept.items()) if pieces]:
-                raise ProgramError(f"rank {rank}: activations stay alive, there is no backward for {', '.join(kept)}\n{draw(self.program, width=WIDTH)}")
-            if owed := [f"{s}I{m}" for (s, m), pieces in sorted(row.owed.items()) if pieces]:
-                raise ProgramError(f"rank {rank}: activations stay alive, there is no W for {', '.join(owed)}\n{draw(self.program, width=WIDTH)}")
-            if row.values:
-                left = [words[kind].format(s, m) for kind, s, m in sorted(row.values)]
-                raise ProgramError(f"rank {rank}: values stay alive: {'; '.join(left)}\n{draw(self.program, width=WIDTH)}")
+                why = f"activations stay alive, there is no backward for {', '.join(kept)}"
+            elif owed := [f"{s}I{m}" for (s, m), pieces in sorted(row.owed.items()) if pieces]:
+                why = f"activations stay alive, there is no W for {', '.join(owed)}"
+            elif row.values:
+                why = f"values stay alive: {'; '.join(words[kind].format(s, m) for kind, s, m in sorted(row.values))}"
+            if why:
+                raise ProgramError(f"rank {rank}: {why}\n{draw(self.program, {rank: len(self.program[rank])}, WIDTH)}")
 
     def nothing_is_missing(self) -> None:
         missing = []

@@ -35,8 +35,12 @@ def memory_at(where: str, forward: float, grads: Mapping[str, Tensor]) -> Iterat
     except RuntimeError as error:
         if not memory_is_full(error):
             raise
-        gradients = sum(g.numel() * g.element_size() for g in grads.values())
-        raise OutOfMemory(f"out of memory in {where}: {error}", where, forward, gradients, _wanted(str(error))) from error
+        raise out_of_memory(error, where, forward, grads) from error
+
+
+def out_of_memory(error: BaseException, where: str, forward: float, grads: Mapping[str, Tensor]) -> OutOfMemory:
+    gradients = sum(g.numel() * g.element_size() for g in grads.values())
+    return OutOfMemory(f"out of memory in {where}: {error}", where, forward, gradients, _wanted(str(error)))
 
 
 def _wanted(words: str) -> int:

@@ -1,7 +1,7 @@
 """The interpreter: it runs any program over any layout, one rank's actions in their order. There is no other training step.
 
 Its state is `live` (values: written once, taken once, nothing left at the end) and the gradient sums. Autograd is cut between pieces, which are
-layers, or segments where a program goes into layers: a forward keeps, for each, its input and the root of its graph; a backward walks the pieces
+layers, or segments where a program goes into layers: a forward keeps, for each, its input and the ends of its graph; a backward walks the pieces
 from the last to the first. Parameters, activations and messages are touched by the program's actions and by nothing else. Where memory runs out,
 the error says in which action and layer.
 """
@@ -16,6 +16,7 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_leaves
 
 from lf.batch import Batch
@@ -23,9 +24,9 @@ from lf.parallel.product import W, probe_of, weight_gradient
 from lf.parallel.reduce import reduce_gradients
 from lf.schedule.bind import Bound, Piece
 from lf.schedule.ir import Action, ProgramError, flat
-from lf.schedule.memory import memory_at
+from lf.schedule.memory import memory_is_full, out_of_memory
 from lf.schedule.slots import Slots, entry, got
-from lf.schedule.vjp import Root
+from lf.schedule.vjp import ends, vjp
 from lf.segment import Segment, Terms, path_of
 
 Carry = dict[str, Any]  # name → Tensor, or a function that waits for one
@@ -34,17 +35,16 @@ Carry = dict[str, Any]  # name → Tensor, or a function that waits for one
 @attrs.define
 class _Kept:
     """What the forward of a piece leaves for its backward. `x`: where it is to be made again, its input, or the slots of that · `inputs`: what the
-    gradients of its input are those of · `root`: a scalar from which the gradients in `seeds` flow into the graph; None where there is none yet,
-    or it leads to nothing that trains · `slots`: where a later action moves or makes again what the graph keeps."""
+    gradients of its input are those of · `ends`: where the gradients of its outputs and then of its losses come in; none where it has not run or
+    leads to nothing that trains · `slots`: where a later action moves or makes again what the graph keeps."""
 
     piece: Piece
     x: dict[str, Any] = attrs.field(factory=dict)
     inputs: dict[str, Tensor] = attrs.field(factory=dict)
-    root: Tensor | None = None
+    ends: tuple[GradientEdge, ...] = ()
     slots: Slots | None = None
     outputs: tuple[str, ...] = ()
     losses: tuple[str, ...] = ()
-    seeds: list[Tensor | None] = attrs.field(factory=list)
     probes: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
@@ -63,13 +63,19 @@ def run(
     position.start(bound.number)
     for i, a in enumerate(bound.actions):
         position.at(i)
-        if clock is None:
-            do[a.op](a)
-        else:
-            rank.settle(a)
-            start = clock.moment()
-            do[a.op](a)
-            clock(i, start, clock.moment())
+        try:
+            if clock is None:
+                do[a.op](a)
+            else:
+                rank.settle(a)
+                start = clock.moment()
+                do[a.op](a)
+                clock(i, start, clock.moment())
+        except RuntimeError as error:
+            if memory_is_full(error):
+                what, name, share = rank.doing
+                raise out_of_memory(error, f"{what} {name}, action {a}", share, rank.grads) from error
+            raise
     position.done()
     return rank.results()
 
@@ -88,10 +94,11 @@ class _Rank:
         self.values: dict[tuple[str, int, int | None], Carry] = {}
         self.sent: dict[tuple[str, int, int | None], list[Callable[[], None]]] = {}
         self.waits: list[Callable[[], None]] = []
+        self.doing = ("the start of", "the program", 0.0)  # what with which piece, and the share of the stage's layers whose forward has begun
         self.streams = ctx.device.copy_streams() if bound.away else None
         device = next(iter(batches[0].plan.values())).device
-        true = torch.ones((), dtype=torch.bool, device=device)
-        self.device, self.seen = device, [[true] for _ in batches]  # of each microbatch, whether what was looked at is finite
+        self.device = device
+        self.seen: list[list[Tensor]] = [[] for _ in batches]  # of each microbatch, numbers that are finite if it is
 
     def handlers(self) -> dict[str, Callable[[Action], None]]:
         compute = {"F": self.forward, "B": self.backward, "I": self.backward, "W": self.weights, "REMAT": self.remat}
@@ -112,7 +119,13 @@ class _Rank:
         self.finish_sums()
         if left := [*self.kept, *self.owed, *self.values, *self.sent]:
             raise AssertionError(f"the program left values alive: {left}")  # `check` proves that this cannot be
-        return self.grads, self.terms, torch.stack([torch.stack(flags).all() for flags in self.seen])
+        return self.grads, self.terms, self.finite()
+
+    def finite(self) -> Tensor:
+        """Whether all that was seen of each microbatch is."""
+        width, zero = max(1, *map(len, self.seen)), torch.zeros((), dtype=self.dtype, device=self.device)
+        numbers = [x.to(self.dtype) for row in self.seen for x in (*row, *[zero] * (width - len(row)))]
+        return torch.isfinite(torch.stack(numbers).view(-1, width)).all(1)
 
     def forward(self, a: Action) -> Iterator[None]:
         s, m = at = a.stage, a.microbatch
@@ -120,20 +133,21 @@ class _Rank:
         pieces = self.bound.pieces[s, a.segment]
         carry = _here(self.values.pop(("F", s, m), {}))
         for i, piece in enumerate(pieces):
-            with memory_at(f"the forward of {piece.name}, action {a}", (i + 1) / len(pieces), self.grads):
-                keeps = self.trains and piece.back
-                again = self.bound.again.get((s, m, piece.name)) if keeps else None
-                if keeps and again != ():
-                    kept, carry, losses = self.make(piece, carry, m, again or ())
-                else:
-                    kept, carry, losses = self.pass_by(piece, carry, m, keeps)
-            if self.trains and (unknown := losses.keys() - self.seeds.keys()):
+            self.doing = "the forward of", piece.name, (i + 1) / len(pieces)
+            keeps = self.trains and piece.back
+            again = self.bound.again.get((s, m, piece.name)) if keeps else None
+            if keeps and again != ():
+                kept, carry, losses = self.make(piece, carry, m, again or ())
+            else:
+                kept, carry, losses = self.pass_by(piece, carry, m, keeps)
+            if losses and self.trains and (unknown := losses.keys() - self.seeds.keys()):
                 names = f"{', '.join(sorted(unknown))}, which no objective weighs; there are {', '.join(self.seeds) or 'none'}"
                 raise ProgramError(f"{piece.name} gives the loss {names}")
             if keeps:
                 self.kept.setdefault(at, []).append(kept)
-            _add_terms(self.terms, {"losses": losses})
-            self.seen[m] += [torch.isfinite(loss) for loss in losses.values()]
+            if losses:
+                _add_terms(self.terms, {"losses": losses})
+                self.seen[m] += losses.values()
             yield
         whole = self.bound.known[s].atoms
         last = (self.bound.known[s].span(a.segment) or (0, 0))[1] == len(whole)
@@ -170,8 +184,7 @@ class _Rank:
                 outputs = {k: v for k, v in y.items() if v.requires_grad}
                 weighed = {k: v for k, v in losses.items() if v.requires_grad}
                 kept.outputs, kept.losses = tuple(outputs), tuple(weighed)
-                if outputs or weighed:
-                    kept.root = Root.apply(kept.seeds, *outputs.values(), *weighed.values())
+                kept.ends = ends((*outputs.values(), *weighed.values()))
         return kept, {k: v.detach() for k, v in y.items()}, {k: v.detach() for k, v in losses.items()}
 
     def pass_by(self, piece: Piece, carry: dict[str, Tensor], m: int, keeps: bool) -> tuple[_Kept, Carry, dict[str, Tensor]]:
@@ -223,12 +236,12 @@ class _Rank:
         dy = _here(self.values.pop(("B", s, m), {}))
         while pieces and pieces[-1].piece.name in covered:  # a piece's activations go as soon as its backward is done
             kept = pieces.pop()
-            with memory_at(f"the backward of {kept.piece.name}, action {a}", 1.0, self.grads):
-                dy, factors = self.back(kept, dy)
+            self.doing = "the backward of", kept.piece.name, 1.0
+            dy, factors = self.back(kept, dy)
             if factors:
                 self.owed.setdefault(at, []).append((kept.piece.name, factors))
             if not (pieces and pieces[-1].piece.upstream):  # as far back as a gradient comes
-                self.seen[m] += [torch.isfinite(g).all() for g in dy.values()]
+                self.seen[m] += [torch.linalg.vector_norm(g, torch.inf) for g in dy.values() if g.numel()]  # one kernel: the largest of all
             yield
         if pieces:
             self.values["B", s, m] = dy  # the piece before takes it
@@ -246,11 +259,7 @@ class _Rank:
         # a weight with a sum of its own stands here for its product to stay in the backward; its gradient is None
         rest = [t for pair in kept.probes for t in pair] or [self.leaves[path] for _, _, path in piece.products]
         wanted = [*inputs.values(), *plain, *rest]
-        got: Sequence[Tensor | None] = [None] * len(wanted)
-        if kept.root is not None and wanted:
-            kept.seeds += [dy.get(k) for k in kept.outputs]
-            kept.seeds += [self.seeds[k] for k in kept.losses]
-            got = torch.autograd.grad(kept.root, wanted, allow_unused=True)
+        got = vjp(kept.ends, [*map(dy.get, kept.outputs), *(self.seeds[k] for k in kept.losses)], wanted)
         for path, g in zip(piece.leaves, got[len(inputs) :]):
             self.add(path, g)
         factors: list[tuple[str, Tensor, Tensor]] = []
@@ -280,9 +289,9 @@ class _Rank:
             if name not in covered:
                 left.append((name, factors))
                 continue
-            with memory_at(f"the weight gradients of {name}, action {a}", 1.0, self.grads):
-                for path, rows, dy in factors:
-                    weight_gradient(self.sum_of(path), rows, dy)
+            self.doing = "the weight gradients of", name, 1.0
+            for path, rows, dy in factors:
+                weight_gradient(self.sum_of(path), rows, dy)
             yield
         if left:
             self.owed[at] = left
@@ -294,22 +303,24 @@ class _Rank:
         pieces = self.kept[at]
         for i, kept in enumerate(pieces):
             if kept.piece.name in covered:
-                with memory_at(f"the second forward of {kept.piece.name}, action {a}", 1.0, self.grads):
-                    if a.ops and kept.slots is not None:
-                        kept.slots.remat()
-                    else:
-                        pieces[i], _, _ = self.make(kept.piece, {k: got(v) for k, v in kept.x.items()}, a.microbatch)
+                self.doing = "the second forward of", kept.piece.name, 1.0
+                if a.ops and kept.slots is not None:
+                    kept.slots.remat()
+                else:
+                    pieces[i], _, _ = self.make(kept.piece, {k: got(v) for k, v in kept.x.items()}, a.microbatch)
                 yield
 
     def copy(self, a: Action) -> None:
         """OFFLOAD and FETCH: they start copies; who needs one waits."""
         covered = self.bound.spans[a.stage, a.segment]
         for kept in self.kept[a.stage, a.microbatch]:
+            self.doing = "the copy of", kept.piece.name, 1.0
             if kept.piece.name in covered and kept.slots is not None:
                 (kept.slots.offload if a.op == "OFFLOAD" else kept.slots.fetch)(self.ctx.device, self.streams)
 
     def send(self, a: Action) -> None:
         kind, s, m = a.op[-1], a.stage, a.microbatch
+        self.doing = "the message of", f"stage {s}", 1.0
         to = self.bound.placement[s + 1 if kind == "F" else s - 1]
         carry = self.values.pop((f"out {kind}", s, m))
         self.sent[a.op, s, m] = [self.pipe.send(carry[k], to, f"{s}{kind}{m} {k}") for k in sorted(carry)]
@@ -319,6 +330,7 @@ class _Rank:
         kind, s, m = a.op[-1], a.stage, a.microbatch
         assert m is not None
         at, source = (s, s - 1) if kind == "F" else (s + 1, s + 1)
+        self.doing = "the message to", f"stage {s}", 1.0
         like = self.bound.shapes(self.batches[m], self.ctx).inputs[at]
         if kind == "B":
             like = {k: (shape, dtype) for k, (shape, dtype) in like.items() if dtype.is_floating_point}
@@ -334,13 +346,30 @@ class _Rank:
         assert a.segment is not None
         if a.segment in self.bound.tied:
             self.finish_sums()
-            self.grads[a.segment] = self.ctx.axes.some("pp", self.bound.tied[a.segment]).sum(self.grads[a.segment])
+            self.grads[a.segment] = self.sum_over(self.bound.tied[a.segment], a.segment)
             return
-        specs = self.bound.reduced[a.stage, a.segment]
-        with memory_at(f"the sum of gradients of {a.segment}, action {a}", 1.0, self.grads):
-            for spec in specs:  # a parameter that no loss reached: its sum over the holders is still a collective that all must join
-                self.sum_of(spec.path)
+        paths, specs = self.bound.reduced[a.stage, a.segment]
+        self.doing = "the sum of gradients of", a.segment, 1.0
+        for path in paths:  # a parameter that no loss reached: its sum over the holders is still a collective that all must join
+            self.sum_of(path)
+        if specs:
             self.waits.append(reduce_gradients(specs, self.grads, self.ctx.axes))
+
+    def sum_over(self, holders: tuple[int, ...], path: str) -> Tensor:
+        """The sum of a gradient over the pipeline ranks that hold it, by messages to the first of them and back: a group of processes for each such
+        set would have to be made by all ranks in one order."""
+        mine, first, pipe = self.grads[path], holders[0], self.pipe
+        like = (mine.shape, mine.dtype, self.device)
+        if self.bound.rank != first:
+            sent = pipe.send(mine, first, f"{path} part")
+            total = pipe.recv(*like, first, f"{path} sum")()
+            sent()
+            return total
+        for h in holders[1:]:
+            mine += pipe.recv(*like, h, f"{path} part")()
+        for sent in [pipe.send(mine, h, f"{path} sum") for h in holders[1:]]:
+            sent()
+        return mine
 
     def finish_sums(self) -> None:
         while self.waits:

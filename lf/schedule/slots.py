@@ -10,7 +10,7 @@
 Autograd's hooks do nothing but file: each tensor that a node of the graph keeps is given to `Slots`, and the node keeps its place there. The
 graph owns the places, `Slots` only knows of them: what a node's backward has used goes at once, as it would without. Parameters and whatever
 else `keep` names are handed through. So that the graph holds no other device memory, its two ends must not be the tensors themselves: `entry`
-stands for what goes in, `Root` (vjp.py) for what comes out.
+stands for what goes in, `ends` (vjp.py) for what comes out.
 
 Ops that are run again. A chosen op keeps its inputs and nothing else, and whoever keeps its output keeps a recipe instead. What that saves, in
 elements for each layer of a decoder (T tokens of the tp group, t of this rank, F feed-forward columns, D width, h heads of d dims, k kv heads):
@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lf.config import ConfigError, one_of
-from lf.schedule.vjp import vjp
+from lf.schedule.vjp import ends, vjp
 
 CHUNK = 1 << 25  # bytes of a copy: a power of two, to which torch's allocator of pinned memory rounds up
 SMALL = 1 << 10  # bytes: a storage below it stays where it is
@@ -259,7 +259,7 @@ class _Again(torch.autograd.Function):
         recipe = ctx.recipe
         pairs = [(y, g) for y, g in zip(recipe.done(), grads) if g is not None and y.requires_grad]
         wanted = [x for x, n in zip(recipe.inputs, recipe.needs) if n]
-        found = iter(vjp([y for y, _ in pairs], [g for _, g in pairs], wanted) if pairs else [None] * len(wanted))
+        found = iter(vjp(ends(y for y, _ in pairs), [g for _, g in pairs], wanted))
         recipe.args, recipe.inputs, recipe.outputs = (), (), ()
         return None, *(next(found) if n else None for n in recipe.needs)
 

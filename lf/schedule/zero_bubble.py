@@ -64,18 +64,3 @@ def numbered(plan: Sequence[tuple[str, int]], microbatches: int) -> tuple[Action
             row.append(Action(op, stage, seen[op, stage]))
         seen[op, stage] += 1
     return tuple(row)
-
-
-def merge(program: Program) -> Program:
-    """A W right after its I becomes one B: the same work without keeping what lies between the two. What waits for the I then waits for both:
-    nothing does at stage 0."""
-    rows = []
-    for actions in program:
-        row: list[Action] = []
-        for a in actions:
-            if a.op == "W" and row and row[-1] == Action("I", a.stage, a.microbatch, a.segment, chain=a.chain):
-                row[-1] = Action("B", a.stage, a.microbatch, a.segment, chain=a.chain)
-            else:
-                row.append(a)
-        rows.append(tuple(row))
-    return tuple(rows)

@@ -24,7 +24,7 @@ from lf.schedule.ir import Action, Program, ProgramError, placement
 from lf.schedule.named import SCHEDULES, resolve
 from lf.schedule.place import loop, stages_of, vee
 from lf.schedule.text import dumps, to_csv
-from lf.schedule.zero_bubble import interleaved_zb, merge, zb_h1, zb_v
+from lf.schedule.zero_bubble import interleaved_zb, zb_h1, zb_v
 
 TABLE = Path(__file__).parent / "bubbles.txt"
 
@@ -166,12 +166,6 @@ def test_forward_only_has_the_forwards() -> None:
     assert [" ".join(map(str, row)) for row in forward_only(2, 2)] == ["0F0 0F1", "1F0 1F1"]
     assert cost(forward_only(loop(6, 3), 5)).makespan == 2 * 5 + 2
 
-
-def test_merge_makes_one_of_an_i_and_its_w() -> None:
-    program = merge(zb_h1(3, 4))
-    assert [a.op for a in program[0]] == [*"FFFBFBBB"]  # rank 0 is late by none
-    assert {a.op for a in program[2]} == {*"FIW"}
-    assert cost(program).makespan == cost(zb_h1(3, 4)).makespan
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from lf import parity, tree
 from lf.config import ConfigError
 from lf.models.small import tiny
 from lf.schedule.slots import SMALL, SlotError, Slots, entry
-from lf.schedule.vjp import Root
+from lf.schedule.vjp import ends, vjp
 from lf.segment import path_of
 
 CPU = lf.devices.get("cpu")
@@ -52,7 +52,7 @@ class Kept:
 
     leaf: torch.Tensor
     seeds: list[torch.Tensor]
-    root: torch.Tensor
+    ends: tuple[Any, ...]
     paths: list[str]
 
 
@@ -70,11 +70,11 @@ def forward(case: Case, slots: Slots | None, segments: Any, tokens: int = 33) ->
             outs += terms.get("losses", {}).values()
         outs += [y] if isinstance(y, torch.Tensor) else []
         seeds = [draw("dy", i, shape=tuple(out.shape)) for i, out in enumerate(outs)]
-        return Kept(leaf, seeds, Root.apply(seeds, *outs), [*paths])
+        return Kept(leaf, seeds, ends(outs), [*paths])
 
 
 def backward(case: Case, kept: Kept) -> list[torch.Tensor]:
-    grads = torch.autograd.grad(kept.root, [kept.leaf, *(case.leaves[p] for p in kept.paths)])
+    grads = vjp(kept.ends, kept.seeds, [kept.leaf, *(case.leaves[p] for p in kept.paths)])
     assert all(g.abs().max() > 0 for g in grads)
     return list(grads)
 
@@ -328,12 +328,12 @@ def test_a_compiled_segment(backend: str) -> None:
     for slots in (None, Slots({t.untyped_storage().data_ptr() for t in (w, n, d)}), Slots()):
         leaf, x = entry(draw("x", shape=(33, 16)))
         with contextlib.nullcontext() if slots is None else slots.filing():
-            root = Root.apply([draw("dy", shape=(33, 16))], compiled(x, ops))
+            held = ends([compiled(x, ops)])
         if slots is not None:
             slots.offload(CPU, None, 1000)
             assert slots.bytes()[0] < SMALL < slots.bytes()[1]
             slots.fetch(CPU, None)
-        results.append(torch.autograd.grad(root, [leaf, w, n, d]))
+        results.append(vjp(held, [draw("dy", shape=(33, 16))], [leaf, w, n, d]))
     assert counter.frame_count == 1
     for got in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], got))
