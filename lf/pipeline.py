@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Any
 
 import attrs
 import numpy as np
@@ -46,6 +47,11 @@ class Pipeline:
     _named: Schedule = attrs.field(init=False, repr=False, eq=False)
     _recomputed: Recompute = attrs.field(init=False, repr=False, eq=False)
     _offloaded: Offload = attrs.field(init=False, repr=False, eq=False)
+
+    @staticmethod
+    def of(config: Any) -> Pipeline:
+        """Of a script's config, which has fields of these names."""
+        return Pipeline(config.schedule, config.chunks, config.split, config.recompute, config.offload, config.freeze)
 
     @_named.default
     def _resolve(self) -> Schedule:

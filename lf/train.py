@@ -122,9 +122,10 @@ def make(
 ) -> tuple[Callable[[Tree], State], Step]:
     """(init, step): init(master params) -> State; step(state, microbatches, clock=None) -> (state, metrics). Everything refusable is refused here.
 
-    program, compile, clock: as in `gradients`; a step runs the program for its number of microbatches. metrics: those of
-    `gradients`, and lr, skipped (1 where loss or norm was not finite and nothing was changed). They lie on the device:
-    read them a step later and the host never waits. `clip`: the largest gradient norm (None: unlimited). `init` takes the parameters over and a state is used up by its step: both are updated in place.
+    program, compile, clock: as in `gradients`; a step runs the program for its number of microbatches. metrics: those of `gradients`, and lr,
+    skipped (1 where loss or norm was not finite and nothing was changed). They lie on the device: read them a step later and the host never
+    waits. `clip`: the largest gradient norm (None: unlimited). `init` takes the parameters over and a state is used up by its step: both are
+    updated in place.
     A state that cannot fit into memory raises OutOfMemory here, a step that does not fit when it is made.
     """
     if clip is not None and not clip > 0:

@@ -47,7 +47,7 @@ def main(config: Config) -> None:
     if ctx.axes.rank or not (out / "hf").is_dir():  # rank 0 speaks, and only of a run that has come to its end
         return
     records = lf.runs.read_metrics(out / "metrics.jsonl")
-    lf.show(lf.layout(lf.hf.model(config.model), ctx.axes.mesh), png=out / "layout.png")
+    lf.show(lf.pipeline.Pipeline.of(config).layout(lf.hf.model(config.model), ctx.axes.mesh, config.seq_len), png=out / "layout.png")
     first, last = records[0]["loss"], records[-1]["loss"]
     tokens = f"{records[-1]['tokens']:,}"
     screen.print(f"\nloss {first:.2f} → {last:.2f} nats per token over {tokens} tokens. The model goes on after the first two lines:\n")

@@ -77,7 +77,7 @@ def main(config: Config) -> tuple[lf.State, lf.context.Context]:
     if config.weights_dtype and not config.weights:
         raise lf.config.ConfigError(f"--weights-dtype {config.weights_dtype} is of weights that are loaded; give --weights, or leave it out")
     weights_dtype, export_dtype = lf.hf.float_dtype("--weights-dtype", config.weights_dtype), lf.hf.float_dtype("--export-dtype", config.export_dtype)
-    pipeline = lf.pipeline.Pipeline(config.schedule, config.chunks, config.split, config.recompute, config.offload, config.freeze)
+    pipeline = lf.pipeline.Pipeline.of(config)
     device = lf.devices.get(config.device)
     axes = lf.connect(lf.Mesh.parse(config.mesh), device)
     ctx = lf.Context(axes, device, config.precision)

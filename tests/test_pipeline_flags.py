@@ -61,7 +61,8 @@ def test_a_program_for_each_number_of_microbatches(tmp_path: Path) -> None:
     file.write_text("rank 0: 0F0 0F1 0B0 0B1\nrank 1: 1F0 1B0 1F1 1B1\n")
     fixed = Pipeline(str(file))
     assert len(fixed.programs(layout, (2,))) == 1
-    with pytest.raises(ProgramError, match=r"steps of this run have 2, 4 microbatches; --schedule .*two\.txt with 4: .*is for placement \(0, 1\) and 2"):
+    words = r"steps of this run have 2, 4 microbatches; --schedule .*two\.txt with 4: .*is for placement \(0, 1\) and 2"
+    with pytest.raises(ProgramError, match=words):
         fixed.programs(layout, (2, 4))
 
 
@@ -176,5 +177,5 @@ def test_a_run_of_an_older_version_says_what_is_called_otherwise_now(config: pre
     old["schedule"] = old.pop("lr_schedule")
     Path(config.out).mkdir()
     (Path(config.out) / "config.json").write_text(json.dumps(old))
-    with pytest.raises(ConfigError, match="holds a run with other settings(.|\n)*what was schedule is lr_schedule now"):
+    with pytest.raises(ConfigError, match=r"holds a run with other settings(.|\n)*what was schedule is lr_schedule now"):
         pretrain.main(config)
