@@ -263,3 +263,45 @@ def test_a_clock_takes_down_when_the_card_has_worked_and_nobody_waits() -> None:
     ((f, b),) = (timeline := clock.timeline(program)).rows
     assert 0 == f.start < f.end <= b.start < b.end < 10
     assert min(held for _, held in timeline.memory[0]) >= x.numel() * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "recompute", "offload"), [("1f1b", "none", "full"), ("zb-v", "full:1", "full;distance=2"), ("zb-h1", "ops=swiglu,rms_norm,rope", "none")]
+)
+def test_law_1_over_stages(name: str, recompute: str, offload: str) -> None:
+    """Ranks of a pipeline on one card, with copies to the host's memory beside the computation."""
+    from functools import partial
+
+    from lf.schedule.build import build
+    from lf.schedule.named import SCHEDULES
+    from lf.schedule.recompute import parse_offload, parse_recompute
+
+    schedule = SCHEDULES[name]
+    program = partial(build, generate=schedule.generate, recomputed=parse_recompute(recompute), offloaded=parse_offload(offload))
+    for mesh in ("pp=2", "pp=2,tp=2"):
+        where = lf.Mesh.parse(mesh)
+        report = parity.compare(tiny(), where, device="cuda", placement=schedule.place(2, schedule.chunks), program=program, microbatches=3, steps=2)
+        assert report.ok, str(report)
+
+
+@pytest.mark.parametrize(("recompute", "offload"), [("full", "none"), ("none", "full"), ("ops=swiglu,rms_norm,rope,attention", "none")])
+def test_the_host_does_not_wait_for_what_is_made_again_or_moved(recompute: str, offload: str) -> None:
+    from lf.schedule.build import build
+    from lf.schedule.named import SCHEDULES
+    from lf.schedule.recompute import parse_offload, parse_recompute
+
+    ctx, model = on("cuda", "bf16"), tiny()
+    layout = lf.layout(model, lf.Mesh(dp=1))
+    program = build(layout, 3, SCHEDULES["gpipe"].generate, parse_recompute(recompute), parse_offload(offload))
+    init, step = lf.train.make(layout, lf.optim.adamw(1e-3), program, ctx)
+    state = init(lf.init(layout, ctx, 0))
+    batches = parity.random_batches(model, 0, 0, 3, 300)
+    for _ in range(2):  # kernels are loaded and memory is pinned
+        state, _ = step(state, batches)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        state, metrics = step(state, batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(metrics["loss"])

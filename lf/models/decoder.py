@@ -102,9 +102,11 @@ def decoder(config: DecoderConfig) -> Model:
     words = vocab_part(config.vocab)
     table = Param((config.vocab, config.dim), ("vocab", "embed"), normal(config.embed_std), (words,))
     norm = Param((config.dim,), ("embed",), gain)
-    # One function object for all layers that are alike: that is what "each distinct segment compiles once" hangs on. It is given the parts: Dynamo
-    # reads frozen attrs objects but cannot make them.
-    attn = {a: partial(attention_block, a, qkv_parts(a), config.norm_eps) for a in {layer.mixer for layer in config.layers}}
+    ropes = tuple(dict.fromkeys((layer.mixer.rope, layer.mixer.head_dim) for layer in config.layers))
+    # One function object for all layers that are alike: that is what "each distinct segment compiles once" hangs on. It is given the parts, and the
+    # number of its tables: Dynamo reads frozen attrs objects but can neither make nor hash them.
+    mixers = dict.fromkeys(layer.mixer for layer in config.layers)
+    attn = {a: partial(attention_block, a, qkv_parts(a), ropes.index((a.rope, a.head_dim)), config.norm_eps) for a in mixers}
     mlp = partial(mlp_block, config.norm_eps)
     attn_flops = {a: partial(attention_flops, a, config.dim) for a in attn}
     mlp_flops = {n: partial(matrix_flops, 3 * n * config.dim) for n in {layer.ffn.dim for layer in config.layers}}
@@ -120,7 +122,6 @@ def decoder(config: DecoderConfig) -> Model:
     logits = partial(matrix_flops, config.dim * config.vocab)
     segments.append(Segment("head", "head", {"norm": norm, "weight": weight}, partial(head, words, config.norm_eps), ("weight",), logits))
     objectives = {"cross_entropy": Objective(1.0, valid_labels)}
-    ropes = tuple(dict.fromkeys((layer.mixer.rope, layer.mixer.head_dim) for layer in config.layers))
     return Model(config, tuple(segments), objectives, RULES, partial(accepts, config), partial(tables, ropes))
 
 
@@ -182,15 +183,15 @@ def embed(words: Part, p: dict[str, Tensor], x: Any, batch: Batch, ctx: Any) -> 
 
 
 def tables(ropes: tuple[tuple[Rope, int], ...], batch: Batch, ctx: Any) -> Batch:
-    """The batch with cos and sin of its positions for each kind of rotary position in the model, under ("rope", Rope, head dim)."""
+    """The batch with cos and sin of its positions for each kind of rotary position in the model, under ("rope", its number)."""
     positions, edges = batch.plan["positions"], batch.plan["cu_seqlens"]
     lengths = edges.diff()[document_of(edges, positions.shape[0]) - 1]
-    found = {("rope", r, d): rope_table(positions, lengths, d, r, ctx.precision.compute) for r, d in ropes}
+    found = {("rope", i): rope_table(positions, lengths, d, r, ctx.precision.compute) for i, (r, d) in enumerate(ropes)}
     return attrs.evolve(batch, derived={**batch.derived, **found})
 
 
 def attention_block(
-    a: Attention, parts: tuple[Part, Part, Part], eps: float, p: dict[str, Tensor], x_tD: Tensor, batch: Batch, ctx: Any
+    a: Attention, parts: tuple[Part, Part, Part], rope: int, eps: float, p: dict[str, Tensor], x_tD: Tensor, batch: Batch, ctx: Any
 ) -> tuple[Tensor, Terms]:
     tp, ops = ctx.axes["tp"], ctx.ops
     seq = token_shares(batch, tp)
@@ -203,7 +204,7 @@ def attention_block(
     q_Thd, k_Tkd, v_Tkd = rearrange(qkv, "T (h d) -> T h d", d=a.head_dim).split([q1 - q0, k1 - k0, k1 - k0], 1)
     if a.qk_norm:
         q_Thd, k_Tkd = ops.rms_norm(q_Thd, p["q_norm"], eps), ops.rms_norm(k_Tkd, p["k_norm"], eps)
-    cos, sin = batch.derived["rope", a.rope, a.head_dim]
+    cos, sin = batch.derived["rope", rope]
     q_Thd, k_Tkd = ops.rope(q_Thd, cos, sin), ops.rope(k_Tkd, cos, sin)
 
     group = a.heads // a.kv_heads
