@@ -107,9 +107,15 @@ def compared(name: str, config: Config, ctx: Any) -> dict[str, Any]:
     ours = lf.train.gradients(layout, build(layout, config.microbatches, schedule.generate), ctx)
     try:
         theirs, grads = torch_step(PEERS[name], layout, params, batches, ctx)
-    except (ValueError, TypeError, AttributeError, AssertionError) as error:  # its own conditions, the same on every rank
-        return {"error": f"torch: {type(error).__name__}: {error}"}
-    sides: dict[str, Callable[[], Any]] = {"lf": lambda: ours(params, batches), "torch": theirs}
+    except (ValueError, TypeError, AttributeError, AssertionError) as reason:  # its own conditions, the same on every rank
+        return {"error": f"torch: {type(reason).__name__}: {reason}"}
+    held: list[Any] = []
+
+    def mine_held() -> None:
+        held.clear()  # as torch's, the gradients live until the next step
+        held.append(ours(params, batches))
+
+    sides: dict[str, Callable[[], Any]] = {"lf": mine_held, "torch": theirs}
     mine = dict(lf.tree.items(ours(params, batches)[0]))
     theirs()
     worst = torch.stack([(g - mine[p]).abs().max() / mine[p].abs().max() for p, g in grads().items()]).max()

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, _engine_run_backward
 
 
 def ends(outputs: Iterable[Tensor]) -> tuple[GradientEdge, ...]:
-    """Where the gradients of these come in. It holds their graph and not them: their memory goes when nobody else needs it.
+    """Where the gradients of these come in, with gradients enabled. It holds their graph and not them: their memory goes when nobody else needs it.
 
     The node is that of a view, which keeps a shape alone. The output's own would not do: what Python has of a node written in Python does not
     keep its graph alive.
     """
-    with torch.enable_grad():
-        return tuple(GradientEdge(y.view_as(y).grad_fn, 0) for y in outputs)  # type: ignore[arg-type]  # in a graph, so it has one
+    return tuple([GradientEdge(y.view_as(y).grad_fn, 0) for y in outputs])  # type: ignore[arg-type]  # in a graph, so it has one
 
 
 def vjp(ends: Sequence[GradientEdge], grads: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
