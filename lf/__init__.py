@@ -26,12 +26,14 @@ if TYPE_CHECKING:  # for editors and type checkers; the table below is what runs
         optim,
         parity,
         pictures,
+        pipeline,
         ramp,
         record,
         runs,
         schedule,
         signals,
         sim,
+        split,
         train,
         tree,
     )
@@ -47,7 +49,7 @@ if TYPE_CHECKING:  # for editors and type checkers; the table below is what runs
 
 _MODULES = (
     *("checkpoint", "cli", "config", "console", "context", "data", "devices", "drift", "evaluate", "log", "loop", "memory", "models", "optim"),
-    *("parity", "pictures", "ramp", "record", "runs", "schedule", "signals", "sim", "train", "tree"),
+    *("parity", "pictures", "pipeline", "ramp", "record", "runs", "schedule", "signals", "sim", "split", "train", "tree"),
 )
 _NAMES = {
     "lf.axes": ("connect", "solo"),

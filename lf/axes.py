@@ -177,11 +177,6 @@ class Axes:
         """Whether this rank does what is done once on each node; a launcher that does not number the ranks of a node makes each one the first."""
         return os.environ.get("LOCAL_RANK", "0") == "0"
 
-    def some(self, name: str, places: tuple[int, ...]) -> Any:
-        """The ranks at these places of one axis, this one among them."""
-        ranks = self[name].ranks
-        return self._axis(tuple(ranks[p] for p in places), f"{name}{list(places)}")
-
     def pipe(self) -> Any:
         """The pp axis, ready for `send` and `recv`: each direction has a communicator of its own, so that neither waits for the other. The first
         call is collective over the axis."""

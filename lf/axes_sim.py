@@ -186,13 +186,6 @@ class SimAxes:
             self._axes[names] = SimAxis(self._world, ranks, self.rank, "·".join(names) or "self")
         return self._axes[names]
 
-    def some(self, name: str, places: tuple[int, ...]) -> SimAxis:
-        """The ranks at these places of one axis, this one among them."""
-        key = (name, *map(str, places))
-        if key not in self._axes:
-            self._axes[key] = SimAxis(self._world, tuple(self[name].ranks[p] for p in places), self.rank, f"{name}{list(places)}")
-        return self._axes[key]
-
     def pipe(self) -> SimAxis:
         """The pp axis; `send` and `recv` need no more."""
         return self["pp"]

@@ -25,9 +25,12 @@ from lf.console import Bar, console
 from lf.layouts import Layout
 from lf.record import Measured, measure, record_of
 from lf.runs import Run, RunError, cut_metrics, on_first_rank
+from lf.schedule import Program, chrome, picture
+from lf.schedule.ir import flat, microbatches
+from lf.schedule.measured import Clock
 from lf.schedule.memory import OutOfMemory
 from lf.state import State
-from lf.train import Metrics
+from lf.train import Step
 from lf.tree import Tree
 
 OFF_BY = 1.0  # nats that a fresh model's first loss may be from what it should be
@@ -53,7 +56,8 @@ class Policy:
     """What a run does besides stepping. Counts are steps; None: never. Raises ConfigError for what cannot be, also for a log without its package.
 
     `keep`: checkpoints that stay · `on_nonfinite`: "stop", or "skip:N", which goes on past at most N steps in a row that were not finite ·
-    `log`: as 'jsonl,tensorboard,wandb' · `first_loss`: what the first loss of a fresh model should be, ln(vocabulary).
+    `log`: as 'jsonl,tensorboard,wandb' · `draw_step`: the step, from 1, whose actions are timed and drawn into the run's folder ·
+    `first_loss`: what the first loss of a fresh model should be, ln(vocabulary).
     """
 
     steps: int
@@ -64,11 +68,14 @@ class Policy:
     on_nonfinite: str = "stop"
     log: tuple[str, ...] = attrs.field(default="jsonl", converter=log.chosen)
     first_loss: float | None = None
+    draw_step: int | None = None
 
     def __attrs_post_init__(self) -> None:
-        counts = {name: getattr(self, name) for name in ("steps", "save_every", "keep", "eval_every", "drift_every")}
+        counts = {name: getattr(self, name) for name in ("steps", "save_every", "keep", "eval_every", "drift_every", "draw_step")}
         if wrong := [f"{name}={n}" for name, n in counts.items() if n is not None and n < 1]:
             raise ConfigError(f"{', '.join(wrong)}: must be at least 1")
+        if self.draw_step is not None and self.draw_step > self.steps:
+            raise ConfigError(f"draw_step={self.draw_step}: the run has {self.steps} steps; name one of them")
         if not re.fullmatch(r"stop|skip:[1-9]\d*", self.on_nonfinite):
             raise ConfigError(f"on_nonfinite={self.on_nonfinite!r} should read stop, or skip:N with N at least 1, as skip:3")
 
@@ -85,16 +92,18 @@ class Policy:
 def run(
     folder: Run,
     layout: Layout,
-    step: Callable[[State, Sequence[Batch]], tuple[State, Metrics]],
+    step: Step,
     state: State,
     feed: Feed,
     ctx: Any,
     policy: Policy,
     evaluate: Callable[[Tree], dict[str, float]] | None = None,
+    programs: Sequence[Program] = (),
 ) -> State:
     """Steps from where `state` is to policy.steps, or to where a signal asks it to end: then int(state.step) is less, and all is saved.
 
-    `step`: from lf.train.make · `evaluate`: from lf.evaluate.make. Raises RunError when steps are not finite or replicas differ, OutOfMemory;
+    `step`: from lf.train.make · `evaluate`: from lf.evaluate.make · `programs`: those of `step`, lowered; policy.draw_step needs
+    them. Raises RunError when steps are not finite or replicas differ, OutOfMemory;
     the checkpoints that are there stay.
     """
     first, screen = int(state.step), console(ctx.axes.rank)
@@ -141,18 +150,22 @@ def run(
         stop = 0
         for i in range(first, policy.steps):
             began, batches = time.perf_counter(), feed.batches(i)
+            clock = Clock(ctx.axes, ctx.device) if i + 1 == policy.draw_step else None
             try:
-                state, metrics = step(state, batches)
+                state, metrics = step(state, batches, clock) if clock else step(state, batches)
             except OutOfMemory as error:
-                raise memory.explained(error, layout, state, batches, feed.seq_len, ctx) from error
+                again = any(a.op == "REMAT" for p in programs for row in p for a in flat(row))
+                raise memory.explained(error, layout, state, batches, feed.seq_len, ctx, again) from error
             measured = measure(i + 1, metrics, batches, began, asked(), layout, ctx)
             stop = settle(ended=began) or stop
             pending = measured
             saving = policy.due(policy.save_every, i + 1) or bool(stop)
             evaluating = evaluate is not None and policy.due(policy.eval_every, i + 1)
             drifting = policy.drift_every is not None and (saving or policy.due(policy.drift_every, i + 1))
-            if saving or evaluating or drifting:
+            if saving or evaluating or drifting or clock:
                 stop = settle(partial(between, evaluating, drifting)) or stop
+            if clock:
+                screen.print(_drawn(clock, i + 1, programs, len(batches), folder, ctx), soft_wrap=True)
             if saving:  # it stands for metrics that are written
                 checkpoint.save(folder.checkpoints / f"step-{i + 1:08d}", layout, state, ctx, feed.about)
                 checkpoint.prune(folder.checkpoints, keep=policy.keep, ctx=ctx)
@@ -161,6 +174,20 @@ def run(
                     screen.print(f"{name}: ended after step {i + 1} of {policy.steps}, which is saved; the same command goes on", soft_wrap=True)
                     break
     return state
+
+
+def _drawn(clock: Clock, step: int, programs: Sequence[Program], n: int, folder: Run, ctx: Any) -> str:
+    """Draws the step as it was on the pipeline of rank 0. Collective: the ranks tell each other when their actions were."""
+    timeline = clock.timeline(next(p for p in programs if microbatches(p) == n))
+    files = [folder.folder / f"step-{step:08d}{end}" for end in (".svg", ".png", ".json")]
+
+    def draw() -> None:
+        for file in files[:2]:
+            picture(timeline, file, f"step {step} on {ctx.axes.mesh}, {n} microbatches")
+        chrome(timeline, files[2])
+
+    on_first_rank(draw, ctx.axes)
+    return f"step {step} is drawn: {', '.join(map(str, files))}"
 
 
 def _skipped_last(records: Sequence[dict[str, Any]]) -> int:

@@ -22,6 +22,8 @@ from lf.tree import Tree
 
 LARGEST = 5  # tensors that are named
 FULL = 0.95  # of the memory can be used: an allocator loses some of it
+INPUT = 1 / 17
+"""What a layer takes in, by what it keeps: 2 bytes by 34 for each token and channel (Korthikanti et al. 2022, arXiv 2205.05198, eq. 2)."""
 SHORTEST = 128  # tokens in a row that are still worth a proposal
 
 
@@ -39,7 +41,7 @@ class Usage:
 @attrs.frozen
 class Setting:
     """What can be changed: rows in a microbatch, tokens in a row, ranks of tp and of pp, and the dtypes (compute, master) · `layers`: more ranks
-    of pp than these would have nothing to do."""
+    of pp than these would have nothing to do · `whole`: layers of this rank of which all is kept for the backward, 0 where some are run again."""
 
     micro_batch: int
     seq_len: int
@@ -48,14 +50,18 @@ class Setting:
     master: torch.dtype
     pp: int = 1
     layers: int = 1
+    whole: int = 0
 
 
-def explained(error: OutOfMemory, layout: Layout, state: State, batches: Sequence[Batch], seq_len: int, ctx: Any) -> OutOfMemory:
-    """The same error with all that is known about it: where, bytes by kind, the largest tensors, the way out."""
+def explained(
+    error: OutOfMemory, layout: Layout, state: State, batches: Sequence[Batch], seq_len: int, ctx: Any, again: bool = False
+) -> OutOfMemory:
+    """The same error with all that is known about it: where, bytes by kind, the largest tensors, the way out. `again`: layers are run again, so
+    that much of them is not kept already."""
     used = ctx.device.memory_peak() + error.wanted
     usage = measure(error, layout, state, used, ctx)
     tokens = max((len(b.plan["tokens"]) for b in batches), default=seq_len)
-    setting = _setting(layout, max(tokens // seq_len, 1), seq_len, ctx)
+    setting = _setting(layout, max(tokens // seq_len, 1), seq_len, ctx, again)
     asked = f"; {_bytes(error.wanted)} more were asked for" if error.wanted else ""
     lines = [f"out of memory on rank {ctx.axes.rank}, in {error.where}: it holds {_bytes(used - error.wanted)} of {_bytes(usage.limit)}{asked}"]
     lines += [f"  {_bytes(n):>10}  {kind}" for kind, n in usage.kinds.items()]
@@ -93,13 +99,14 @@ def refuse_what_cannot_fit(layout: Layout, init: Callable[[Tree, torch.device], 
         return
     lines = [f"out of memory before the first step: rank {ctx.axes.rank} needs {_bytes(lasting)} besides activations, its device has {_bytes(there)}"]
     lines += [f"  {_bytes(n):>10}  {kind}" for kind, n in kinds.items() if n]
-    setting = _setting(layout, 1, SHORTEST, ctx)
+    setting = _setting(layout, 1, SHORTEST, ctx, again=True)  # there is nothing to be run again yet
     lines += [f"The smallest change that should fit, without activations: {way_out(Usage(kinds, lasting, 0, there), setting)}"]
     raise OutOfMemory("\n".join(lines))
 
 
 def way_out(usage: Usage, now: Setting) -> str:
-    """The first change that fits: fewer rows in a microbatch, shorter rows, twice tp, twice pp or lower precision, ever more tp.
+    """The first change that fits: fewer rows in a microbatch, layers that are run again, both, shorter rows, twice tp, twice
+    pp or lower precision, ever more tp.
 
     Twice pp halves what lasts; of activations each rank then has half the layers for twice the microbatches (1F1B), as much as before."""
     row = usage.activations / now.micro_batch
@@ -110,6 +117,11 @@ def way_out(usage: Usage, now: Setting) -> str:
     for rows in range(now.micro_batch - 1, 0, -1):
         if now.micro_batch % rows == 0 and fits(usage.lasting, row * rows):
             return f"--micro-batch {rows} instead of {now.micro_batch} (about {_bytes(usage.lasting + row * rows)})"
+    for rows in [n for n in range(now.micro_batch, 0, -1) if now.whole and now.micro_batch % n == 0]:
+        again = row * rows * (INPUT + 1 / now.whole)  # the inputs, and one layer at a time
+        if fits(usage.lasting, again):
+            fewer = f"--micro-batch {rows} instead of {now.micro_batch} and " if rows < now.micro_batch else ""
+            return f"{fewer}--recompute full (about {_bytes(usage.lasting + again)}; a step then takes up to a third longer)"
     one = "--micro-batch 1 and " if now.micro_batch > 1 else ""
     length = now.seq_len // 2
     while length >= SHORTEST:
@@ -131,12 +143,13 @@ def way_out(usage: Usage, now: Setting) -> str:
     for times in (2, 4, 8, 16, 32, 64):
         if fits(usage.lasting / times, row / times):
             return f"{one}tp={times * now.tp} instead of {now.tp} (about {_bytes((usage.lasting + row) / times)} each)"
-    return "none of fewer rows, shorter rows, more tp or lower precision is enough; take a smaller model or more memory"
+    return "none of fewer rows, recompute, shorter rows, more tp or lower precision is enough; take a smaller model or more memory"
 
 
-def _setting(layout: Layout, micro_batch: int, seq_len: int, ctx: Any) -> Setting:
+def _setting(layout: Layout, micro_batch: int, seq_len: int, ctx: Any, again: bool) -> Setting:
     dtypes, mesh = ctx.precision, layout.mesh
-    return Setting(micro_batch, seq_len, mesh.tp, dtypes.compute, dtypes.master, mesh.pp, len(layout.model.layers()))
+    whole = 0 if again else sum(len(layout.layers(stage)) for stage in layout.on(ctx.axes.coords["pp"]))
+    return Setting(micro_batch, seq_len, mesh.tp, dtypes.compute, dtypes.master, mesh.pp, len(layout.model.layers()), whole)
 
 
 def _lower(lasting: int, now: Setting) -> tuple[str, float]:

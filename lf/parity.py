@@ -57,12 +57,13 @@ class Quantity:
 
 @attrs.frozen
 class Report:
-    """What `compare` found."""
+    """What `compare` found. `about`: what its ranks did in a step, in words, where several reports stand side by side."""
 
     mesh: Mesh
     microbatches: int
     seed: int
     rows: tuple[Quantity, ...]
+    about: str = ""
 
     @property
     def ok(self) -> bool:
@@ -74,7 +75,8 @@ class Report:
 
     def __str__(self) -> str:
         """One line a quantity that disagrees, or that all agree."""
-        words = f"mesh {self.mesh}, {self.microbatches} microbatches a rank, seed {self.seed}: "
+        about = f" {self.about}" if self.about else ""
+        words = f"mesh {self.mesh}{about}, {self.microbatches} microbatches a rank, seed {self.seed}: "
         if self.ok:
             return words + f"all {len(self.rows)} quantities agree with one rank"
         lines = [f"  {q.name}: error {q.error:.3g}, at most {q.tolerance:.3g}" for q in self.bad]
@@ -89,7 +91,8 @@ class Report:
         rows = [
             {"name": q.name, "size": number(q.size), "error": number(q.error), "tolerance": number(q.tolerance), "ok": q.ok} for q in self.rows
         ]
-        return {"mesh": str(self.mesh), "ranks": self.mesh.size, "microbatches": self.microbatches, "seed": self.seed, "ok": self.ok, "rows": rows}
+        where = {"mesh": str(self.mesh), "about": self.about, "ranks": self.mesh.size, "microbatches": self.microbatches}
+        return {**where, "seed": self.seed, "ok": self.ok, "rows": rows}
 
 
 def table(reports: Sequence[Report]) -> Any:
@@ -98,7 +101,7 @@ def table(reports: Sequence[Report]) -> Any:
         (q.name, *(f"{r.rows[i].error:.1e}{'' if r.rows[i].ok else ' DISAGREES'}" for r in reports), f"{q.size:.2e}")
         for i, q in enumerate(reports[-1].rows)
     ]
-    return console.table("error against one rank", ("quantity", *(str(r.mesh) for r in reports), "largest value"), rows)
+    return console.table("error against one rank", ("quantity", *(f"{r.mesh} {r.about}".strip() for r in reports), "largest value"), rows)
 
 
 @attrs.frozen
@@ -129,7 +132,7 @@ def compare(
     device: str = "cpu",
     spmd: Callable[..., list[Any]] = simulated,
     program: Callable[[Layout, int], Program] = build,
-    compile: bool = False,
+    compile: bool | str = False,
 ) -> Report:
     """`model` on `mesh`, with `microbatches` a rank and step, against one rank. `split`, `placement`, `frozen`: as in `lf.layout`; the one rank has
     one stage, and the same frozen. `program(layout, microbatches)`: what the mesh does in a step; the one rank makes a forward and its backward in
@@ -159,7 +162,7 @@ def trace(
     lr: float,
     clip: float | None,
     device: str,
-    compile: bool = False,
+    compile: bool | str = False,
 ) -> Trace:
     """This rank's part of a few steps of `lf.train.make`. batches[step] are the microbatches of all dp coordinates."""
     ctx = Context(axes, devices.get(device), "fp64")

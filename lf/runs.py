@@ -30,6 +30,9 @@ class RunError(ValueError):
     """A run folder that is in use or holds something else, or work that failed on another rank."""
 
 
+RENAMED = {"schedule": "lr_schedule"}
+"""What fields of a config were called by earlier versions."""
+
 _KINDS: dict[str, type[Exception]] = {"ConfigError": ConfigError}
 
 
@@ -188,6 +191,7 @@ def _agree(folder: Path, wanted: dict[str, Any], free: Collection[str]) -> None:
         if (bound and _trained(folder)) or have.keys() != wanted.keys():
             changed = bound or changed
             lines = "\n".join(f"  {k}: the run has {old!r}, this command {new!r}" for k, (old, new) in changed.items())
+            lines += "".join(f"\n  what was {old} is {new} now" for old, new in RENAMED.items() if new in wanted and new not in have)
             raise ConfigError(f"{folder} holds a run with other settings:\n{lines}\nGive these back, or another --out, or remove the folder")
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(wanted, indent=2) + "\n")
@@ -199,12 +203,12 @@ def _trained(folder: Path) -> bool:
     return any((folder / "checkpoints").glob("step-*")) or (metrics.exists() and metrics.stat().st_size > 0)
 
 
-def summary(name: str, layout: Any, ctx: Any, seq_len: int, micro_batch: int, microbatches: int) -> str:
-    """One line: the model, where it runs, and what a step is made of."""
+def summary(name: str, layout: Any, ctx: Any, seq_len: int, micro_batch: int, microbatches: int, pipeline: str) -> str:
+    """One line: the model, where it runs, what a step is made of, and in which order: `pipeline`, as lf.pipeline tells it."""
     size, dp = sum(math.prod(p.shape) for p in layout.model.params().values()), layout.mesh["dp"]
     rows = f"{micro_batch * microbatches * dp} rows of {seq_len} = {micro_batch} × {microbatches} microbatches × dp={dp}"
     precision = str(ctx.precision.compute).removeprefix("torch.")
-    return f"{name}: {size:,} parameters in {precision} on {layout.mesh} ({ctx.device.NAME}); a step is {rows}"
+    return f"{name}: {size:,} parameters in {precision} on {layout.mesh} ({ctx.device.NAME}); a step is {rows}; {pipeline}"
 
 
 def same_data(saved: dict[str, Any], now: dict[str, Any]) -> None:

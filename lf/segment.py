@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any
 
 import attrs
@@ -99,6 +100,9 @@ class Model:
         names = [s.name for s in self.segments]
         if twice := {n for n in names if names.count(n) > 1}:
             raise LayoutError(f"segment names must be unique; {sorted(twice)} stand twice")
+        runs = [layer for layer, _ in groupby(s.layer for s in self.segments)]
+        if apart := sorted({layer for layer in runs if runs.count(layer) > 1}):
+            raise LayoutError(f"the segments of a layer must follow one another; those of {', '.join(apart)} have others in between")
         known = self.params()
         for segment in self.segments:
             for name, param in segment.params.items():

@@ -25,8 +25,11 @@ from lf.optim import Optimizer
 from lf.parallel.reduce import owned_square_sum
 from lf.schedule import Action, Program, ProgramError, check, draw
 from lf.schedule.bind import Bound, bind
+from lf.schedule.compiled import refuse_compile
+from lf.schedule.draw import WIDTH
 from lf.schedule.ir import flat, microbatches
 from lf.schedule.lower import is_lowered, lower
+from lf.schedule.measured import Clock
 from lf.schedule.memory import memory_at
 from lf.schedule.run import run
 from lf.spec import Piece
@@ -35,23 +38,28 @@ from lf.tree import Tree
 
 Metrics = dict[str, Tensor]
 Gradients = tuple[Tree, Metrics]
+Step = Callable[..., tuple[State, Metrics]]
 
 
-def gradients(layout: Layout, program: Program | Sequence[Program], ctx: Any, compile: bool = False) -> Callable[[Tree, Sequence[Batch]], Gradients]:
-    """fn(params, microbatches) -> (gradients as a tree like params, metrics): the half of a step before the optimizer.
+def gradients(layout: Layout, program: Program | Sequence[Program], ctx: Any, compile: bool | str = False) -> Callable[..., Gradients]:
+    """fn(params, microbatches, clock=None) -> (gradients as a tree like params, metrics): the half of a step before the optimizer.
 
     program: one, or one for each number of microbatches that occurs. params: the compute copy. Gradients come in the master dtype, summed over
     all ranks. metrics are device scalars, equal on all ranks: loss (Σ_k λ_k · mean of objective k), one entry per objective, grad_norm, tokens
     (the count of the first objective: tokens with a label); and finite, (microbatches,) bool, this rank's own, as in `lf.schedule.run.run`.
-    Raises ProgramError, MeshError where programs, layout and ranks do not fit together.
+    clock: an `lf.schedule.measured.Clock` that takes the step down. `compile`: each distinct layer by torch.compile, True or
+    the name of a backend.
+    Raises ProgramError, MeshError where programs, layout and ranks do not fit together, ConfigError for a compile that cannot be.
     """
     if layout.mesh != ctx.axes.mesh:
         raise MeshError(f"the layout is for mesh {layout.mesh}, the context has mesh {ctx.axes.mesh}")
+    if compile:
+        refuse_compile(layout.mesh, ctx.device, compile)
     bound = _bound(layout, program, ctx, compile)
     model, objectives = layout.model, layout.model.objectives
     owned = [(path, piece) for path, piece in layout.owned(ctx.axes.coords) if path not in layout.frozen]
 
-    def fn(params: Tree, batches: Sequence[Batch]) -> Gradients:
+    def fn(params: Tree, batches: Sequence[Batch], clock: Clock | None = None) -> Gradients:
         if len(batches) not in bound:
             raise BatchError(f"the program is for {' or '.join(map(str, bound))} microbatches; {len(batches)} were given")
         for batch in batches:
@@ -62,7 +70,7 @@ def gradients(layout: Layout, program: Program | Sequence[Program], ctx: Any, co
         counts = ctx.axes["dp"].sum(counts).to(ctx.precision.master)
         norms = dict(zip(objectives, counts.clamp_min(1)))  # no label at all: the sum is 0 and so is the loss
         seeds = {k: o.weight / norms[k] for k, o in objectives.items()}
-        grads, terms, finite = run(bound[len(batches)], params, batches, seeds, ctx)
+        grads, terms, finite = run(bound[len(batches)], params, batches, seeds, ctx, clock)
         losses = terms.get("losses", {})
         if missing := [k for k in norms if not any(k in there for there in _given(bound[len(batches)], losses, batches[0], ctx))]:
             names = {k for there in _given(bound[len(batches)], losses, batches[0], ctx) for k in there}
@@ -75,7 +83,7 @@ def gradients(layout: Layout, program: Program | Sequence[Program], ctx: Any, co
     return fn
 
 
-def _bound(layout: Layout, program: Program | Sequence[Program], ctx: Any, compile: bool) -> dict[int, Bound]:
+def _bound(layout: Layout, program: Program | Sequence[Program], ctx: Any, compile: bool | str) -> dict[int, Bound]:
     """Each program, lowered, checked and bound, by its number of microbatches."""
     # a program is the actions of each rank, several programs are a sequence of those
     programs: Any = [program] if not program or not program[0] or isinstance(program[0][0], Action) else program
@@ -84,12 +92,12 @@ def _bound(layout: Layout, program: Program | Sequence[Program], ctx: Any, compi
         count = microbatches(p)
         if count in bound:
             raise ProgramError(f"two programs are for {count} microbatches: a step could not tell which to run")
+        if not any(a.op in ("B", "I") for row in p for a in flat(row)):
+            raise ProgramError(f"the program has no backward, so nothing would be learned:\n{draw(p, width=WIDTH)}")
         if not is_lowered(p):
             check(p, layout, count)  # before passes, so that the drawing is of what was given
             p = lower(p, layout)
         check(p, layout, count)
-        if not any(a.op in ("B", "I") for row in p for a in flat(row)):
-            raise ProgramError(f"the program has no backward, so nothing would be learned:\n{draw(p)}")
         bound[count] = bind(p, layout, ctx, compile)
     return bound
 
@@ -110,13 +118,14 @@ def _world_sums(
 
 
 def make(
-    layout: Layout, optimizer: Optimizer, program: Program | Sequence[Program], ctx: Any, clip: float | None = 1.0, compile: bool = False
-) -> tuple[Callable[[Tree], State], Callable[[State, Sequence[Batch]], tuple[State, Metrics]]]:
-    """(init, step): init(master params) -> State; step(state, microbatches) -> (state, metrics). Everything refusable is refused here.
+    layout: Layout, optimizer: Optimizer, program: Program | Sequence[Program], ctx: Any, clip: float | None = 1.0, compile: bool | str = False
+) -> tuple[Callable[[Tree], State], Step]:
+    """(init, step): init(master params) -> State; step(state, microbatches, clock=None) -> (state, metrics). Everything refusable is refused here.
 
-    program: as in `gradients`; a step runs the one for its number of microbatches. metrics: those of `gradients`, and lr, skipped (1 where loss
-    or norm was not finite and nothing was changed). They lie on the device: read them a step later and the host never waits. `clip`: the
-    largest gradient norm (None: unlimited). `init` takes the parameters over and a state is used up by its step: both are updated in place.
+    program, compile, clock: as in `gradients`; a step runs the program for its number of microbatches. metrics: those of `gradients`, and lr,
+    skipped (1 where loss or norm was not finite and nothing was changed). They lie on the device: read them a step later and the host never
+    waits. `clip`: the largest gradient norm (None: unlimited). `init` takes the parameters over and a state is used up by its step: both are
+    updated in place.
     A state that cannot fit into memory raises OutOfMemory here, a step that does not fit when it is made.
     """
     if clip is not None and not clip > 0:
@@ -132,9 +141,9 @@ def make(
         state["master"] = tree.build([(path, tree.get(state["master"] if path in params else master, path)) for path in held])
         return State(compute_copy(state["master"], ctx), state, torch.zeros((), dtype=torch.int64, device=device_of(ctx)))
 
-    def step(state: State, batches: Sequence[Batch]) -> tuple[State, Metrics]:
+    def step(state: State, batches: Sequence[Batch], clock: Clock | None = None) -> tuple[State, Metrics]:
         with torch.no_grad():
-            grads, metrics = backward(state.params, batches)
+            grads, metrics = backward(state.params, batches, clock)
             norm, lr = metrics["grad_norm"], optimizer.lr(state.step)
             ok = torch.isfinite(norm) & torch.isfinite(metrics["loss"])
             # 1e-6 keeps the factor finite where the norm is 0; without clipping it is exactly 1

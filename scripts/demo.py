@@ -29,7 +29,6 @@ class Config(pretrain.Config):
     device: str = "cpu"
     precision: str = "fp32"
     seq_len: int = 256
-    micro_batch: int = 4
     global_batch: int = 8
     steps: int | None = 500
     lr: float = 6e-3
@@ -41,12 +40,14 @@ class Config(pretrain.Config):
 
 
 def main(config: Config) -> None:
+    if config.micro_batch is None and config.microbatches is None:  # several microbatches fill a pipeline; without one, few are quicker
+        config = attrs.evolve(config, micro_batch=4 if lf.Mesh.parse(config.mesh).pp == 1 else 1)
     _, ctx = pretrain.main(config)
     screen, out = lf.console.console(), Path(config.out)
     if ctx.axes.rank or not (out / "hf").is_dir():  # rank 0 speaks, and only of a run that has come to its end
         return
     records = lf.runs.read_metrics(out / "metrics.jsonl")
-    lf.show(lf.layout(lf.hf.model(config.model), ctx.axes.mesh), png=out / "layout.png")
+    lf.show(lf.pipeline.Pipeline.of(config).layout(lf.hf.model(config.model), ctx.axes.mesh, config.seq_len), png=out / "layout.png")
     first, last = records[0]["loss"], records[-1]["loss"]
     tokens = f"{records[-1]['tokens']:,}"
     screen.print(f"\nloss {first:.2f} → {last:.2f} nats per token over {tokens} tokens. The model goes on after the first two lines:\n")

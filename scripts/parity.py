@@ -2,6 +2,7 @@
 
     scripts/launch parity --device cpu --mesh tp=2,dp=2 --mesh tp=4
     scripts/launch parity --device cpu --model qwen3-0.6b --mesh tp=8 --json report.json
+    scripts/launch parity --device cpu --mesh pp=2,tp=2 --schedule 1f1b --schedule zb-v --microbatches 3 --recompute full --offload full
 
 Exit code 0: all agree. 1: some quantity disagrees, or the ranks did not fit together. 2: it could not run, whatever the reason.
 """
@@ -17,16 +18,24 @@ from rich.console import Console
 
 import lf
 from lf.models.small import shrunk, tiny
+from lf.schedule.compiled import refuse_compile
 
 RANKS = 1  # the ranks of the mesh are simulated
 
 
 @attrs.frozen
 class Config:
-    mesh: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()  # as tp=2,dp=2; may be given several times (default: three meshes)
+    mesh: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()  # as tp=2,dp=2; may be given several times (default: four meshes)
     model: str = "tiny"  # a preset, a folder with a config.json, or "tiny": a built-in one in the shape of Qwen3
     full: bool = False  # the model as it is, not shrunk: float64, one copy for each rank of dp in one process
     tied: bool | None = None  # tie the embedding and the head, or not; as in the model when not given
+    schedule: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()  # of a step on each mesh, as 1f1b; may be given several times, too
+    chunks: int | None = None  # stages on each rank of pp; those of the schedule without
+    split: str = "count"  # layers to stages; or cost; or in words: e+1,1+h
+    recompute: str = "none"  # full, full:K, segments=attn,mlp, ops=swiglu
+    offload: str = "none"  # full, full:K, layers=layers.0, and ;distance=N
+    freeze: tuple[str, ...] = ()  # not trained, on one rank neither: names or patterns of parameters, segments or layers
+    compile: bool = False  # layers by torch.compile; those of the one rank are not
     microbatches: int = 2  # of each rank and step
     tokens: int = 24  # about, in a microbatch
     padding: int = 3  # invalid tokens at the end of each
@@ -39,13 +48,13 @@ def build(config: Config, say: Any) -> lf.segment.Model:
     model = tiny() if config.model == "tiny" else lf.hf.model(config.model)
     small = model.config if config.full or config.model == "tiny" else shrunk(model.config)
     if small != model.config:
-        say(f"{config.model} is shrunk: {told(model.config)} → {told(small)}; --full runs it as it is")
+        say(f"{config.model} is shrunk: {shape(model.config)} → {shape(small)}; --full runs it as it is")
     if config.tied is not None:
         small = attrs.evolve(small, tied=config.tied)
     return lf.models.decoder.decoder(small)
 
 
-def told(c: Any) -> str:
+def shape(c: Any) -> str:
     a = c.layers[0].mixer
     return f"{len(c.layers)} layers, width {c.dim}, {a.heads} heads ({a.kv_heads} kv), {c.vocab} words"
 
@@ -54,38 +63,56 @@ def main(config: Config) -> None:
     # with --json - standard output belongs to the report
     screen = Console(stderr=True, highlight=False) if config.json == "-" else lf.console.console()
     refuse(config)
-    lf.devices.get(config.device)
-    meshes = [lf.Mesh.parse(text).fill() for text in config.mesh or ("tp=2,dp=2", "tp=4", "dp=3")]
+    device = lf.devices.get(config.device)
+    meshes = [lf.Mesh.parse(text).fill() for text in config.mesh or ("tp=2,dp=2", "tp=4", "dp=3", "pp=2,tp=2")]
     model = build(config, screen.print)
-    for mesh in meshes:
-        lf.layout(model, mesh)  # refused before anything runs
+    flags = (config.chunks, config.split, config.recompute, config.offload, config.freeze)
+    pipelines = [lf.pipeline.Pipeline(name, *flags) for name in config.schedule or ("1f1b",)]
+    runs = [(mesh, pipeline) for mesh in meshes for pipeline in pipelines]
+    for mesh, pipeline in runs:  # refused before anything runs
+        pipeline.program(pipeline.layout(model, mesh, config.tokens), config.microbatches)
+        if config.compile:
+            refuse_compile(mesh, device)
     writable(config.json)
 
     results = []
-    for i, mesh in enumerate(meshes, 1):
-        with screen.status(f"mesh {mesh} ({i} of {len(meshes)}): {mesh.size} ranks"):
-            results.append(measured(config, model, mesh))
+    for i, (mesh, pipeline) in enumerate(runs, 1):
+        about = told(mesh, pipeline)
+        with screen.status(f"mesh {mesh} {about} ({i} of {len(runs)}): {mesh.size} ranks"):
+            results.append(measured(config, model, mesh, pipeline))
         result = results[-1]
         passed = isinstance(result, lf.parity.Report) and result.ok
-        words = result if isinstance(result, lf.parity.Report) else f"mesh {mesh}: {result}"
+        words = result if isinstance(result, lf.parity.Report) else " ".join(filter(None, ("mesh", str(mesh), about))) + f": {result}"
         screen.print(f"{'ok' if passed else 'DISAGREES'}: {words}", style=None if passed else "red", markup=False, soft_wrap=True)
     reports = [r for r in results if isinstance(r, lf.parity.Report)]
     if reports:
         screen.print(lf.parity.table(reports))
     ok = len(reports) == len(results) and all(r.ok for r in reports)
     if config.json:
-        told = [r.to_dict() if isinstance(r, lf.parity.Report) else {"mesh": str(m), "ok": False, "error": r} for m, r in zip(meshes, results)]
-        text = json.dumps({"model": config.model, "config": lf.config.to_dict(model.config), "ok": ok, "reports": told}, indent=1) + "\n"
+        reported = [
+            r.to_dict() if isinstance(r, lf.parity.Report) else {"mesh": str(m), "about": told(m, p), "ok": False, "error": r}
+            for (m, p), r in zip(runs, results)
+        ]
+        text = json.dumps({"model": config.model, "config": lf.config.to_dict(model.config), "ok": ok, "reports": reported}, indent=1) + "\n"
         sys.stdout.write(text) if config.json == "-" else Path(config.json).write_text(text)
     if not ok:
         sys.exit(1)
 
 
-def measured(config: Config, model: lf.segment.Model, mesh: lf.Mesh) -> "lf.parity.Report | str":
+def told(mesh: lf.Mesh, p: lf.pipeline.Pipeline) -> str:
+    """The schedule, where there is one to speak of, and what was asked for besides."""
+    given = {"chunks": p.chunks, "split": p.split, "recompute": p.recompute, "offload": p.offload, "freeze": ",".join(p.freeze)}
+    schedule = [p.schedule] if mesh.pp > 1 or p.schedule != "1f1b" else []
+    return " ".join([*schedule, *(f"{name} {value}" for name, value in given.items() if value not in (None, "", "none", "count"))])
+
+
+def measured(config: Config, model: lf.segment.Model, mesh: lf.Mesh, pipeline: lf.pipeline.Pipeline) -> "lf.parity.Report | str":
     """The report, or why the ranks did not fit together."""
-    asked = {name: getattr(config, name) for name in ("microbatches", "seed", "tokens", "padding", "device")}
+    layout = pipeline.layout(model, mesh, config.tokens)
+    asked = {name: getattr(config, name) for name in ("microbatches", "seed", "tokens", "padding", "device", "compile")}
+    asked |= {"split": tuple(map(len, map(layout.layers, range(len(layout.stages))))), "placement": layout.placement, "frozen": config.freeze}
     try:
-        return lf.parity.compare(model, mesh, **asked)
+        return attrs.evolve(lf.parity.compare(model, mesh, program=pipeline.program, **asked), about=told(mesh, pipeline))
     except (lf.sim.CollectiveMismatch, lf.sim.Deadlock) as error:
         return f"{type(error).__name__}: {error}"
 

@@ -1,6 +1,7 @@
 """Pretrain a language model on text, JSONL, Parquet or indexed tokens. Copy this script and change it: everything that happens stands here.
 
 scripts/launch pretrain --device cpu --model qwen3-0.6b --data my/texts --mesh tp=2,dp=2
+scripts/launch pretrain --device cuda --model qwen3-0.6b --data my/texts --mesh pp=4 --schedule zb-h1 --microbatches 16 --recompute ops=swiglu
 """
 
 import math
@@ -10,7 +11,10 @@ import attrs
 import lf
 
 # What may be another when a run goes on: none of it changes which rows a step takes, or what it makes of them but for rounding.
-FREE = ("out", "mesh", "device", "micro_batch", "save_every", "keep", "eval", "eval_every", "drift_every", "on_nonfinite", "log", "export_dtype")
+FREE = (
+    *("out", "mesh", "device", "schedule", "chunks", "split", "recompute", "offload", "compile", "draw_step", "micro_batch", "microbatches"),
+    *("save_every", "keep", "eval", "eval_every", "drift_every", "on_nonfinite", "log", "export_dtype"),
+)
 
 
 @attrs.frozen
@@ -25,18 +29,27 @@ class Config:
     text_column: str = "text"  # of JSONL and Parquet; a column input_ids is tokens already
     on_bad: str = "stop"  # at a bad record; skip: leave it out, and count it
     eod: str = "auto"  # end of document: behind texts, not behind input_ids; append: behind both; keep: behind none
-    mesh: str = ""  # as tp=2,dp=2; dp fills what is left of the ranks
+    mesh: str = ""  # as pp=2,tp=2,dp=2; dp fills what is left of the ranks
+    schedule: str = "1f1b"  # in which order a step goes through the stages of pp: a name, a function as my.py:fn, a program in a .txt or .csv
+    chunks: int | None = None  # stages on each rank of pp; those of the schedule without
+    split: str = "count"  # layers to stages; or cost: by their operations; or in words, e and h the first and the last: e,4,4,h
+    recompute: str = "none"  # instead of kept for the backward: full, full:K, segments=attn,mlp, ops=swiglu
+    offload: str = "none"  # kept in the host's memory: full, full:K, layers=layers.0,layers.1, and ;distance=N
+    freeze: tuple[str, ...] = ()  # not trained: names or patterns of parameters, segments or layers, as embed 'layers.0.*'
+    compile: bool = False  # each distinct layer by torch.compile
+    draw_step: int | None = None  # what each rank of the pipeline does in this step, and when, is drawn
     device: str | None = None
     precision: str = "bf16"
     seq_len: int = 1024
     joined: bool = False  # attention and labels run on from one document into the next
-    micro_batch: int = 1  # rows of seq_len in one microbatch
+    micro_batch: int | None = None  # rows of seq_len in one microbatch (default: 1)
+    microbatches: int | None = None  # or instead how many of them a rank has in a step
     global_batch: int = 16  # rows in one step, over all ranks
     batch_ramp: str | None = None  # start:increment:rows, fewer rows a step at first
     steps: int | None = None  # 1000, unless tokens are given
     tokens: int | None = None  # instead of steps: as many as it takes to consume so many
     lr: float = 3e-4
-    schedule: str = "cosine"  # or linear, wsd, constant
+    lr_schedule: str = "cosine"  # or linear, wsd, constant
     warmup: int = 100  # steps
     final: float = 0.1  # of lr, at the last step
     decay: float = 0.1  # how long wsd falls: a share of the steps, or from 1 on their number
@@ -56,7 +69,7 @@ class Config:
 
 
 def main(config: Config) -> tuple[lf.State, lf.context.Context]:
-    lf.config.at_least(1, config, "seq_len", "micro_batch", "global_batch")
+    lf.config.at_least(1, config, "seq_len", "global_batch")
     ramp = lf.ramp.Ramp.parse(config.batch_ramp, config.global_batch)
     steps = lf.ramp.length(config.steps, config.tokens, config.seq_len, ramp, default=1000)
     lf.config.between(0, 1, config, "validation")
@@ -64,26 +77,29 @@ def main(config: Config) -> tuple[lf.State, lf.context.Context]:
     if config.weights_dtype and not config.weights:
         raise lf.config.ConfigError(f"--weights-dtype {config.weights_dtype} is of weights that are loaded; give --weights, or leave it out")
     weights_dtype, export_dtype = lf.hf.float_dtype("--weights-dtype", config.weights_dtype), lf.hf.float_dtype("--export-dtype", config.export_dtype)
+    pipeline = lf.pipeline.Pipeline.of(config)
     device = lf.devices.get(config.device)
     axes = lf.connect(lf.Mesh.parse(config.mesh), device)
     ctx = lf.Context(axes, device, config.precision)
     model = lf.hf.model(config.model, axes)
-    layout = lf.layout(model, axes.mesh)
+    layout = pipeline.layout(model, axes.mesh, config.seq_len)  # who holds what
     policy = lf.loop.Policy(
         steps, config.save_every, config.keep, config.eval_every, config.drift_every, config.on_nonfinite, config.log,
-        first_loss=None if config.weights else math.log(model.config.vocab),
+        first_loss=None if config.weights else math.log(model.config.vocab), draw_step=config.draw_step,
     )  # fmt: skip
-    counts = ramp.microbatches(config.micro_batch, axes.mesh["dp"])
-    programs = [lf.schedule.one_f_one_b(1, n) for n in counts]  # what a step does, for each number of microbatches
-    rate = lf.optim.schedule(config.schedule, config.lr, config.warmup, steps, config.final, config.decay)
-    init, step = lf.train.make(layout, lf.optim.adamw(rate, weight_decay=config.weight_decay), programs, ctx, config.clip)
+    micro_batch = lf.pipeline.micro_batch(config.micro_batch, config.microbatches, config.global_batch, axes.mesh["dp"])
+    counts = ramp.microbatches(micro_batch, axes.mesh["dp"])
+    programs = pipeline.programs(layout, counts)  # what a step does, for each number of microbatches
+    rate = lf.optim.schedule(config.lr_schedule, config.lr, config.warmup, steps, config.final, config.decay)
+    init, step = lf.train.make(layout, lf.optim.adamw(rate, weight_decay=config.weight_decay), programs, ctx, config.clip, config.compile)
 
     screen = lf.console.console(axes.rank)
     lf.data.look(config.data, evals, config.match, axes)
-    longer = ("steps", "tokens") if config.schedule in ("constant", "wsd") else ()  # of which the rate at a step does not depend, till it falls
+    longer = ("steps", "tokens") if config.lr_schedule in ("constant", "wsd") else ()  # of which the rate at a step does not depend, till it falls
     run = lf.runs.open_run(config.out, config, axes, (*FREE, *longer))  # the same command goes on with an unfinished run
     last = lf.checkpoint.latest(run.checkpoints)
-    screen.print(lf.runs.summary(config.model, layout, ctx, config.seq_len, config.micro_batch, counts[-1]), soft_wrap=True)
+    told = pipeline.told(programs[-1], len(layout.stages))
+    screen.print(lf.runs.summary(config.model, layout, ctx, config.seq_len, micro_batch, counts[-1], told), soft_wrap=True)
     if config.batch_ramp:
         screen.print(f"at first fewer: {ramp}", soft_wrap=True)
     if config.weights and not last:
@@ -101,12 +117,12 @@ def main(config: Config) -> tuple[lf.State, lf.context.Context]:
         corpora = [attrs.evolve(c, documents=train) for c, (train, _) in zip(corpora, parts)]
         held_out["validation"] = [last for _, last in parts]
     sets = {name: lf.evaluate.HeldOut(*lf.data.in_order(documents, config.seq_len, config.joined)) for name, documents in held_out.items()}
-    evaluate = lf.evaluate.make(layout, sets, config.micro_batch, ctx) if sets else None
+    evaluate = lf.evaluate.make(layout, sets, micro_batch, ctx) if sets else None
     rows = lf.data.blend([(c.weight, lf.data.rows(c.documents, config.seq_len, config.seed, config.joined)) for c in corpora], config.seed)
 
     def batches(i: int) -> list[lf.Batch]:
         dp, multiple = axes["dp"], 2 * axes.mesh["cp"] * axes.mesh["tp"]
-        return lf.data.step_batches(rows, ramp.consumed(i), ramp.at(i), config.micro_batch, dp.size, dp.index, multiple)
+        return lf.data.step_batches(rows, ramp.consumed(i), ramp.at(i), micro_batch, dp.size, dp.index, multiple)
 
     data = {"documents": [[c.weight, c.documents.fingerprint] for c in corpora], "seq_len": config.seq_len, "seed": config.seed}
     if last:
@@ -116,7 +132,8 @@ def main(config: Config) -> tuple[lf.State, lf.context.Context]:
         screen.print(f"{config.out} goes on after step {int(state.step)} of {steps}")
     else:
         state = init(lf.hf.load(config.weights, layout, ctx, weights_dtype) if config.weights else lf.init(layout, ctx, config.seed))
-    state = lf.loop.run(run, layout, step, state, lf.loop.Feed(batches, ramp.consumed, config.seq_len, data), ctx, policy, evaluate)
+    feed = lf.loop.Feed(batches, ramp.consumed, config.seq_len, data)
+    state = lf.loop.run(run, layout, step, state, feed, ctx, policy, evaluate, programs)
     if int(state.step) < steps:  # a signal has asked it to end; all is saved
         return state, ctx
     lf.hf.save(run.folder / "hf", layout, state, ctx, tokenizer, export_dtype)

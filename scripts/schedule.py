@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from types import SimpleNamespace
 
 import attrs
 
@@ -20,11 +20,11 @@ import lf
 from lf.config import ConfigError, one_of
 from lf.schedule import Program, Timeline, text
 from lf.schedule.ir import OPS, microbatches, placement
-from lf.schedule.place import loop, vee
+from lf.schedule.named import SCHEDULES, read, resolve
+from lf.schedule.place import loop
 
 RANKS = 1
 LOGS = "runs/schedule"
-SEVERAL = ("interleaved", "interleaved-zb", "breadth-first", "greedy", "greedy-zb")  # two stages a rank where nothing else is said
 TIMES = {"f": 1.0, "b": 2.0, "i": 1.0, "w": 1.0, "link": 0.0}
 
 
@@ -32,21 +32,25 @@ TIMES = {"f": 1.0, "b": 2.0, "i": 1.0, "w": 1.0, "link": 0.0}
 class Config:
     schedule: str = "1f1b"  # a name, a function as my.py:fn, or a file with a program: .txt, or .csv as torch pipelining writes it
     compare: tuple[str, ...] | None = None  # a table instead: of these schedules, or of all that there are
-    ranks: int | None = None  # of the pipeline (default: 4)
-    microbatches: int | None = None  # of a step (default: 8)
-    chunks: int | None = None  # stages on each rank (default: 1; 2 where the schedule is for several)
-    stages: int | None = None  # stages in all, where ranks have unequal numbers of them
-    placement: str | None = None  # loop, vee, or the rank of each stage, as 0,1,2,2,1,0 (default: vee for zb-v, else loop)
-    times: str = ""  # of a rank's share of a microbatch and of a message, as f=1,b=2,i=1,w=1,link=0.1 (the default but for link: 0)
+    ranks: int | None = None  # of the pipeline; 4 without
+    microbatches: int | None = None  # of a step; 8 without
+    chunks: int | None = None  # stages on each rank; as the schedule has it without, 1 or 2
+    stages: int | None = None  # or stages in all, on a loop, where the last ranks have one less
+    placement: str | None = None  # or the rank of each stage, as 0,1,2,2,1,0; as the schedule has it without, a loop or a V
+    times: str = ""  # of a rank's share of a microbatch and of a message, as f=1,b=2,i=1,w=1,link=0.1; without, these and link=0
     show: str = "compute"  # all: with the messages between ranks as well
     text: bool = False  # print the program, too, a line a rank
     links: bool = False  # lines in the pictures from what is sent to where it arrives
     out: str | None = None  # a folder for NAME.svg, NAME.png, NAME.json (a trace for ui.perfetto.dev), NAME.txt and NAME.csv
 
 
+COUNTS = ("ranks", "microbatches", "chunks", "stages")
+
+
 def main(config: Config) -> None:
     one_of("value for --show:", config.show, ("compute", "all"))
-    lf.config.at_least(1, attrs.evolve(config, **{n: 1 for n in COUNTS if getattr(config, n) is None}), *COUNTS)
+    given = {name: value for name in COUNTS if (value := getattr(config, name)) is not None}
+    lf.config.at_least(1, SimpleNamespace(**given), *given)
     if config.chunks is not None and config.stages is not None:
         raise ConfigError(f"--chunks {config.chunks} and --stages {config.stages} both say how many stages there are: give one")
     times = parsed(config.times)
@@ -54,9 +58,6 @@ def main(config: Config) -> None:
         compare(config, times)
     else:
         one(config, times)
-
-
-COUNTS = ("ranks", "microbatches", "chunks", "stages")
 
 
 def one(config: Config, times: Mapping[str, float]) -> None:
@@ -68,8 +69,7 @@ def one(config: Config, times: Mapping[str, float]) -> None:
     title = told(config.schedule, program)
     screen.print(title, soft_wrap=True, style="bold")
     screen.print(lf.schedule.grid(timeline))
-    share, bubbles = len(program) / len(placement(program)), [b / (timeline.makespan or 1) for b in map(timeline.bubble, range(len(program)))]
-    held = f"held at most {max(peaks) * share:.4g} microbatches of a rank" if max(peaks) else "nothing is held"
+    bubbles, held = shares(timeline), f"held at most {max(peaks) * len(program) / len(placement(program)):.4g} microbatches of a rank"
     screen.print(f"checked · bubble {max(bubbles):.1%} at most, {fmean(bubbles):.1%} in the mean · {held} · {sent(program)} messages a rank at most",
                  soft_wrap=True)  # fmt: skip
     if config.text:
@@ -79,8 +79,9 @@ def one(config: Config, times: Mapping[str, float]) -> None:
 
 
 def compare(config: Config, times: Mapping[str, float]) -> None:
+    config = attrs.evolve(config, ranks=config.ranks or 4, microbatches=config.microbatches or 8)  # the same for all, files included
     screen, rows, out, left = lf.console.console(), [], [], []
-    for name in config.compare or lf.schedule.SCHEDULES:
+    for name in config.compare or SCHEDULES:
         try:
             program = made(config, name)
             peaks = lf.schedule.check(program)
@@ -90,17 +91,16 @@ def compare(config: Config, times: Mapping[str, float]) -> None:
                 raise
             left.append((name, str(error).splitlines()[0]))
             continue
-        stages, end = len(placement(program)), timeline.makespan or 1.0
-        bubbles = [timeline.bubble(rank) / end for rank in range(len(program))]
-        share = len(program) / stages
-        numbers = {"time": end, "largest bubble": max(bubbles), "mean bubble": fmean(bubbles), "held": max(peaks) * share, "messages": sent(program)}
+        stages, bubbles = len(placement(program)), shares(timeline)
+        held = max(peaks) * len(program) / stages
+        numbers = {"time": timeline.makespan, "bubble": max(bubbles), "mean bubble": fmean(bubbles), "held": held, "messages": sent(program)}
         out.append({"schedule": name, "stages": stages, "placement": placement(program), **numbers})
-        rows.append((name, stages, f"{end:.4g}", f"{100 * max(bubbles):.1f}", f"{100 * fmean(bubbles):.1f}", f"{max(peaks) * share:.4g}", sent(program)))
+        rows.append((name, stages, f"{timeline.makespan:.4g}", *(f"{100 * f(bubbles):.1f}" for f in (max, fmean)), f"{held:.4g}", sent(program)))
         if config.out:
             written(config, name, program, timeline, told(name, program))
     if not rows:
         raise ConfigError("no schedule is left to compare:\n" + "\n".join(f"  {name}: {why}" for name, why in left))
-    title = f"{config.ranks or 4} ranks, {config.microbatches or 8} microbatches, {', '.join(f'{k}={v:g}' for k, v in times.items())}"
+    title = f"{config.ranks} ranks, {config.microbatches} microbatches, {', '.join(f'{k}={v:g}' for k, v in times.items())}"
     columns = ("schedule", "stages", "time", "bubble %", "mean", "held", "messages")
     screen.print(lf.console.table(title, columns, rows))
     screen.print("bubble: of the rank that waits most, and the mean; held: microbatches of a rank at most; messages: sent by a rank at most",
@@ -114,33 +114,30 @@ def compare(config: Config, times: Mapping[str, float]) -> None:
 
 def made(config: Config, name: str) -> Program:
     """The program of compute. Raises ConfigError or ProgramError for what cannot be made."""
-    generate: Any = lf.schedule.resolve(name)
-    if isinstance(generate, tuple):  # a file has all numbers in it
-        for what, has in (("ranks", len(generate)), ("microbatches", microbatches(generate)), ("stages", len(placement(generate)))):
+    if name.endswith((".txt", ".csv")):  # all numbers are in the file
+        program = read(name)
+        for what, has in (("ranks", len(program)), ("microbatches", microbatches(program)), ("stages", len(placement(program)))):
             if (asked := getattr(config, what)) not in (None, has):
-                raise ConfigError(f"--{what} {asked}: the program in {name} has {has}")
-        return generate
-    ranks, chunks = config.ranks or 4, config.chunks or (2 if name in SEVERAL or name == "zb-v" else 1)
-    stages = config.stages or chunks * ranks
-    kind = config.placement or ("vee" if name == "zb-v" else "loop")
-    if kind == "vee":
-        where = vee(ranks)
-        if config.stages not in (None, len(where)) or config.chunks not in (None, 2):
-            raise ConfigError(f"{name} with placement vee has two stages on each of {ranks} ranks: {len(where)}")
-    elif kind == "loop":
-        where = loop(stages, ranks)
+                raise ConfigError(f"--{what} {asked}: the program in {name} has {has}; leave it out")
+        return program
+    schedule, ranks = resolve(name), config.ranks or 4
+    if config.placement is not None:
+        where = listed(config.placement)
+        ranks, stages = max(where) + 1, len(where)
+        if config.chunks or config.ranks not in (None, ranks) or config.stages not in (None, stages):
+            raise ConfigError(f"--placement {config.placement} is {stages} stages on {ranks} ranks; leave out --ranks, --chunks and --stages")
+    elif config.stages is not None:
+        where = loop(config.stages, ranks)
     else:
-        where = listed(kind)
-        if config.ranks not in (None, max(where) + 1) or config.stages not in (None, len(where)):
-            raise ConfigError(f"--placement {kind} has {len(where)} stages on {max(where) + 1} ranks; leave --ranks and --stages out")
-    return generate(where, config.microbatches or 8)
+        where = schedule.place(ranks, config.chunks or schedule.chunks)
+    return schedule.generate(where, config.microbatches or 8)
 
 
 def listed(words: str) -> tuple[int, ...]:
     try:
         where = tuple(int(word) for word in words.split(","))
     except ValueError:
-        raise ConfigError(f"--placement {words}: loop, vee, or the rank of each stage, as 0,1,2,2,1,0") from None
+        raise ConfigError(f"--placement {words}: should be the rank of each stage, as 0,1,2,2,1,0") from None
     return where
 
 
@@ -171,6 +168,11 @@ def timed(program: Program, times: Mapping[str, float]) -> Timeline:
     return attrs.evolve(timeline, memory=tuple(tuple((t, held * share) for t, held in row) for row in timeline.memory))
 
 
+def shares(timeline: Timeline) -> list[float]:
+    """The bubble of each rank as a share of the whole."""
+    return [timeline.bubble(rank) / (timeline.makespan or 1.0) for rank in range(len(timeline.rows))]
+
+
 def sent(program: Program) -> int:
     return max(sum(a.op in ("SEND_F", "SEND_B") for a in row) for row in lf.schedule.lower(program))
 
@@ -184,11 +186,13 @@ def told(name: str, program: Program) -> str:
 def written(config: Config, name: str, program: Program, timeline: Timeline, title: str) -> list[Path]:
     folder, stem = Path(str(config.out)), Path(name.replace(":", "-")).name.removesuffix(".txt").removesuffix(".csv")
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = [lf.schedule.picture(timeline, folder / f"{stem}{end}", title, config.links) for end in (".svg", ".png")]
-    words = {".txt": text.dumps(program), ".csv": text.to_csv(program, "compute_comms" if config.show == "all" else "compute_only")}
-    for end, content in words.items():
-        (folder / f"{stem}{end}").write_text(content, encoding="utf-8")
-    return [*pictures, lf.schedule.chrome(timeline, folder / f"{stem}.json"), *(folder / f"{stem}{end}" for end in words)]
+    out = [lf.schedule.picture(timeline, folder / f"{stem}{end}", title, config.links) for end in (".svg", ".png")]
+    out.append(lf.schedule.chrome(timeline, folder / f"{stem}.json"))
+    kind = "compute_comms" if config.show == "all" else "compute_only"
+    for end, content in ((".txt", text.dumps(program)), (".csv", text.to_csv(program, kind))):
+        out.append(folder / f"{stem}{end}")
+        out[-1].write_text(content, encoding="utf-8")
+    return out
 
 
 if __name__ == "__main__":

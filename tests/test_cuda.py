@@ -14,6 +14,8 @@ from helpers import draw
 import lf
 from lf import drift, memory, parity, tree
 from lf.models.small import tiny
+from lf.schedule import one_f_one_b
+from lf.schedule.measured import Clock
 from lf.schedule.memory import OutOfMemory
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -221,3 +223,43 @@ def test_a_step_that_does_not_fit_is_explained() -> None:
     words = str(memory.explained(caught.value, layout, state, batches, 1000, ctx))
     for line in ("optimizer: master", "activations, buffers", "embed/weight", "The smallest change that should fit"):
         assert line in words
+
+
+@pytest.mark.parametrize("shape", [(64, 48, 32), (7, 5, 3), (0, 8, 8)])
+def test_a_sum_of_products_is_made_in_the_dtype_of_the_sum(shape: tuple[int, int, int]) -> None:
+    """bfloat16 factors, float32 sum: the product is never rounded to bfloat16 on its way."""
+    from lf.parallel.product import weight_gradient
+
+    tokens, n, m = shape
+    dy, x = draw("dy", shape=(tokens, n)).to(CUDA, torch.bfloat16), draw("x", shape=(tokens, m)).to(CUDA, torch.bfloat16)
+    acc = draw("acc", shape=(n, m)).to(CUDA, torch.float32)
+    want = acc.double() + dy.double().T @ x.double()
+    weight_gradient(acc, x, dy)
+    torch.testing.assert_close(acc.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["plain", "acc", "probe"])
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 3e-2), ("fp64", 1e-12)])
+def test_a_compiled_layer_gives_the_same_gradients(precision: str, tolerance: float, form: str) -> None:
+    """bf16 through flash attention, fp64 through the mask written out."""
+    from test_compile import Setup, agree
+
+    agree(Setup(on("cuda", precision)), "layers.0", form, "inductor", tolerance)
+
+
+def test_a_clock_takes_down_when_the_card_has_worked_and_nobody_waits() -> None:
+    ctx, program, x = on("cuda", "fp32"), one_f_one_b(1, 1), torch.ones(2048, 2048, device=CUDA)
+    clock = Clock(ctx.axes, ctx.device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for i in range(2):
+            start = clock.moment()
+            for _ in range(20):
+                x = x @ x / 2048
+            clock(i, start, clock.moment())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    ((f, b),) = (timeline := clock.timeline(program)).rows
+    assert 0 == f.start < f.end <= b.start < b.end < 10
+    assert min(held for _, held in timeline.memory[0]) >= x.numel() * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,13 +13,15 @@ import lf
 from lf import drift, parity, tree
 from lf.models.small import tiny
 from lf.runs import RunError
+from lf.schedule.build import build
+from lf.schedule.generate import breadth_first
 
 
-def checked(axes: Any, leaf: str, rank: int, at: int) -> str:
+def checked(axes: Any, leaf: str, rank: int, at: int, **asked: Any) -> str:
     """What is said after one bit of a leaf has changed on one rank. tiny has 6 query and 3 kv heads of 4, 15 columns."""
     ctx = context(axes, "fp32")
-    layout = lf.layout(tiny(), axes.mesh)
-    init, _ = lf.train.make(layout, lf.optim.adamw(1e-3), lf.schedule.one_f_one_b(1, 1), ctx)
+    layout = lf.layout(tiny(), axes.mesh, **asked)
+    init, _ = lf.train.make(layout, lf.optim.adamw(1e-3), build(layout, 1, breadth_first), ctx)
     state = init(parity.randomised(layout, ctx, 0))
     drift.check(layout, state, ctx)
     if axes.rank == rank:
@@ -50,7 +53,33 @@ def test_one_bit_is_found_and_named(mesh: str, leaf: str, rank: int, at: int, wo
     assert said[0].splitlines()[1:] == [f"  {words}"]
 
 
-@pytest.mark.parametrize(("mesh", "leaf", "rank"), [("tp=3", "master/layers.0.mlp/down", 1), ("dp=1", "master/embed/weight", 0)])
+@pytest.mark.parametrize(
+    ("mesh", "asked", "leaf", "rank", "at", "words"),
+    [
+        # the tied table lies on the first and on the last stage
+        ("pp=2", {}, "master/embed/weight", 1, 0, "master/embed/weight [(0, 37), (0, 15)] of [37, 15]: rank 0 and rank 1 differ"),
+        ("pp=3,tp=2", {}, "v/embed/weight", 5, 3, "v/embed/weight [(18, 37), (0, 15)] of [37, 15]: rank 1 and rank 5 differ"),
+        ("pp=2,dp=2", {}, "m/embed/weight", 1, 0, "m/embed/weight [(0, 37), (0, 15)] of [37, 15]: rank 1 against ranks 0, 2, 3"),
+        ("pp=2,dp=2", {"placement": (1, 0)}, "m/layers.0.mlp/norm", 2, 0, "m/layers.0.mlp/norm [(0, 15)] of [15]: rank 2 and rank 3 differ"),
+        ("pp=2,tp=2", {}, "m/layers.1.attn/qkv", 3, 15 * 12, "m/layers.1.attn/qkv/k [(4, 8), (0, 15)] of [12, 15]: rank 2 and rank 3 differ"),
+        # ranks 0, 1, 4 and 5 hold no parameter, and count
+        ("pp=3,dp=2", {"split": (0, 4, 0)}, "v/head/norm", 3, 0, "v/head/norm [(0, 15)] of [15]: rank 2 and rank 3 differ"),
+        ("pp=3", {"split": (0, 4, 0)}, "t/t", 2, 0, "t/t: rank 2 against ranks 0, 1"),
+        # what is frozen has a master alone, so leaves are other ones on each rank
+        ("pp=2,dp=2", {"frozen": ("embed", "layers.0")}, "v/head/norm", 3, 2, "v/head/norm [(0, 15)] of [15]: rank 2 and rank 3 differ"),
+        ("pp=2", {"frozen": ("head",)}, "master/embed/weight", 0, 9, "master/embed/weight [(0, 37), (0, 15)] of [37, 15]: rank 0 and rank 1 differ"),
+    ],
+)
+def test_one_bit_is_found_over_stages(mesh: str, asked: dict[str, Any], leaf: str, rank: int, at: int, words: str) -> None:
+    said = lf.sim.spmd(lf.Mesh.parse(mesh), partial(checked, **asked), leaf, rank, at)
+    assert len(set(said)) == 1
+    assert said[0].splitlines()[1:] == [f"  {words}"]
+
+
+ALONE = [("pp=2", "master/head/norm", 1), ("tp=3", "master/layers.0.mlp/down", 1), ("dp=1", "master/embed/weight", 0)]
+
+
+@pytest.mark.parametrize(("mesh", "leaf", "rank"), ALONE)
 def test_what_one_rank_holds_alone_is_its_own(mesh: str, leaf: str, rank: int) -> None:
     assert set(lf.sim.spmd(lf.Mesh.parse(mesh), checked, leaf, rank, 0)) == {""}
 

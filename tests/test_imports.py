@@ -25,7 +25,7 @@ LEVELS = (
     ("kernels", "parallel"),
     ("models",),
     ("schedule", "optim", "data"),
-    ("state", "ramp", "record"),
+    ("state", "ramp", "record", "pipeline"),
     ("checkpoint", "evaluate", "drift", "memory"),
     ("train", "sim", "pictures"),
     ("parity", "loop"),

@@ -99,7 +99,7 @@ def test_a_batch_on_a_device_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -
 def test_the_one_read_on_a_cpu_is_where_documents_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     """lf/kernels/sdpa.py is a kernel for the CPU alone: its host and its device share memory, so nobody waits. Another device has another one."""
     (seen,) = lf.sim.spmd(lf.Mesh(dp=1), a_step, monkeypatch, False)
-    assert [read for read in seen if read != BATCH] == ["tolist: lf/kernels/sdpa.py attention"] * (2 * 2)  # two microbatches, two layers
+    assert [read for read in seen if read != BATCH] == ["tolist: lf/kernels/sdpa.py _attention"] * (2 * 2)  # two microbatches, two layers
     others = [name for name in lf.devices.KNOWN if name != "cpu"]
     assert not [n for n in others if importlib.import_module(f"lf.devices.{n}").OPS["attention"].startswith("lf.kernels.sdpa.")]
 

@@ -57,6 +57,12 @@ def test_segments_with_one_name_are_refused() -> None:
         Model(None, (a, a), {})
 
 
+def test_a_layer_in_two_places_is_refused() -> None:
+    a, b = (Segment(name, name, {}, lambda p, x, b, c: (x, {})) for name in "ab")
+    with pytest.raises(LayoutError, match="the segments of a layer must follow one another; those of a have others in between"):
+        Model(None, (a, b, attrs.evolve(a, name="c")), {})
+
+
 def test_a_tie_to_nothing_is_refused() -> None:
     a = Segment("a", "a", {"w": Param((2,), (None,), Init()), "t": Tied("b/w")}, lambda p, x, b, c: (x, {}))
     with pytest.raises(LayoutError, match="a/t is tied to 'b/w', which is no parameter"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from pathlib import Path
@@ -28,6 +29,9 @@ GIB = 1 << 30
     [
         (40, 48, {}, "--micro-batch 4 instead of 8 (about 64.0 GiB)"),
         (60, 96, {}, "--micro-batch 1 instead of 8 (about 72.0 GiB)"),
+        (70, 96, {"whole": 34}, "--micro-batch 4 instead of 8 and --recompute full (about 74.2 GiB; a step then takes up to a third longer)"),
+        (60, 96, {"micro_batch": 1, "whole": 34}, "--recompute full (about 68.5 GiB; a step then takes up to a third longer)"),
+        (60, 96, {"micro_batch": 1, "whole": 1}, "--seq-len 128 instead of 1024 (about 72.0 GiB)"),  # one layer is as much when it is run again
         (70, 96, {}, "--micro-batch 1 and --seq-len 512 instead of 1024 (about 76.0 GiB)"),
         (70, 40, {"micro_batch": 1}, "--seq-len 128 instead of 1024 (about 75.0 GiB)"),
         (78, 40, {}, "tp=4 instead of 2, on twice the ranks (about 59.0 GiB each)"),
@@ -35,6 +39,9 @@ GIB = 1 << 30
         (80, 90, {"compute": torch.float64, "master": torch.float64, "micro_batch": 1}, "; or --precision fp32 (about 85.0 GiB)"),
         (60, 40, {"compute": torch.float32, "seq_len": 128, "micro_batch": 1}, "(about 50.0 GiB each)"),  # bf16 would need 87.5: a copy more
         (60, 17, {"compute": torch.float32, "seq_len": 128, "micro_batch": 1}, "; or --precision bf16 (about 76.0 GiB)"),
+        (100, 20, {"micro_batch": 1, "seq_len": 128, "layers": 4}, "tp=4 instead of 2, on twice the ranks (about 60.0 GiB each); or pp=2"),
+        (100, 40, {"micro_batch": 1, "seq_len": 128, "layers": 4}, "tp=4 instead of 2, on twice the ranks (about 70.0 GiB each)"),  # pp leaves 90
+        (100, 20, {"micro_batch": 1, "seq_len": 128, "layers": 5, "pp": 3}, "(about 60.0 GiB each)"),  # pp=6 would have nothing to do
         (200, 96, {}, "--micro-batch 1 and tp=8 instead of 2 (about 53.0 GiB each)"),
         (99999, 1, {}, "none of fewer rows"),
     ],
@@ -113,6 +120,34 @@ def test_a_run_whose_memory_is_full_ends_with_the_report(tmp_path: Path) -> None
     assert "optimizer: master" in said
     assert "by an estimate: --micro-batch 2 instead of 4" in said
     assert [r["step"] for r in lf.runs.read_metrics(tmp_path / "metrics.jsonl")] == []  # step 1 is read when step 2 has begun
+
+
+@pytest.mark.parametrize("frozen", [(), ("embed", "layers.0")])
+def test_each_rank_is_measured_by_what_it_holds(frozen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said before anything is made is what is there afterwards, on each rank of a pipeline; frozen parameters have no moments."""
+    seen: dict[int, tuple[int, dict[str, int]]] = {}
+
+    def rank(axes: Any) -> None:
+        ctx, layout = context(axes, "bf16"), lf.layout(tiny(), axes.mesh, split=(0, 2, 2), frozen=frozen)
+        small = SimpleNamespace(**{**vars(ctx.device), "memory_total": lambda: -1, "memory_peak": lambda: 0})
+        optimizer, program = lf.optim.adamw(1e-3), lf.schedule.one_f_one_b(3, 1)
+        with pytest.raises(OutOfMemory) as caught:
+            memory.refuse_what_cannot_fit(layout, optimizer.init, attrs.evolve(ctx, device=small))
+        state = lf.train.make(layout, optimizer, program, ctx)[0](lf.init(layout, ctx, 0))
+        usage = memory.measure(OutOfMemory("full"), layout, state, 0, attrs.evolve(ctx, device=small))
+        assert f"needs {memory._bytes(usage.lasting)} besides activations" in str(caught.value)
+        seen[axes.rank] = usage.lasting, usage.kinds
+
+    lf.sim.spmd(lf.Mesh(pp=3), rank)
+    whole = lf.layout(tiny(), lf.Mesh(dp=1), frozen=frozen)
+    coords = [{"pp": r} for r in range(3)]
+    layout = lf.layout(tiny(), lf.Mesh(pp=3), split=(0, 2, 2), frozen=frozen)
+    for r in range(3):
+        held, trained = (sum(math.prod(whole.specs[p].param.shape) for p in of(coords[r])) for of in (layout.held, layout.trained))
+        assert seen[r][1]["optimizer: master"] == 4 * held
+        assert seen[r][1]["optimizer: m"] == 4 * trained
+        assert seen[r][0] == 2 * held + 4 * held + 8 * trained + 4 * trained + 8
+    assert seen[0][0] == 8  # a rank without a parameter keeps the count of updates
 
 
 def test_a_state_that_cannot_fit_is_refused_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import attrs
 import pytest
@@ -16,6 +18,7 @@ from lf import parity
 from lf.models.decoder import Attention, DecoderConfig, GatedMLP, Layer, decoder
 from lf.models.small import shrunk, tiny
 from lf.parity import Quantity, Report, compare
+from lf.schedule import one_f_one_b
 
 FAST = ["tp=2,dp=2", "tp=4", "dp=3"]
 FACTORINGS_OF_8 = ["dp=8", "dp=4,tp=2", "dp=2,tp=4", "tp=8"]
@@ -80,6 +83,40 @@ def sweep(mesh: str, shape: str, microbatches: int) -> None:
 @pytest.mark.parametrize(("mesh", "shape", "microbatches"), SWEEP)
 def test_the_whole_sweep(mesh: str, shape: str, microbatches: int) -> None:
     sweep(mesh, shape, microbatches)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "asked"),
+    [
+        ("pp=2,tp=2", {"split": "e+2,h"}),
+        ("pp=2,dp=2", {"placement": (1, 0)}),
+        ("pp=3", {"split": (0, 4, 0)}),
+        ("pp=2,tp=3", {"frozen": ("embed", "layers.0.mlp")}),
+        ("tp=2", {"frozen": ("layers.1", "*/q_norm")}),
+    ],
+)
+def test_law_1_for_stages_and_frozen_parameters(mesh: str, asked: dict[str, Any]) -> None:
+    report = compare(tiny(), lf.Mesh.parse(mesh), steps=2, **asked)
+    assert report.ok, str(report)
+    frozen = lf.layout(tiny(), lf.Mesh(dp=1), frozen=asked.get("frozen", ())).frozen
+    assert {q.name.removeprefix("gradient ") for q in report.rows if q.name.startswith("gradient ")} == set(tiny().params()) - frozen
+    assert all(q.size > 0 for q in report.rows if q.name != "skipped"), "a quantity that is 0 compares nothing"
+
+
+def test_what_no_stage_holds_or_two_stages_count_is_seen() -> None:
+    """Of pp=2 the first and the last stage hold the tied table of 37 x 15, and the first counts it; the second alone has the head's norm of 15."""
+    layout = lf.layout(tiny(), lf.Mesh(pp=2))
+    ranks = [layout.mesh.coords(r) for r in range(2)]
+
+    def missed(**changed: Any) -> float:
+        return parity._covered(SimpleNamespace(**{"specs": layout.specs, "held": layout.held, "owned": layout.owned, **changed}), ranks).error  # type: ignore[arg-type]
+
+    def twice(coords: dict[str, int]) -> list[tuple[str, Any]]:
+        return [(path, piece) for path, spec in layout.held(coords).items() for piece in spec.owned(coords)]
+
+    assert missed() == 0
+    assert missed(owned=twice) == 37 * 15
+    assert missed(held=lambda coords: {k: v for k, v in layout.held(coords).items() if k != "head/norm"}) == 15
 
 
 def test_without_clipping() -> None:
@@ -202,7 +239,7 @@ def test_two_models_with_two_layouts_in_one_process() -> None:
     def body(axes):
         if axes.rank == 0:
             inner.append(compare(tiny(False), lf.Mesh(tp=2, dp=1), steps=1).ok)
-        trace = parity.trace(axes, lf.layout(tiny(), axes.mesh), [parity.random_batches(tiny(), 0, 0, 2, 9)], 0, 0.1, None, "cpu")
+        trace = parity.trace(axes, lf.layout(tiny(), axes.mesh), one_f_one_b(1, 1), [parity.random_batches(tiny(), 0, 0, 2, 9)], 0, 0.1, None, "cpu")
         return torch.stack([trace.metrics[0]["loss"], axes["dp"].sum(trace.metrics[0]["loss"]) / 2])
 
     a, b = lf.sim.spmd(lf.Mesh(dp=2), body)

@@ -55,7 +55,12 @@ def test_a_preset_is_shrunk_and_says_so(monkeypatch, capsys, tmp_path) -> None:
     ("args", "words"),
     [
         (("--mesh", "tq=2"), "unknown axis 'tq'"),
-        (("--mesh", "pp=2"), "pipeline parallelism (pp=2) is not built yet"),
+        (("--mesh", "cp=2"), "context parallelism (cp=2) is not built yet"),
+        (("--mesh", "pp=2", "--schedule", "1f2b"), "unknown schedule '1f2b'; did you mean '1f1b'"),
+        (("--mesh", "pp=2", "--chunks", "2"), "one_f_one_b has one stage on each rank"),
+        (("--mesh", "pp=2", "--recompute", "fll"), "unknown part of --recompute 'fll'; did you mean 'full'"),
+        (("--mesh", "pp=2", "--schedule", "zb-v", "--split", "e,2,h"), "--split e,2,h is of 3 stages; --schedule zb-v on pp=2 has 4"),
+        (("--mesh", "tp=2", "--compile"), "compiled layers: mesh tp=2 has tp=2"),
         (("--mesh", "tp=0"), "mesh axis tp=0 must be at least 1"),
         (("--model", "nonsense"), "nonsense"),
         (("--tokens", "3"), "--tokens 3: at least 4"),
@@ -70,8 +75,23 @@ def test_what_cannot_run_ends_with_2_and_one_line(monkeypatch, capsys, args: tup
     err = capsys.readouterr().err
     assert words in err
     assert "Traceback" not in err
-    if "nonsense" not in args[0]:
+    if "nonsense" not in args[0] and "--chunks" not in args:
         assert len(err.strip().splitlines()) == 1
+
+
+def test_schedules_stand_side_by_side(monkeypatch, capsys, tmp_path) -> None:
+    file = tmp_path / "report.json"
+    monkeypatch.setenv("COLUMNS", "200")
+    flags = ("--mesh", "pp=2", "--schedule", "gpipe", "--schedule", "zb-h1", "--microbatches", "3", "--split", "e+1,1+h", "--recompute", "full:1")
+    assert run(monkeypatch, *flags, "--offload", "full", "--freeze", "layers.0.attn/norm", "--json", str(file)) == 0
+    rest = "split e+1,1+h recompute full:1 offload full freeze layers.0.attn/norm"
+    out = capsys.readouterr().out
+    assert all(f"ok: mesh pp=2 {name} {rest}, 3 microbatches a rank" in out for name in ("gpipe", "zb-h1"))
+    reports = json.loads(file.read_text())["reports"]
+    assert [r["about"] for r in reports] == [f"gpipe {rest}", f"zb-h1 {rest}"]
+    rows = {row["name"] for row in reports[0]["rows"]}
+    assert {"gradient layers.0.attn/qkv", "parameter layers.0.attn/norm"} < rows
+    assert "gradient layers.0.attn/norm" not in rows
 
 
 def test_without_a_device_it_says_what_is_here(monkeypatch, capsys) -> None:

@@ -47,3 +47,29 @@ def test_each_rank_has_a_colour_and_each_row_its_holders(ranks: int) -> None:
     # every row of every parameter is drawn once: however many hold it, their bars share its height
     assert sum(bar.get_width() * bar.get_height() for bar in bars) == pytest.approx(0.8 * len(layout.specs))
     assert [text.get_text() for text in ax.get_legend().get_texts()] == [f"tp={r}" for r in range(ranks)]
+
+
+def test_a_pipeline_is_shown_by_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    monkeypatch.setenv("COLUMNS", "200")
+    layout = lf.layout(tiny(), lf.Mesh(pp=3, tp=2), split="e,2,h", frozen=("layers.0.mlp",))
+    lf.show(layout, png=tmp_path / "a.png", rank=4)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert rows[:3] == [["0", "0", "embed", "555"], ["1", "1", "layers.0, layers.1", "3,136"], ["2", "2", "head", "570"]]
+    table = [row for row in rows if row[1] == "embed/weight"]  # the tied table stands in both stages, and rank 4 holds it
+    assert table == [[s, "embed/weight", "37×15", "vocab→tp, embed", "18×15", "pp=0 and 2", "pp=0, each tp its own"] for s in ("0", "2")]
+    assert [row[4:] for row in rows if row[1] == "layers.0.mlp/down"] == [["—", "—", "not trained"]]
+    assert [row[4:] for row in rows if row[1] == "layers.1.mlp/down"] == [["—", "—", "pp=1, each tp its own"]]
+
+    ax = Figure().subplots()
+    lf.pictures.draw_layout(ax, layout, ["embed/weight", "layers.0.mlp/down", "head/norm"], stages=[0, 1, 2])
+    assert [t.get_text() for t in ax.texts if "stage" in t.get_text()] == [f"stage {s}\non pp={s}" for s in range(3)]
+    assert imread(tmp_path / "a.png").shape[0] > 200
+
+
+def test_layers_of_a_stage_that_are_alike_share_a_line() -> None:
+    layout = lf.layout(tiny(), lf.Mesh(pp=2), split="e+1,1+h")
+    assert "layers.0.mlp/down" in lf.pictures.alike(layout, 0, 0)
+    both = lf.layout(tiny(), lf.Mesh(pp=2), split="e,2+h")
+    assert lf.pictures.alike(both, 0, 1)["layers.*.mlp/down ×2"] == ["layers.0.mlp/down", "layers.1.mlp/down"]

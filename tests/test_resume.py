@@ -175,8 +175,8 @@ def _richer(config: pretrain.Config) -> pretrain.Config:
     held.mkdir()
     (held / "a.txt").write_text("return x ( y ) : yield self")
     return attrs.evolve(
-        config, mesh="tp=2", micro_batch=1, batch_ramp="1:1:9", eval=(f"held={held}",), eval_every=4, drift_every=2, schedule="wsd", save_every=100,
-        log="tensorboard", steps=None, tokens=15 * 38,
+        config, mesh="tp=2", micro_batch=1, batch_ramp="1:1:9", eval=(f"held={held}",), eval_every=4, drift_every=2, lr_schedule="wsd",
+        save_every=100, log="tensorboard", steps=None, tokens=15 * 38,
     )  # fmt: skip
 
 
@@ -259,18 +259,18 @@ def test_what_a_finished_run_refuses(config: pretrain.Config) -> None:
 
 
 def test_a_run_whose_rate_does_not_depend_on_its_length_can_be_lengthened(config: pretrain.Config) -> None:
-    short = attrs.evolve(config, mesh="", steps=2, micro_batch=4, schedule="constant", out=config.out + "-short")
+    short = attrs.evolve(config, mesh="", steps=2, micro_batch=4, lr_schedule="constant", out=config.out + "-short")
     _alone(short)
     _alone(attrs.evolve(short, steps=4))
     straight = attrs.evolve(short, steps=4, out=config.out)
     _alone(straight)
     assert _curve(short) == _curve(straight)
-    fallen = attrs.evolve(short, schedule="wsd", warmup=0, decay=0.5, out=config.out + "-fallen")
+    fallen = attrs.evolve(short, lr_schedule="wsd", warmup=0, decay=0.5, out=config.out + "-fallen")
     _alone(fallen)
     with pytest.raises(lf.config.ConfigError, match=r"step 2 was made at a learning rate of 0\.001.*, this command has 0\.01"):
         _alone(attrs.evolve(fallen, steps=8))
     with pytest.raises(lf.config.ConfigError, match="steps: the run has 4, this command 6"):
-        _alone(attrs.evolve(short, steps=6, schedule="cosine"))
+        _alone(attrs.evolve(short, steps=6, lr_schedule="cosine"))
 
 
 def test_a_start_that_never_trained_can_be_put_right(config: pretrain.Config) -> None:
@@ -300,7 +300,7 @@ def test_a_start_that_never_trained_can_be_put_right(config: pretrain.Config) ->
         ({"save_every": 0, "keep": 0}, "save_every=0, keep=0: must be at least 1"),
         ({"on_nonfinite": "skip"}, "on_nonfinite='skip' should read stop, or skip:N"),
         ({"log": "jsonl,wanddb"}, "unknown log 'wanddb'; did you mean 'wandb'"),
-        ({"schedule": "cosin"}, "unknown schedule 'cosin'; did you mean 'cosine'"),
+        ({"lr_schedule": "cosin"}, "unknown lr_schedule 'cosin'; did you mean 'cosine'"),
         ({"batch_ramp": "2:2"}, "batch_ramp '2:2' should read start:increment:rows"),
         ({"batch_ramp": "1:1:9"}, "batch_ramp 1:1:9: steps of 1, 3 rows; .* micro_batch.dp = 2.1 = 2. The nearest that work: 2:2:9"),
         ({"global_batch": 0}, "--global-batch 0: must be at least 1"),

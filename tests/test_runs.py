@@ -142,9 +142,10 @@ def test_work_that_ends_the_process_ends_all(end):
 def test_a_line_says_what_a_step_is():
     model = lf.hf.model("qwen3-demo")
     ctx = context(lf.solo(), "bf16")
-    line = lf.runs.summary("small", lf.layout(model, lf.Mesh(tp=2, dp=2)), ctx, 64, 2, 3)
+    line = lf.runs.summary("small", lf.layout(model, lf.Mesh(tp=2, dp=2)), ctx, 64, 2, 3, "1f1b, 1 stage")
     size = sum(p.numel() for p in lf.tree.leaves(lf.init(lf.layout(model, lf.Mesh(dp=1)), ctx, 0)))
-    assert line == f"small: {size:,} parameters in bfloat16 on {lf.Mesh(tp=2, dp=2)} (cpu); a step is 12 rows of 64 = 2 × 3 microbatches × dp=2"
+    step = "a step is 12 rows of 64 = 2 × 3 microbatches × dp=2; 1f1b, 1 stage"
+    assert line == f"small: {size:,} parameters in bfloat16 on {lf.Mesh(tp=2, dp=2)} (cpu); {step}"
 
 
 def test_metrics_after_the_checkpoint_and_a_torn_line_go(tmp_path):

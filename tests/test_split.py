@@ -98,6 +98,11 @@ def test_no_partition_has_a_smaller_largest_group(costs: list[int], stages: int)
     assert price(found) == min(map(price, every))
 
 
+def test_the_largest_group_comes_before_evenness() -> None:
+    """8 | 4 | 13 has the smallest sum of squares, and a larger largest one than 12 | 12 | 1."""
+    assert split.partition([8, 4, 12, 1], 3) == (2, 1, 1)
+
+
 def test_by_cost_counts_the_head_as_what_it_is() -> None:
     """With a large vocabulary the head is worth many layers, so its stage has few; the embedding is a lookup."""
     batch = parity.random_batches(of_layers(12), 0, 0, 1, 21)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import attrs
 import pytest
@@ -15,6 +16,7 @@ from lf.axes import solo
 from lf.mesh import MeshError
 from lf.models.small import tiny
 from lf.schedule import ProgramError, add_reduce, one_f_one_b
+from lf.schedule.build import build
 from lf.segment import Objective
 
 ONE = lf.Mesh(dp=1)
@@ -267,3 +269,56 @@ def test_an_objective_that_no_segment_serves_is_named() -> None:
     state, step = made(model, microbatches=1)
     with pytest.raises(lf.config.ConfigError, match="no segment gives a loss for objective other; they give cross_entropy"):
         step(state, batches(1))
+
+
+@pytest.mark.parametrize("optimizer", [lf.optim.sgd(0.1), lf.optim.adamw(0.1, weight_decay=0.5)], ids=["sgd", "adamw"])
+@pytest.mark.parametrize(("mesh", "asked"), [("dp=1", {}), ("pp=2,tp=2", {}), ("pp=3", {"split": "e,2,h"}), ("pp=3", {"split": (0, 4, 0)})])
+def test_what_is_frozen_has_no_gradient_and_no_moments_and_stays(optimizer: lf.optim.Optimizer, mesh: str, asked: dict[str, Any]) -> None:
+    """On some ranks everything is frozen, on some there is nothing at all; the norm is that of what is trained."""
+    frozen, rows = ("embed", "layers.1", "head"), batches()
+    seen: list[tree.Tree] = []
+
+    def update(state: tree.Tree, grads: tree.Tree, *rest: Any) -> tree.Tree:
+        seen.append(tree.map(torch.clone, grads))
+        return optimizer.update(state, grads, *rest)
+
+    def body(axes: Any) -> float:
+        ctx, layout = context(axes), lf.layout(tiny(), axes.mesh, frozen=frozen, **asked)
+        before = parity.randomised(layout, ctx, 0)
+        init, step = lf.train.make(layout, attrs.evolve(optimizer, update=update), build(layout, 2), ctx, None)
+        state = init(tree.map(torch.clone, before))
+        for kind in state.optimizer.keys() & {"m", "v"}:
+            assert [path for path, _ in tree.items(state.optimizer[kind])] == list(layout.trained(axes.coords))
+        new, metrics = step(state, rows)
+        for copy in (new.optimizer["master"], new.params):
+            assert [path for path, _ in tree.items(copy)] == list(layout.held(axes.coords))
+        for path, w in tree.items(new.optimizer["master"]):
+            assert torch.equal(w, tree.get(before, path)) == (path in layout.frozen), path
+        return metrics["grad_norm"].item()
+
+    norms = lf.sim.spmd(lf.Mesh.parse(mesh), body)
+    paths = {path for grads in seen for path, _ in tree.items(grads)}
+    assert paths == {path for path in tiny().params() if path.startswith("layers.0")}
+    if len(seen) == 1:
+        assert norms[0] == pytest.approx(torch.cat([g.flatten() for g in tree.leaves(seen[0])]).norm().item(), rel=1e-12)
+    (alone,) = lf.sim.spmd(ONE, lambda axes: made_norm(axes, frozen, rows))
+    assert norms == pytest.approx([alone] * len(norms), rel=1e-9)
+
+
+def made_norm(axes: Any, frozen: tuple[str, ...], rows: list[lf.Batch]) -> float:
+    ctx, layout = context(axes), lf.layout(tiny(), axes.mesh, frozen=frozen)
+    return lf.train.gradients(layout, one_f_one_b(1, 2), ctx)(parity.randomised(layout, ctx, 0), rows)[1]["grad_norm"].item()
+
+
+def test_a_parameter_of_this_rank_that_is_missing_is_named() -> None:
+    def body(axes: Any) -> None:
+        ctx, layout = context(axes), lf.layout(tiny(), axes.mesh)
+        init, _ = lf.train.make(layout, lf.optim.sgd(0.1), build(layout, 1), ctx)
+        params = parity.randomised(layout, ctx, 0)
+        init(params)  # those of other stages are not missed
+        if axes.coords["pp"] == 1:
+            del params["head"]["norm"]
+        init(params)
+
+    with pytest.raises(ValueError, match="parameters are missing: head/norm"):
+        lf.sim.spmd(lf.Mesh(pp=2), body)

@@ -49,18 +49,18 @@ def save(folder: str | os.PathLike[str], layout: Layout, state: State, ctx: Any,
     dtypes = _all_leaves(layout, state, ctx)
 
     def write(partial: Path, errors: list[Exception]) -> None:
-        boxes_of = _owned(layout, coords, rank)
-        owned = [(p, x) for leaf, x in leaves.items() for p in boxes_of(leaf)]
-        mine = {p.key: p.view(x).contiguous().cpu() if p.shape else x.cpu() for p, x in owned}
+        owned = _owned(layout, coords)
+        pieces = [(p, x) for leaf, x in leaves.items() for p in _written(layout, leaf, owned, rank)]
+        mine = {p.key: p.view(x).contiguous().cpu() if p.shape else x.cpu() for p, x in pieces}
         if mine:
             attempt(errors, write_tensors, partial / _file(rank), mine)
 
     def finish(partial: Path) -> None:
         tensors: dict[str, dict[str, Any]] = {}
         for r in range(layout.mesh.size):
-            boxes_of = _owned(layout, layout.mesh.coords(r), r)
-            for leaf, dtype in dtypes.items():
-                for p in boxes_of(leaf):
+            owned = _owned(layout, layout.mesh.coords(r))
+            for leaf, dtype in dtypes.items() if owned or not r else ():  # there may be many ranks, and most own nothing
+                for p in _written(layout, leaf, owned, r):
                     entry = tensors.setdefault(p.key, {"shape": p.shape, "dtype": CODES[dtype], "boxes": []})
                     entry["boxes"].append({"file": _file(r), "box": p.box})
         config = layout.model.config
@@ -139,18 +139,19 @@ def _pieces(leaf: str, spec: Spec | None, coords: dict[str, int]) -> tuple[Piece
     return _keyed(leaf, spec.pieces(coords)) if spec else (Piece(leaf, (), (), 0, 0),)
 
 
-def _owned(layout: Layout, coords: dict[str, int], rank: int) -> Callable[[str], tuple[Piece, ...]]:
-    """What a rank writes of a leaf, any leaf of the state: worked out once for masters and moments, because there may be many ranks."""
+def _owned(layout: Layout, coords: dict[str, int]) -> dict[str, tuple[Piece, ...]]:
+    """By path what the rank at `coords` owns: worked out once for masters and moments."""
     owned: dict[str, tuple[Piece, ...]] = {}
     for path, piece in layout.owned(coords):
         owned[path] = (*owned.get(path, ()), piece)
+    return owned
 
-    def of(leaf: str) -> tuple[Piece, ...]:
-        if _spec(layout, leaf) is None:
-            return (Piece(leaf, (), (), 0, 0),) if rank == 0 else ()
-        return _keyed(leaf, owned.get(leaf.partition("/")[2], ()))
 
-    return of
+def _written(layout: Layout, leaf: str, owned: dict[str, tuple[Piece, ...]], rank: int) -> tuple[Piece, ...]:
+    """What a rank that owns `owned` writes of a leaf, any leaf of the state."""
+    if _spec(layout, leaf) is None:
+        return (Piece(leaf, (), (), 0, 0),) if rank == 0 else ()
+    return _keyed(leaf, owned.get(leaf.partition("/")[2], ()))
 
 
 def _all_leaves(layout: Layout, state: State, ctx: Any) -> dict[str, torch.dtype]:

@@ -4,6 +4,7 @@
     FLOAT64    whether float64 can be used         OPS       name of an op → where its fastest function here lives
     found()    what of this device the machine has, in words, or ''
     missing()  why it cannot be used here, or ''
+    no_compiler()              why torch.compile cannot work on it here, or ''
     torch_device(local_rank) -> torch.device
     select(local_rank)          this process works on that device from now on
     peak_flops(dtype)           floating-point operations a second of one device at most, None where unknown

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +34,12 @@ def found() -> str:
 
 def missing() -> str:
     return ""
+
+
+def no_compiler() -> str:
+    """torch's compiler for it writes C++."""
+    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    return "" if any(map(shutil.which, compilers)) else f"torch.compile needs a C++ compiler, and there is no {' or '.join(compilers)}"
 
 
 def torch_device(local_rank: int) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,6 +46,11 @@ def missing() -> str:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     return "torch finds no CUDA device that it can use (is there one, is its driver new enough, is CUDA_VISIBLE_DEVICES empty?)"
+
+
+def no_compiler() -> str:
+    """torch's compiler for it writes Triton."""
+    return "" if importlib.util.find_spec("triton") else "torch.compile needs the package triton, which is not installed"
 
 
 def torch_device(local_rank: int) -> torch.device:

@@ -109,8 +109,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | 
 
 def _backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
     with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        dq, dk, dv = torch.autograd.grad((_attention(*leaves, cu_seqlens, window) * dy).sum(), leaves)
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        dq, dk, dv = torch.autograd.grad((_attention(q, k, v, cu_seqlens, window) * dy).sum(), (q, k, v))
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 

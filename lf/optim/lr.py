@@ -28,7 +28,7 @@ def schedule(name: str, lr: float, warmup: int, steps: int, final: float = 0.1, 
 
     Raises ConfigError for an unknown name and for numbers that cannot be.
     """
-    if one_of("schedule", name, SCHEDULES) == "wsd":
+    if one_of("lr_schedule", name, SCHEDULES) == "wsd":
         return warmup_stable_decay(lr, warmup, steps, final, decay)
     _within(lr, warmup, steps, final)  # also where a constant rate would not use them
     if name == "constant":

@@ -58,9 +58,11 @@ def weight_gradient(acc: Tensor, rows: Tensor, dy: Tensor) -> None:
 
 
 def of(w: Tensor | W) -> W:
-    """The weight as a W; one that does not train as its value alone."""
+    """The weight as a W; one that does not train as its value alone. Raises ValueError where its gradient would have two places to go to."""
     if not isinstance(w, W):
         return W(w)
+    if w.acc is not None and w.probe is not None:
+        raise ValueError(f"a weight {tuple(w.value.shape)} has acc and probe: backward fills one of them; give acc for B, or probe for I and W")
     return w if w.value.requires_grad else W(w.value, seen=w.seen)
 
 
@@ -110,3 +112,4 @@ def _add_product(acc: Tensor, rows: Tensor, dy: Tensor) -> None:
 _LIBRARY = torch.library.Library("lf", "FRAGMENT")
 _LIBRARY.define("add_product(Tensor(a!) acc, Tensor rows, Tensor dy) -> ()")
 _LIBRARY.impl("add_product", _add_product, "CompositeExplicitAutograd")
+_LIBRARY.impl("add_product", lambda acc, rows, dy: None, "Meta")  # nothing to do, and torch's decomposition of that addmm is broken (2.11)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import attrs
-from torch import Tensor
 
 from lf.layouts import Layout
-from lf.parallel.product import W
+from lf.schedule.compiled import LayerFn, compiled, layer_fn
 from lf.schedule.ir import Action, Program, ProgramError, flat
 from lf.schedule.lower import reduced_layers, tied_paths
 from lf.schedule.pieces import Stage, stages
@@ -17,22 +16,22 @@ from lf.schedule.shapes import Shapes, key, trace
 from lf.segment import Segment, path_of
 from lf.spec import Spec
 
-Losses = dict[str, Tensor]
-LayerFn = Callable[[tuple[dict[str, Tensor | W], ...], Any, Any, Any], tuple[Any, Losses]]
+KINDS = ("plain", "acc", "probe")
+"""How the weights of products arrive: as tensors where there is no backward, with the sum that a B adds to, with the probes of I and W."""
 
 
 @attrs.frozen
 class Piece:
     """A layer, or a segment of one: what a forward runs between two cuts of autograd.
 
-    fn(values, x, batch, ctx) -> (y, losses) · `names`: of each segment its name, and (name, path, is it a product) of each of its parameters ·
-    `leaves`: paths whose gradients autograd returns · `products`: (segment, name, path) of those that come through a W · `upstream`: whether
-    anything before it trains, so that its input has a gradient · `back`: whether it has a backward.
+    fn[kind](values, x, batch, ctx) -> (y, losses), for each of KINDS · `names`: of each segment its name, and (name, path, is it a product) of
+    each of its parameters · `leaves`: paths whose gradients autograd returns · `products`: (segment, name, path) of those that come through a W ·
+    `upstream`: whether anything before it trains, so that its input has a gradient · `back`: whether it has a backward.
     """
 
     stage: int
     name: str
-    fn: LayerFn
+    fn: dict[str, LayerFn]
     names: tuple[tuple[str, tuple[tuple[str, str, bool], ...]], ...]
     leaves: tuple[str, ...]
     products: tuple[tuple[str, str, str], ...]
@@ -43,7 +42,7 @@ class Piece:
 @attrs.frozen
 class Bound:
     """`actions` of one rank · `pieces`: of each stage and `segment` of a forward, what it runs · `spans`: of each other compute action's
-    (stage, segment), the names of the pieces that it covers · `split`: (stage, microbatch)es with weight gradients of their own · `again`: of
+    (stage, segment), the names of the pieces that it covers · `split`: (stage, microbatch, piece)s whose weight gradients a W makes · `again`: of
     each (stage, microbatch, piece) that is made again, which ops (none named: all) · `reduced`: of each (stage, layer), the paths whose sum is then
     complete on this rank, and the specs of those that other ranks have a part in."""
 
@@ -54,7 +53,7 @@ class Bound:
     known: tuple[Stage, ...]
     pieces: dict[tuple[int, str | None], tuple[Piece, ...]]
     spans: dict[tuple[int, str | None], frozenset[str]]
-    split: frozenset[tuple[int, int | None]]
+    split: frozenset[tuple[int, int | None, str]]
     again: dict[tuple[int, int | None, str], tuple[str, ...]]
     away: frozenset[tuple[int, int | None, str]]
     trained: dict[str, bool]
@@ -65,13 +64,13 @@ class Bound:
     trains: bool  # whether there is any backward
 
 
-def bind(program: Program, layout: Layout, ctx: Any, compile: bool = False, name: str = "step") -> Bound:
-    """The actions of this rank. `compile`: each distinct layer by torch.compile, as a full graph. `name`: what one run of it is called, where a
-    rank says how far it is. Collective over pp the first time."""
+def bind(program: Program, layout: Layout, ctx: Any, compile: bool | str = False, name: str = "step") -> Bound:
+    """The actions of this rank. `compile`: each distinct layer by torch.compile, as a full graph, for this backend (True: inductor). `name`:
+    what one run of it is called, where a rank says how far it is. Collective over pp the first time."""
     rank = ctx.axes.coords["pp"]
     ctx.axes.pipe()
     actions, known = program[rank], stages(program, layout)
-    fns: dict[tuple[Any, ...], LayerFn] = {}
+    fns: dict[Any, LayerFn] = {}
     pieces: dict[tuple[int, str | None], tuple[Piece, ...]] = {}
     spans: dict[tuple[int, str | None], frozenset[str]] = {}
     for a in flat(actions):
@@ -79,7 +78,7 @@ def bind(program: Program, layout: Layout, ctx: Any, compile: bool = False, name
         if a.op == "F" and where not in pieces:
             segments = {s.name: s for s in layout.stages[a.stage]}
             names = known[a.stage].pieces(a.segment) if segments else ()
-            pieces[where] = tuple(_piece(a.stage, name, known[a.stage], segments, layout, fns, compile) for name in names)
+            pieces[where] = tuple(_piece(a.stage, name, known[a.stage], segments, layout, fns, ctx, compile) for name in names)
         elif a.op != "REDUCE" and a.op != "FREE" and a.op not in ("SEND_F", "SEND_B", "RECV_F", "RECV_B") and where not in spans:
             lo, hi = known[a.stage].span(a.segment) or (0, 0)
             spans[where] = frozenset((*known[a.stage].atoms[lo:hi], *known[a.stage].layers[lo:hi]))
@@ -89,7 +88,7 @@ def bind(program: Program, layout: Layout, ctx: Any, compile: bool = False, name
     away = {(a.stage, a.microbatch, p) for a in flat(actions) if a.op == "OFFLOAD" for p in spans[a.stage, a.segment]}
     return Bound(
         actions, program, rank, layout.placement, known, pieces, spans,
-        frozenset((a.stage, a.microbatch) for a in flat(actions) if a.op == "I"),
+        frozenset((a.stage, a.microbatch, p) for a in flat(actions) if a.op == "I" for p in spans[a.stage, a.segment]),
         again, frozenset(away),
         {path: path not in layout.frozen for path in layout.held(ctx.axes.coords)},
         {where: (paths, tuple(s for p in paths if _summed(s := layout.specs[p]))) for where, paths in reduced_layers(layout, rank).items()},
@@ -106,7 +105,7 @@ def _summed(spec: Spec) -> bool:
 
 
 def _piece(
-    index: int, name: str, stage: Stage, segments: dict[str, Segment], layout: Layout, fns: dict[tuple[Any, ...], LayerFn], compile: bool
+    index: int, name: str, stage: Stage, segments: dict[str, Segment], layout: Layout, fns: dict[Any, LayerFn], ctx: Any, compile: bool | str
 ) -> Piece:
     lo, hi = stage.span(name) or (0, 0)
     mine = [segments[atom] for atom in stage.atoms[lo:hi]]
@@ -114,27 +113,13 @@ def _piece(
     trained = [(s, n, path, w) for s, params in names for n, path, w in params if path not in layout.frozen]
     upstream = stage.upstream or any(stage.inside[:lo])
     key = tuple(s.apply for s in mine)
-    if key not in fns:  # equal layers share one function, and so one compilation
-        fns[key] = _compiled(_layer(key)) if compile else _layer(key)
+    for kind in KINDS:
+        if (key, kind) not in fns:  # equal layers share one function, and so one compilation for each kind of weight
+            fns[key, kind] = compiled(layer_fn(key), ctx, "inductor" if compile is True else compile) if compile else layer_fn(key)
+    kinds = {kind: fns[key, kind] for kind in KINDS}
     leaves = tuple(dict.fromkeys(path for _, _, path, w in trained if not w))
-    return Piece(index, name, fns[key], names, leaves, tuple((s, n, path) for s, n, path, w in trained if w), upstream, hi > stage.stop)
-
-
-def _layer(applies: Sequence[Callable[..., Any]]) -> LayerFn:
-    def fn(values: tuple[dict[str, Tensor | W], ...], x: Any, batch: Any, ctx: Any) -> tuple[Any, Losses]:
-        losses: Losses = {}
-        for apply, p in zip(applies, values):
-            x, terms = apply(p, x, batch, ctx)
-            losses.update(terms.get("losses", {}))
-        return x, losses
-
-    return fn
-
-
-def _compiled(fn: LayerFn) -> LayerFn:
-    import torch
-
-    return torch.compile(fn, fullgraph=True)
+    products = tuple((s, n, path) for s, n, path, w in trained if w)
+    return Piece(index, name, kinds, names, leaves, products, upstream, hi > stage.stop)
 
 
 def _traced(layout: Layout) -> Callable[[Any, Any], Shapes]:

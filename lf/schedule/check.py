@@ -14,8 +14,8 @@ from __future__ import annotations
 import attrs
 
 from lf.layouts import Layout
-from lf.schedule.draw import draw
-from lf.schedule.ir import MOVES, OPS, Action, Program, ProgramError, flat, microbatches, placement
+from lf.schedule.draw import WIDTH, draw
+from lf.schedule.ir import COMPUTE, MOVES, OPS, Action, Program, ProgramError, flat, microbatches, placement
 from lf.schedule.lower import is_lowered, lower, reduced_layers, tied_paths, users_of
 from lf.schedule.pieces import WHOLE, Stage, stages
 
@@ -73,6 +73,9 @@ def _names(program: Program, layout: Layout | None, count: int | None) -> None:
     every = len(layout.stages) if layout else 1 + max((a.stage for row in program for a in flat(row)), default=-1)
     for rank, actions in enumerate(program):
         for i, whole in enumerate(actions):
+            if whole.op == "OVERLAP" and (len(whole.pair) != 2 or any(a.op not in COMPUTE for a in whole.pair)):
+                why = f"an OVERLAP is of two actions of compute, {', '.join(COMPUTE)}"
+                raise ProgramError(f"{whole} on rank {rank}: {why}\n{draw(program, (rank, i))}")
             for a in flat((whole,)):
 
                 def fail(why: str, rank: int = rank, i: int = i, a: Action = a) -> ProgramError:
@@ -338,13 +341,15 @@ class _Proof:
         words |= {"out F": "there is no {0}SEND_F{1}", "out B": "there is no {0}SEND_B{1}"}
         words |= {"sent SEND_F": "there is no {0}FREE{1}[SEND_F]", "sent SEND_B": "there is no {0}FREE{1}[SEND_B]"}
         for rank, row in enumerate(self.rows):
+            why = ""
             if kept := [f"{s}F{m}" for (s, m), pieces in sorted(row.kept.items()) if pieces]:
-                raise ProgramError(f"rank {rank}: activations stay alive, there is no backward for {', '.join(kept)}\n{draw(self.program)}")
-            if owed := [f"{s}I{m}" for (s, m), pieces in sorted(row.owed.items()) if pieces]:
-                raise ProgramError(f"rank {rank}: activations stay alive, there is no W for {', '.join(owed)}\n{draw(self.program)}")
-            if row.values:
-                left = [words[kind].format(s, m) for kind, s, m in sorted(row.values)]
-                raise ProgramError(f"rank {rank}: values stay alive: {'; '.join(left)}\n{draw(self.program)}")
+                why = f"activations stay alive, there is no backward for {', '.join(kept)}"
+            elif owed := [f"{s}I{m}" for (s, m), pieces in sorted(row.owed.items()) if pieces]:
+                why = f"activations stay alive, there is no W for {', '.join(owed)}"
+            elif row.values:
+                why = f"values stay alive: {'; '.join(words[kind].format(s, m) for kind, s, m in sorted(row.values))}"
+            if why:
+                raise ProgramError(f"rank {rank}: {why}\n{draw(self.program, {rank: len(self.program[rank])}, WIDTH)}")
 
     def nothing_is_missing(self) -> None:
         missing = []
@@ -361,4 +366,4 @@ class _Proof:
                 wanted += [Action("REDUCE", who[path][0][0], segment=path) for path in tied_paths(self.layout, rank)]
                 missing += [str(a) for a in wanted if a not in self.seen]
         if missing:
-            raise ProgramError(f"missing: {', '.join(missing)}; without them gradients would be lost\n{draw(self.program)}")
+            raise ProgramError(f"missing: {', '.join(missing)}; without them gradients would be lost\n{draw(self.program, width=WIDTH)}")

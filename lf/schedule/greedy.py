@@ -6,7 +6,7 @@ from heapq import heappop, heappush
 
 import attrs
 
-from lf.schedule.cost import Link, Times, durations
+from lf.schedule.cost import Link, Times, cost, durations
 from lf.schedule.generate import Stages
 from lf.schedule.ir import Action, Placement, Program, ProgramError
 from lf.schedule.place import placed, stages_of
@@ -16,10 +16,17 @@ def greedy(stages: Stages, microbatches: int, times: Times | None = None, link: 
     """Whenever a rank is free it takes what is there: a forward after a backward and a backward after a forward, if it can; of forwards that of
     the latest stage, of backwards that of the oldest microbatch. Any placement.
 
-    times, link: as of `cost`. limit: how many microbatches of a stage a rank holds at most, at least its number of stages; default (v+1)p - 1,
-    what `interleaved` holds. Bubble, with unit times and a limit of v·p or more on a loop or a V: at most GPipe's 3(S-v), often much less.
+    times, link: as of `cost`; where they are given, what would be best with unit times or with backwards first is tried too, and the quickest
+    taken. limit: how many microbatches of a stage a rank holds at most, at least its number of stages; default (v+1)p - 1, what `interleaved`
+    holds. Bubble, with unit times and a limit of v·p or more on a loop or a V: at most GPipe's 3(S-v), often much less.
     """
-    return _Scheduler(placed(stages, microbatches), microbatches, "B", times, link, limit).run()
+    placement = placed(stages, microbatches)
+    program = _Scheduler(placement, microbatches, "B", True, times, link, limit).run()
+    if times is None and link == 0.0:
+        return program
+    others = [(True, None, 0.0), (False, times, link)]
+    programs = [program, *(_Scheduler(placement, microbatches, "B", turns, t, l, limit).run() for turns, t, l in others)]
+    return min(programs, key=lambda p: cost(p, times, link).makespan)
 
 
 def greedy_zb(stages: Stages, microbatches: int, times: Times | None = None, link: Link = 0.0, limit: int | None = None) -> Program:
@@ -27,7 +34,7 @@ def greedy_zb(stages: Stages, microbatches: int, times: Times | None = None, lin
 
     Bubble, with unit times and the default limit on a loop or a V: about p-1 for m ≥ p, at most GPipe's 3(S-v) always.
     """
-    return _Scheduler(placed(stages, microbatches), microbatches, "I", times, link, limit).run()
+    return _Scheduler(placed(stages, microbatches), microbatches, "I", False, times, link, limit).run()
 
 
 @attrs.define
@@ -43,8 +50,9 @@ class _Rank:
 
 
 class _Scheduler:
-    def __init__(self, placement: Placement, microbatches: int, back: str, times: Times | None, link: Link, limit: int | None):
-        mine, self.placement, self.microbatches, self.back = stages_of(placement), placement, microbatches, back
+    def __init__(self, placement: Placement, microbatches: int, back: str, turns: bool, times: Times | None, link: Link, limit: int | None):
+        """turns: a forward goes before a backward right after a backward."""
+        mine, self.placement, self.microbatches, self.back, self.turns = stages_of(placement), placement, microbatches, back, turns
         most = max(map(len, mine))
         self.limit = (most + 1) * len(mine) - 1 if limit is None else limit
         if self.limit < most:
@@ -72,18 +80,26 @@ class _Scheduler:
         return tuple(tuple(rank.row) for rank in self.ranks)
 
     def choose(self, rank: _Rank) -> Action | None:
-        turn = self.back == "B" and bool(rank.row) and rank.row[-1].op == "B"
+        turn = self.turns and bool(rank.row) and rank.row[-1].op != "F"
         return (turn and self.forward(rank)) or self.backward(rank) or self.forward(rank) or self.weight(rank)
 
     def forward(self, rank: _Rank) -> Action | None:
-        """What the oldest microbatch still needs is kept free: so it can always go on, and all others after it."""
-        if rank.oldest == self.microbatches:
-            return None
-        room = rank.held + rank.left[rank.oldest][0] < self.limit
         for stage in reversed(rank.forwards):
-            if (there := rank.forwards[stage]) and (room or there[0] == rank.oldest):
+            if (there := rank.forwards[stage]) and self.safe(rank, there[0]):
                 return Action("F", stage, heappop(there))
         return None
+
+    def safe(self, rank: _Rank, microbatch: int) -> bool:
+        """Whether, with one more forward of this microbatch held, all can still leave one after another, the oldest first (Dijkstra's banker)."""
+        free, stages = self.limit - rank.held - 1, len(rank.forwards)
+        m = rank.oldest
+        while free < stages and m < self.microbatches:
+            forwards, backwards = rank.left[m]
+            if forwards - (m == microbatch) > free:
+                return False
+            free += backwards - forwards + (m == microbatch)
+            m += 1
+        return free >= 0
 
     def backward(self, rank: _Rank) -> Action | None:
         if not rank.backwards:

@@ -105,8 +105,15 @@ def add_reduce(program: Program, layout: Layout) -> Program:
 
 def _by_layers(action: Action, known: Mapping[int, Stage]) -> tuple[Action, ...]:
     """The action with its weight gradients of these stages refined by layers; an OVERLAP becomes its two."""
-    names = {s: tuple(dict.fromkeys(stage.layers[stage.stop :])) for s, stage in known.items()}
-    return refine((flat((action,)),), lambda a: names.get(a.stage) if a.op in ("B", "W") else None)[0]
+    layers = {s: tuple(dict.fromkeys(stage.layers[stage.stop :])) for s, stage in known.items()}
+    learn = {s: {layer for layer, inside in zip(stage.layers, stage.inside) if inside} for s, stage in known.items()}
+
+    def names(a: Action) -> Sequence[str] | None:
+        if a.op == "W":
+            return [layer for layer in layers.get(a.stage, ()) if layer in learn[a.stage]]
+        return layers.get(a.stage) if a.op == "B" else None
+
+    return refine((flat((action,)),), names)[0]
 
 
 def _with_reductions(actions: Sequence[Action], rank: int, layout: Layout, known: Sequence[Stage]) -> tuple[Action, ...]:

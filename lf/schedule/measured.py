@@ -1,13 +1,14 @@
 """What each pipeline rank measured in a step, as a Timeline: to be drawn, and to be compared with what `cost` predicts.
 
-clock = Clock(ctx.axes, ctx.device)        before the step, on every rank
-run(…)                                     which calls start = clock.moment(); …; clock(i, start, clock.moment()) round its i-th action
-timeline = clock.timeline(program)         after the step, on every rank
+    clock = Clock(ctx.axes, ctx.device)        before the step
+    run(…)                                     which calls start = clock.moment(); …; clock(i, start, clock.moment()) round its i-th action
+    timeline = clock.timeline(program)         after the step, on every rank
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -22,16 +23,17 @@ class Clock:
     """Takes down when each action begins and ends on this rank, on the device's own clock (of CUDA: events in its stream), which is read after
     the step: taking down makes nobody wait.
 
-    Making one is collective over the pipeline: its ranks meet, and each counts from then. So clocks of several machines agree to within the time
-    that a meeting takes.
+    Each rank counts from the time of day at which its clock was made: ranks of one machine agree to microseconds, machines as well as their
+    system clocks do. `offset`: seconds that this machine's is behind.
     """
 
-    def __init__(self, axes: Any, device: ModuleType):
+    def __init__(self, axes: Any, device: ModuleType, offset: float = 0.0):
         self.axes, self.device = axes, device
         self.moment = device.moment
         self.taken: dict[int, tuple[Any, Any, int | None]] = {}
-        axes["pp"].barrier()
-        self.zero = self.moment()
+        before = self.moment()
+        device.seconds(before, before)  # what was started before is through, so that the next moment is now
+        self.zero, self.offset = self.moment(), time.time() + offset
 
     def __call__(self, i: int, start: Any, end: Any) -> None:
         """Action i of this rank's program ran from `start` to `end`, two moments. An action that waits begins when its wait is over."""
@@ -42,14 +44,14 @@ class Clock:
         with the bytes that each held after each action."""
         between = self.device.seconds
         rows = {i: (between(self.zero, start), between(self.zero, end), held) for i, (start, end, held) in self.taken.items()}
-        return gathered(program, rows, self.axes)
+        return gathered(program, rows, self.axes, self.offset)
 
 
 def gathered(program: Program, taken: Mapping[int, tuple[float, float, float | None]], axes: Any, offset: float = 0.0) -> Timeline:
     """A Timeline in seconds from the first start on, of {index of an action of this rank: (start, end, bytes held after it or None)} on each rank.
 
     One collective over axes["pp"]: every rank knows the program, so nothing but numbers travels. An action without an entry is not shown.
-    offset: seconds to add to this rank's times, where its clock is known to be behind by as many. Raises ProgramError for an index that is not
+    offset: seconds to add to this rank's times, so that those of all ranks are on one clock. Raises ProgramError for an index that is not
     in the program, or a program for another number of ranks.
     """
     pp = axes["pp"]

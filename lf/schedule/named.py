@@ -87,16 +87,23 @@ def _load(path: str) -> ModuleType:
     return module
 
 
-def _fixed(name: str) -> Schedule:
+def read(name: str) -> Program:
+    """The program in a file, as `lf.schedule.text` reads it: .csv as torch pipelining writes it, anything else as lf does. Raises ProgramError."""
     try:
         text = Path(name).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ProgramError(f"cannot read {name}: {error}") from None
     try:
         program = (from_csv if name.endswith(".csv") else loads)(text)
-        where, count = placement(program), microbatches_of(program)
+        placement(program)
     except ProgramError as error:
         raise ProgramError(f"{name}: {error}") from None
+    return program
+
+
+def _fixed(name: str) -> Schedule:
+    program = read(name)
+    where, count = placement(program), microbatches_of(program)
 
     def generate(stages: Stages, microbatches: int) -> Program:
         if (placed(stages, microbatches), microbatches) != (where, count):

@@ -9,7 +9,7 @@ from typing import Any
 
 from lf.config import ConfigError
 from lf.schedule.draw import COLOURS, MEANING, OTHER, amount, chunks, colour, ink, ops
-from lf.schedule.ir import COMPUTE, MOVES, Action
+from lf.schedule.ir import COMPUTE, MOVES, Action, flat
 from lf.schedule.timeline import Span, Timeline
 
 FORMATS = (".svg", ".png")
@@ -50,6 +50,8 @@ def _rows(ax: Any, timeline: Timeline, inches: float) -> None:
     from matplotlib.collections import PolyCollection
 
     end = timeline.makespan or 1.0
+    numbers = [str(a.microbatch) for row in timeline.rows for s in row for a in flat([s.action]) if a.microbatch is not None]
+    digits = max(map(len, numbers), default=1)  # one size for all
     boxes: dict[str, list[list[tuple[float, float]]]] = defaultdict(list)
     strip = STRIP if any(s.action.op not in (*COMPUTE, "OVERLAP") and s.end > s.start for row in timeline.rows for s in row) else 0.0
     ax.barh(range(len(timeline.rows)), end, ROW, color="#f1f1f1", linewidth=0)
@@ -62,8 +64,8 @@ def _rows(ax: Any, timeline: Timeline, inches: float) -> None:
                 boxes[back].append([(s.start, y), (s.end, y), (s.end, y + height), (s.start, y + height)])
                 number = "" if action.microbatch is None or action.op not in COMPUTE else str(action.microbatch)
                 room = 72 * inches * (s.end - s.start) / end  # points
-                size = min(8.0, (room - 1) / (0.62 * len(number))) if number else 0.0
-                if size >= 4:
+                size = min(8.0, (room - 1) / (0.62 * digits))
+                if number and size >= 4:
                     middle = ((s.start + s.end) / 2, y + height / 2)
                     ax.text(*middle, number, ha="center", va="center_baseline", fontsize=size if height > 0.5 else min(size, 6), color=ink(back))
     thin = len(timeline.rows) * max(map(len, timeline.rows), default=0) > 3000  # edges would hide what they part

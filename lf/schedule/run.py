@@ -23,7 +23,7 @@ from lf.batch import Batch
 from lf.parallel.product import W, probe_of, weight_gradient
 from lf.parallel.reduce import reduce_gradients
 from lf.schedule.bind import Bound, Piece
-from lf.schedule.ir import Action, flat
+from lf.schedule.ir import Action, ProgramError, flat
 from lf.schedule.memory import memory_is_full, out_of_memory
 from lf.schedule.slots import Slots, entry, got
 from lf.schedule.vjp import ends, vjp
@@ -140,6 +140,9 @@ class _Rank:
                 kept, carry, losses = self.make(piece, carry, m, again or ())
             else:
                 kept, carry, losses = self.pass_by(piece, carry, m, keeps)
+            if losses and self.trains and (unknown := losses.keys() - self.seeds.keys()):
+                names = f"{', '.join(sorted(unknown))}, which no objective weighs; there are {', '.join(self.seeds) or 'none'}"
+                raise ProgramError(f"{piece.name} gives the loss {names}")
             if keeps:
                 self.kept.setdefault(at, []).append(kept)
             if losses:
@@ -176,7 +179,7 @@ class _Rank:
             else:
                 kept.inputs = {k: x[k].requires_grad_() for k in wanted}
             with kept.slots.filing() if kept.slots else nullcontext():
-                y, losses = piece.fn(values, _unwrap(x), self.batches[m], ctx)
+                y, losses = piece.fn["probe" if (piece.stage, m, piece.name) in self.bound.split else "acc"](values, _unwrap(x), self.batches[m], ctx)
                 y = _wrap(y)
                 outputs = {k: v for k, v in y.items() if v.requires_grad}
                 weighed = {k: v for k, v in losses.items() if v.requires_grad}
@@ -192,7 +195,7 @@ class _Rank:
             kept.x = {k: kept.slots.file(v) for k, v in carry.items()}
         with torch.no_grad():
             values: tuple[dict[str, Tensor | W], ...] = tuple({n: self.leaves[path] for n, path, _ in params} for _, params in piece.names)
-            y, losses = piece.fn(values, _unwrap(carry), self.batches[m], self.ctx)
+            y, losses = piece.fn["plain"](values, _unwrap(carry), self.batches[m], self.ctx)
         return kept, _wrap(y), losses
 
     def storages(self, m: int) -> frozenset[int]:
@@ -202,7 +205,7 @@ class _Rank:
 
     def parameters(self, piece: Piece, m: int) -> tuple[tuple[dict[str, Tensor | W], ...], tuple[tuple[Tensor, Tensor], ...]]:
         """What each segment gets: a weight of a product comes with the sum that its gradient is added to, or with probes where W makes it."""
-        probes, split = {}, (piece.stage, m) in self.bound.split
+        probes, split = {}, (piece.stage, m, piece.name) in self.bound.split
         if split and piece.products:
             seen = self.bound.shapes(self.batches[m], self.ctx).products
             probes = {(s, n): probe_of(seen[s][n], self.device) for s, n, _ in piece.products}
@@ -343,7 +346,7 @@ class _Rank:
         assert a.segment is not None
         if a.segment in self.bound.tied:
             self.finish_sums()
-            self.grads[a.segment] = self.ctx.axes.some("pp", self.bound.tied[a.segment]).sum(self.grads[a.segment])
+            self.grads[a.segment] = self.sum_over(self.bound.tied[a.segment], a.segment)
             return
         paths, specs = self.bound.reduced[a.stage, a.segment]
         self.doing = "the sum of gradients of", a.segment, 1.0
@@ -351,6 +354,22 @@ class _Rank:
             self.sum_of(path)
         if specs:
             self.waits.append(reduce_gradients(specs, self.grads, self.ctx.axes))
+
+    def sum_over(self, holders: tuple[int, ...], path: str) -> Tensor:
+        """The sum of a gradient over the pipeline ranks that hold it, by messages to the first of them and back: a group of processes for each such
+        set would have to be made by all ranks in one order."""
+        mine, first, pipe = self.grads[path], holders[0], self.pipe
+        like = (mine.shape, mine.dtype, self.device)
+        if self.bound.rank != first:
+            sent = pipe.send(mine, first, f"{path} part")
+            total = pipe.recv(*like, first, f"{path} sum")()
+            sent()
+            return total
+        for h in holders[1:]:
+            mine += pipe.recv(*like, h, f"{path} part")()
+        for sent in [pipe.send(mine, h, f"{path} sum") for h in holders[1:]]:
+            sent()
+        return mine
 
     def finish_sums(self) -> None:
         while self.waits:

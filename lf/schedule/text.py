@@ -148,4 +148,3 @@ def from_csv(text: str) -> Program:
 def _from_torch(word: str, where: str) -> Action:
     found = re.fullmatch(r"(\d+)([A-Z_]*[A-Z])(\d*)", word)
     return _action(f"{found[1]}{_TORCH[found[2]]}{found[3]}" if found and found[2] in _TORCH else word, where)
-

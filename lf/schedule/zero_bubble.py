@@ -29,7 +29,8 @@ def zb_h1(stages: Stages, microbatches: int) -> Program:
 def interleaved_zb(stages: Stages, microbatches: int) -> Program:
     """`interleaved` with W apart, r microbatches late on rank r. On a loop, even or not.
 
-    Bubble p-1 for m ≥ p, at most 3(S-v) below; at most that where p does not divide S. Peak v·p where p divides m, (v-1)g + p with groups of g.
+    Bubble p-1 for m ≥ p, (v+1)p - 1 + (v-1)·max(p, 2m) - (3v-2)m below; at most that where p does not divide S. Peak v·p where p divides m,
+    at most (v-1)g + p with groups of g.
     """
     return laps("interleaved_zb", placed(stages, microbatches), microbatches, steps=1, split=True)
 
@@ -63,17 +64,3 @@ def numbered(plan: Sequence[tuple[str, int]], microbatches: int) -> tuple[Action
             row.append(Action(op, stage, seen[op, stage]))
         seen[op, stage] += 1
     return tuple(row)
-
-
-def merge(program: Program) -> Program:
-    """A W right after its I becomes one B: the same work without keeping what lies between the two."""
-    rows = []
-    for actions in program:
-        row: list[Action] = []
-        for a in actions:
-            if a.op == "W" and row and row[-1] == Action("I", a.stage, a.microbatch, a.segment, chain=a.chain):
-                row[-1] = Action("B", a.stage, a.microbatch, a.segment, chain=a.chain)
-            else:
-                row.append(a)
-        rows.append(tuple(row))
-    return tuple(rows)

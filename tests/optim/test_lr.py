@@ -44,7 +44,7 @@ def test_a_stable_phase_does_not_depend_on_the_end() -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("cosin", 1.0, 0, 5), "unknown schedule 'cosin'; did you mean 'cosine'"),
+        (("cosin", 1.0, 0, 5), "unknown lr_schedule 'cosin'; did you mean 'cosine'"),
         (("wsd", 1.0, 3, 5, 0.1, 3), "warmup=3 and a decay of 3 steps are more than steps=5"),
         (("wsd", 1.0, 0, 5, 0.1, 1.5), "decay=1.5 must be a share"),
         (("wsd", 1.0, 0, 5, 0.1, -0.1), "decay=-0.1 must be a share"),

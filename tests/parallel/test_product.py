@@ -57,3 +57,9 @@ def test_the_wrong_shape_of_a_probe_is_an_error() -> None:
     probe = probe_of(((5, 3), torch.float32, (6, 4), torch.float32), torch.device("cpu"))
     with pytest.raises(RuntimeError, match=r"got \[6, 3\] but expected shape compatible with \[5, 3\]"):
         torch.autograd.grad(product(x, W(w, probe=probe)).sum(), probe)
+
+
+def test_one_place_for_a_gradient() -> None:
+    w, seen = torch.ones(4, 3, requires_grad=True), ((6, 3), torch.float32, (6, 4), torch.float32)
+    with pytest.raises(ValueError, match=r"a weight \(4, 3\) has acc and probe: .* give acc for B, or probe for I and W"):
+        product(torch.ones(6, 3), W(w, torch.zeros(4, 3), probe_of(seen, w.device)))

@@ -41,7 +41,8 @@ def test_sums_and_norm_for_any_layout(text: str, heads: int, kv: int) -> None:
         grads = {s.path: local(s, axes) for s in specs}
         reduce_gradients(specs, grads, axes)()
         owned = [(s.path, p) for s in specs for p in s.owned(axes.coords)]
-        return grads, axes.world.sum(owned_square_sum(owned, grads, torch.zeros((), dtype=torch.float64))), axes.coords, {s.path: local(s, axes) for s in specs}
+        square = owned_square_sum(owned, grads, torch.zeros((), dtype=torch.float64))
+        return grads, axes.world.sum(square), axes.coords, {s.path: local(s, axes) for s in specs}
 
     results = spmd(mesh, body)
     square = torch.zeros((), dtype=torch.float64)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import processes
+import torch
+from helpers import context, processes
 
 import lf
-from lf.schedule import Action, ProgramError, one_f_one_b
+from lf.models.small import tiny
+from lf.schedule import Action, ProgramError, Timeline, lower, one_f_one_b, picture
+from lf.schedule.bind import bind
 from lf.schedule.measured import Clock, gathered
+from lf.schedule.run import run
 
 PROGRAM = (one_f_one_b(2, 2)[0], (*one_f_one_b(2, 2)[1], Action("REDUCE", 1, segment="head")))
 
@@ -61,3 +67,25 @@ def test_a_clock_on_real_processes() -> None:
     assert a.memory == ()
     assert all(0 <= s.start <= s.end for row in a.rows for s in row)
     assert min(row[0].start for row in a.rows) == 0
+
+
+def interpreted(axes: Any) -> Timeline:
+    ctx, layout = context(axes), lf.layout(tiny(), axes.mesh)
+    program = lower(one_f_one_b(2, 3), layout)
+    batches = [lf.shard_batch(b, layout.model, ctx) for b in lf.parity.random_batches(layout.model, 0, 0, 3, 12)]
+    seeds = {name: torch.ones((), dtype=ctx.precision.master) for name in layout.model.objectives}
+    clock = Clock(axes, ctx.device)
+    run(bind(program, layout, ctx), lf.init(layout, ctx, seed=0), batches, seeds, ctx, clock)
+    return clock.timeline(program)
+
+
+def test_a_step_of_the_interpreter_is_drawn_as_it_ran(tmp_path: Path) -> None:
+    """What a rank waits for is no part of an action: what another one has sent was there when it began."""
+    timeline, same = lf.sim.spmd(lf.Mesh(pp=2), interpreted)
+    assert timeline == same
+    spans = {str(s.action): s for row in timeline.rows for s in row}
+    assert {f"{s}{op}{m}" for s in (0, 1) for op in "FB" for m in range(2)} <= spans.keys()
+    assert all(spans[f"0F{m}"].end <= spans[f"1F{m}"].start for m in range(3))
+    assert all(spans[f"1B{m}"].end <= spans[f"0B{m}"].start for m in range(2))
+    assert all(a.end <= b.start for row in timeline.rows for a, b in pairwise(row))
+    assert picture(timeline, tmp_path / "a.svg").stat().st_size > 1000

@@ -1,0 +1,60 @@
+"""A layer as one compiled graph, forward and backward.
+
+All that differs between equal layers, microbatches and steps is an input: parameters (as tensors or as `W`), x, the batch. So layers with the same
+apply functions share one compilation. What is read as the graph is made is guarded: another kind of weight, another dtype or a batch with
+other names is compiled anew; lengths that have changed once are symbols from then on.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lf.config import ConfigError
+from lf.mesh import Mesh
+from lf.parallel.product import W
+from lf.segment import Apply
+
+LayerFn = Callable[[Sequence[dict[str, Tensor | W]], Any, Any, Any], tuple[Any, dict[str, Tensor]]]
+
+
+def layer_fn(applies: tuple[Apply, ...]) -> LayerFn:
+    """The segments of a layer one after another: (parameters of each segment by name, x, batch, ctx) → (x, losses)."""
+
+    def layer(values: Sequence[dict[str, Tensor | W]], x: Any, batch: Any, ctx: Any) -> tuple[Any, dict[str, Tensor]]:
+        losses: dict[str, Tensor] = {}
+        for apply, mine in zip(applies, values):
+            x, terms = apply(mine, x, batch, ctx)  # type: ignore[arg-type]
+            losses.update(terms.get("losses", {}))
+        return x, losses
+
+    return layer
+
+
+def compiled(layer: LayerFn, ctx: Any, backend: str | Callable[..., Any] = "inductor") -> LayerFn:
+    """`layer` compiled in full; whatever a compiler cannot trace is an error when it is first run, never a slower path.
+
+    A caller keeps the result, one for each tuple of apply functions and each kind of weight (plain, acc, probe): torch counts recompilations for
+    each of them apart, and stops at 8. Raises ConfigError as `refuse_compile`.
+    """
+    refuse_compile(ctx.axes.mesh, ctx.device, backend)
+    ctx.axes["tp"]  # made on first use, which a compiler would trace
+    assert isinstance(layer, types.FunctionType)
+    code = layer.__code__.replace()  # an own code object: that is what torch keeps compilations, and counts them, by
+    own = types.FunctionType(code, layer.__globals__, layer.__name__, layer.__defaults__, layer.__closure__)
+    return torch.compile(own, fullgraph=True, backend=backend)
+
+
+def refuse_compile(mesh: Mesh, device: types.ModuleType, backend: bool | str | Callable[..., Any] = True) -> None:
+    """Raises ConfigError on a mesh with tp > 1, whose collectives no compiler traces, and where torch's own compiler lacks what it needs."""
+    if (n := mesh.tp) > 1:
+        raise ConfigError(
+            f"compiled layers: mesh {mesh} has tp={n}, and the collectives inside of a layer are not traced; use tp=1, with pp and dp "
+            "instead, or run without compilation"
+        )
+    if backend in (True, "inductor") and (why := device.no_compiler()):
+        raise ConfigError(f"compiled layers on device {device.NAME!r}: {why}; install it, or run without compilation")
