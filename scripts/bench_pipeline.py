@@ -248,7 +248,7 @@ def loop(bound: Bound, params: Any, batches: Sequence[lf.Batch], seeds: dict[str
             x = between.pop(("F", s, m), {})
             for piece in bound.pieces[s, None]:
                 x = x.detach().requires_grad_() if isinstance(x, Tensor) else x
-                y, losses = piece.fn(tuple({n: value(p, w) for n, p, w in names} for _, names in piece.names), x, batches[m], ctx)
+                y, losses = piece.fn["acc"](tuple({n: value(p, w) for n, p, w in names} for _, names in piece.names), x, batches[m], ctx)
                 kept.setdefault(at, []).append((piece, x, y, losses))
                 for each in losses.values():
                     total = total + each.detach()
