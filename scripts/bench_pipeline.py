@@ -107,9 +107,15 @@ def compared(name: str, config: Config, ctx: Any) -> dict[str, Any]:
     ours = lf.train.gradients(layout, build(layout, config.microbatches, schedule.generate), ctx)
     try:
         theirs, grads = torch_step(PEERS[name], layout, params, batches, ctx)
-    except (ValueError, TypeError, AttributeError, AssertionError) as error:  # its own conditions, the same on every rank
-        return {"error": f"torch: {type(error).__name__}: {error}"}
-    sides: dict[str, Callable[[], Any]] = {"lf": lambda: ours(params, batches), "torch": theirs}
+    except (ValueError, TypeError, AttributeError, AssertionError) as reason:  # its own conditions, the same on every rank
+        return {"error": f"torch: {type(reason).__name__}: {reason}"}
+    held: list[Any] = []
+
+    def mine_held() -> None:
+        held.clear()  # as torch's, the gradients live until the next step
+        held.append(ours(params, batches))
+
+    sides: dict[str, Callable[[], Any]] = {"lf": mine_held, "torch": theirs}
     mine = dict(lf.tree.items(ours(params, batches)[0]))
     theirs()
     worst = torch.stack([(g - mine[p]).abs().max() / mine[p].abs().max() for p, g in grads().items()]).max()
@@ -242,7 +248,7 @@ def loop(bound: Bound, params: Any, batches: Sequence[lf.Batch], seeds: dict[str
             x = between.pop(("F", s, m), {})
             for piece in bound.pieces[s, None]:
                 x = x.detach().requires_grad_() if isinstance(x, Tensor) else x
-                y, losses = piece.fn(tuple({n: value(p, w) for n, p, w in names} for _, names in piece.names), x, batches[m], ctx)
+                y, losses = piece.fn["acc"](tuple({n: value(p, w) for n, p, w in names} for _, names in piece.names), x, batches[m], ctx)
                 kept.setdefault(at, []).append((piece, x, y, losses))
                 for each in losses.values():
                     total = total + each.detach()

@@ -61,11 +61,7 @@ class Bound:
     tied: dict[str, tuple[int, ...]]
     shapes: Callable[[Any, Any], Shapes]
     number: int  # under which `axes.position` knows the program
-
-    @property
-    def trains(self) -> bool:
-        """Whether there is any backward."""
-        return any(a.op in ("B", "I") for a in flat(self.actions))
+    trains: bool  # whether there is any backward
 
 
 def bind(program: Program, layout: Layout, ctx: Any, compile: bool | str = False, name: str = "step") -> Bound:
@@ -99,6 +95,7 @@ def bind(program: Program, layout: Layout, ctx: Any, compile: bool | str = False
         {path: layout.holders(path) for path in tied_paths(layout, rank)},
         _traced(layout),
         ctx.axes.position.program([str(a) for a in actions], name),
+        any(a.op in ("B", "I") for a in flat(actions)),
     )  # fmt: skip
 
 

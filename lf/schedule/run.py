@@ -25,6 +25,7 @@ from lf.parallel.reduce import reduce_gradients
 from lf.schedule.bind import Bound, Piece
 from lf.schedule.ir import Action, ProgramError, flat
 from lf.schedule.memory import memory_is_full, out_of_memory
+from lf.schedule.shapes import Shapes
 from lf.schedule.slots import Slots, entry, got
 from lf.schedule.vjp import ends, vjp
 from lf.segment import Segment, Terms, path_of
@@ -94,6 +95,7 @@ class _Rank:
         self.values: dict[tuple[str, int, int | None], Carry] = {}
         self.sent: dict[tuple[str, int, int | None], list[Callable[[], None]]] = {}
         self.waits: list[Callable[[], None]] = []
+        self.known: dict[int, Shapes] = {}
         self.doing = ("the start of", "the program", 0.0)  # what with which piece, and the share of the stage's layers whose forward has begun
         self.streams = ctx.device.copy_streams() if bound.away else None
         device = next(iter(batches[0].plan.values())).device
@@ -207,7 +209,7 @@ class _Rank:
         """What each segment gets: a weight of a product comes with the sum that its gradient is added to, or with probes where W makes it."""
         probes, split = {}, (piece.stage, m, piece.name) in self.bound.split
         if split and piece.products:
-            seen = self.bound.shapes(self.batches[m], self.ctx).products
+            seen = self.shapes(m).products
             probes = {(s, n): probe_of(seen[s][n], self.device) for s, n, _ in piece.products}
         out = []
         for segment, params in piece.names:
@@ -222,6 +224,12 @@ class _Rank:
                     values[n] = W(leaf, self.sum_of(path).data)
             out.append(values)
         return tuple(out), tuple(probes.values())
+
+    def shapes(self, m: int) -> Shapes:
+        """Of a microbatch: looked up once in a run, which takes as long as a small message."""
+        if m not in self.known:
+            self.known[m] = self.bound.shapes(self.batches[m], self.ctx)
+        return self.known[m]
 
     def sum_of(self, path: str) -> Tensor:
         if path not in self.grads:
@@ -331,7 +339,7 @@ class _Rank:
         assert m is not None
         at, source = (s, s - 1) if kind == "F" else (s + 1, s + 1)
         self.doing = "the message to", f"stage {s}", 1.0
-        like = self.bound.shapes(self.batches[m], self.ctx).inputs[at]
+        like = self.shapes(m).inputs[at]
         if kind == "B":
             like = {k: (shape, dtype) for k, (shape, dtype) in like.items() if dtype.is_floating_point}
         place, device = self.bound.placement[source], self.device

@@ -259,7 +259,9 @@ class _Again(torch.autograd.Function):
         recipe = ctx.recipe
         pairs = [(y, g) for y, g in zip(recipe.done(), grads) if g is not None and y.requires_grad]
         wanted = [x for x, n in zip(recipe.inputs, recipe.needs) if n]
-        found = iter(vjp(ends(y for y, _ in pairs), [g for _, g in pairs], wanted))
+        with torch.enable_grad():
+            held = ends(y for y, _ in pairs)
+        found = iter(vjp(held, [g for _, g in pairs], wanted))
         recipe.args, recipe.inputs, recipe.outputs = (), (), ()
         return None, *(next(found) if n else None for n in recipe.needs)
 

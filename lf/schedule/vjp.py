@@ -8,19 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, _engine_run_backward
+from torch.autograd.function import FunctionCtx
+from torch.autograd.graph import GradientEdge, Node, _engine_run_backward
 
 
 def ends(outputs: Iterable[Tensor]) -> tuple[GradientEdge, ...]:
-    """Where the gradients of these come in. It holds their graph and not them: their memory goes when nobody else needs it.
+    """Where the gradients of these come in, with gradients enabled. It holds their graph and not them: their memory goes when nobody else needs it.
 
-    The node is that of a view, which keeps a shape alone. The output's own would not do: what Python has of a node written in Python does not
-    keep its graph alive.
+    Python does not keep the graph of a node written in Python alive, and a leaf has no node: there it is the node of a view, which keeps a shape.
     """
-    with torch.enable_grad():
-        return tuple(GradientEdge(y.view_as(y).grad_fn, 0) for y in outputs)  # type: ignore[arg-type]  # in a graph, so it has one
+    return tuple([_end(y, y.grad_fn) for y in outputs])
+
+
+def _end(y: Tensor, node: Node | None) -> GradientEdge:
+    if node is not None and not isinstance(node, FunctionCtx):
+        return GradientEdge(node, y.output_nr)
+    node = y.view_as(y).grad_fn
+    assert node is not None
+    return GradientEdge(node, 0)
 
 
 def vjp(ends: Sequence[GradientEdge], grads: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
