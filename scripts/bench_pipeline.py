@@ -264,7 +264,7 @@ def loop(bound: Bound, params: Any, batches: Sequence[lf.Batch], seeds: dict[str
                         sums[path] = g.clone()
                 if a.segment == piece.name:
                     break
-            between["B", s - 1, m] = dy
+            between["B", s if kept[at] else s - 1, m] = dy
     return sums
 
 

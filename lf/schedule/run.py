@@ -241,7 +241,7 @@ class _Rank:
             if factors:
                 self.owed.setdefault(at, []).append((kept.piece.name, factors))
             if not (pieces and pieces[-1].piece.upstream):  # as far back as a gradient comes
-                self.seen[m] += [torch.linalg.vector_norm(g, torch.inf) for g in dy.values() if g.numel()]  # one kernel: the largest of all
+                self.seen[m] += [x for g in dy.values() if g.numel() for x in torch.aminmax(g)]  # one kernel; NaN is both
             yield
         if pieces:
             self.values["B", s, m] = dy  # the piece before takes it

@@ -1,17 +1,13 @@
-"""What scripts/mutate breaks. A mutation changes an entry of a table or a few words of one function, in memory.
-
-The words to replace must stand in the function exactly once: when the code changes, a mutation that no longer means anything says so.
-"""
+"""What scripts/mutate breaks; programs and their interpreter are in schedule_mutations.py."""
 
 from __future__ import annotations
-import __future__
 
-import inspect
-import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import attrs
+from mutation import Mutation, rewritten, stale, words
+from schedule_mutations import SCHEDULE
 
 from lf import axes, axes_sim, drift, evaluate, layouts, loop, ramp, record, rng, split, state, train
 from lf.checkpoint import export, native
@@ -23,59 +19,14 @@ from lf.ops.adamw import adamw_update as update
 from lf.optim import adamw, lr, sgd
 from lf.optim.adamw import is_matrix
 from lf.parallel import linear, product, redistribute, reduce, vocab
-from lf.schedule import check, lower, run
+from lf.schedule.run import _Rank
 from lf.spec import Part, Spec
 
 REDISTRIBUTE, LINEAR, PRODUCT, VOCAB, REDUCE = (
     f"tests/parallel/test_{name}.py" for name in ("redistribute", "linear", "product", "vocab", "reduce")
 )
 PARITY, TRAIN, GLOO, SPEC, LAWS = (f"tests/test_{name}.py" for name in ("parity", "train", "gloo", "spec", "laws"))
-CHECK, RUN, OPTIM = "tests/schedule/test_check.py", "tests/schedule/test_run.py", "tests/optim/test_adamw.py"
-
-
-@attrs.frozen
-class Mutation:
-    name: str
-    apply: Callable[[], None]
-    tests: tuple[str, ...]
-    edits: Sequence[tuple[Any, list[tuple[str, str]]]] = ()
-
-
-def rewritten(function: Any, changes: list[tuple[str, str]]) -> Any:
-    """The code of a function with (old, new) words changed. LookupError where old words do not stand in it exactly once."""
-    source = textwrap.dedent(inspect.getsource(function))
-    for old, new in changes:
-        if source.count(old) != 1:
-            raise LookupError(f"{function.__qualname__} has {source.count(old)} places that read {old!r}")
-        source = source.replace(old, new)
-    names: dict[str, Any] = {}
-    exec(compile(source, function.__code__.co_filename, "exec", __future__.annotations.compiler_flag, True), function.__globals__, names)
-    made: Any = names[function.__name__]
-    made = made.fget if isinstance(made, property) else getattr(made, "__func__", made)
-    return made.__code__
-
-
-def stale(mutation: Mutation) -> str:
-    """Why the words of a mutation no longer stand in the code, or ''."""
-    try:
-        for function, edit in mutation.edits:
-            rewritten(function, edit)
-    except LookupError as error:
-        return str(error)
-    return ""
-
-
-def words(name: str, tests: str | tuple[str, ...], *changes: tuple[Any, str, str]) -> Mutation:
-    """`changes`: (function, old words, new words)."""
-
-    functions = dict.fromkeys(f for f, _, _ in changes)  # a function's source is that of its file: all its changes at once
-    edits = [(function, [(old, new) for f, old, new in changes if f is function]) for function in functions]
-
-    def apply() -> None:
-        for function, code in [(function, rewritten(function, edit)) for function, edit in edits]:
-            function.__code__ = code  # for everybody who has imported it
-
-    return Mutation(name, apply, (tests,) if isinstance(tests, str) else tests, edits)
+OPTIM = "tests/optim/test_adamw.py"
 
 
 def _later(move: Callable[..., Any]) -> Callable[..., Any]:
@@ -189,7 +140,7 @@ SPECS = [
         (Part.overlaps, "> self.bounds(r + 1, ranks)[0]", "> self.bounds(r + 1, ranks)[1]"),
     ),
     words("gradient sum: not done", PARITY, (reduce.reduce_gradients, "if axes[spec.sum_axes].size > 1:", "if False:")),
-    words("gradient sum: not waited for", PARITY, (run.run, "    for wait in waits:\n        wait()\n", "")),
+    words("gradient sum: not waited for", PARITY, (_Rank.results, "self.finish_sums()\n", "pass\n")),
     words("norm owner: every holder counts", PARITY, (Spec.owned, "if any(coords[a] for a in self.sum_axes):", "if False:")),
     words("norm owner: only rank 0 counts", PARITY, (Spec.owned, "for a in self.sum_axes)", "for a in coords)")),
     words("norm owner: overlaps count twice", PARITY, (Spec.owned, "if coords[axis] else 0", "if False else 0")),
@@ -217,9 +168,9 @@ NORMALISER = [
         "normaliser: mean of means over microbatches",
         PARITY,
         (
-            run.run,
-            "leaves, dy, seeds, grads, dtype",
-            "leaves, dy, {k: (v * 0 + 1) / len(batches) / (batches[a.microbatch].plan['labels'] >= 0).sum() for k, v in seeds.items()}, grads, dtype",
+            _Rank.back,
+            "self.seeds[k] for k in kept.losses",
+            "(self.seeds[k] * 0 + 1) / len(self.batches) / (self.batches[0].plan['labels'] >= 0).sum() for k in kept.losses",
         ),
     ),
     words("normaliser: no label divides by 0", TRAIN, (STEP, "counts.clamp_min(1)", "counts")),
@@ -269,40 +220,7 @@ MODEL = [
     ),
 ]
 
-SCHEDULE = [
-    words(
-        "REDUCE of one layer dropped",
-        TRAIN,
-        (lower.add_reduce, "reversed(layout.layers(action.stage))]", "list(reversed(layout.layers(action.stage)))[1:]]"),
-    ),
-    words(
-        "REDUCE of one layer dropped, and not checked",
-        PARITY,
-        (lower.add_reduce, "reversed(layout.layers(action.stage))]", "list(reversed(layout.layers(action.stage)))[1:]]"),
-        (check, "if missing_actions := [str(a) for a in wanted if a not in done]:", "if missing_actions := []:"),
-    ),
-    words("check: a REDUCE may come too early", CHECK, (check, "if missing:", "if False:")),
-    words("check: an action may stand twice", CHECK, (check, "if a in done:", "if False:")),
-    words(
-        "check: a backward may come first",
-        CHECK,
-        (check, "elif (a.stage, a.microbatch) not in alive:", "elif False:"),
-        (check, "alive.remove(", "alive.discard("),
-    ),
-    words(
-        "check: an action may be missing",
-        CHECK,
-        (check, "if missing_actions := [str(a) for a in wanted if a not in done]:", "if missing_actions := []:"),
-    ),
-    words("run: gradients of a microbatch replace the last", RUN, (run._backward, "grads[path] += g", "grads[path] = g")),
-    words("run: a gradient shared by two leaves", RUN, (run._backward, "copy=True", "copy=False")),
-    words("run: input gradients cut between layers", RUN, (run._backward, "torch.zeros_like(v) if g is None else g", "torch.zeros_like(v)")),
-    words("run: losses not weighted", RUN, (run._backward, "seeds[k].to(loss.dtype)", "torch.ones_like(loss)")),
-    words(
-        "run: terms of the last microbatch alone",
-        (RUN, PARITY),
-        (run._add_terms, "sums[name] + value.detach() if name in sums else value.detach()", "value.detach()"),
-    ),
+STEPS = [
     words("clip: never", TRAIN, (train.make, "torch.ones_like(norm) if clip is None else", "torch.ones_like(norm) if True else")),
     words("clip: also up", TRAIN, (train.make, ".clamp_max(1.0)", "")),
     words("clip: by the square", TRAIN, (train.make, "(clip / (norm + 1e-6)).clamp", "((clip / (norm + 1e-6)) ** 2).clamp")),
@@ -367,7 +285,6 @@ RUNS = [
     words("loop: records of steps in between are lost", LOOP, (loop.run, "stop = settle(ended=began) or stop\n", "pending = measured\n")),
     words("record: the speed of all ranks", LOOP, (record.record_of, "/ seconds / ranks, 1)", "/ seconds, 1)")),
     words("record: rank 0's memory", LOOP, (record.measure, '"max", later=True', '"sum", later=True')),
-    words("run: infinity in the backward is not seen", RUN, (run.run, "first = dy or first", "first = {}")),
 ]
 
 LAYOUT, PIPELINE, SPLIT = "tests/test_layout.py", "tests/checkpoint/test_checkpoint_pipeline.py", "tests/test_split.py"
@@ -391,5 +308,6 @@ STAGES = [
     words("split: stages in between uneven", SPLIT, (split._joined, "cost**2", "cost")),
 ]
 
-ALL: list[Mutation] = [*edges(), *MOVES, *SPECS, *NORMALISER, *MODEL, *SCHEDULE, *AXES, *RUNS, *STAGES]
+ALL: list[Mutation] = [*edges(), *MOVES, *SPECS, *NORMALISER, *MODEL, *STEPS, *SCHEDULE, *AXES, *RUNS, *STAGES]
+__all__ = ["ALL", "Mutation", "rewritten", "stale"]
 assert len({m.name for m in ALL}) == len(ALL)
