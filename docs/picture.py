@@ -67,7 +67,8 @@ def main(config: Config) -> dict[str, dict[str, list[float]]]:
     left, right = upper.subfigures(1, 2, width_ratios=(1.1, 1))
     lf.pictures.draw_layout(left.subplots(), layout, PATHS)
     draw_losses(*right.subplots(2, 1, height_ratios=(1.7, 1), sharex=True), one, many)
-    lf.pictures.draw_program(lower.subplots(), zb_h1(4, 6), "a step is a program: here zb-h1, four stages and six microbatches; where nothing is drawn, a rank waits")
+    title = "a step is a program: here zb-h1, four stages and six microbatches; where nothing is drawn, a rank waits"
+    lf.pictures.draw_program(lower.subplots(), zb_h1(4, 6), title)
     figure.savefig(config.out, dpi=120)
     return {"one": one, "many": many}
 
