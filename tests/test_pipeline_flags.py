@@ -104,7 +104,7 @@ def test_a_compiler_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("CXX", "/no/such/compiler")
     layout, ctx = lf.layout(tiny(), lf.Mesh(dp=1)), context(lf.solo())
     program = lf.schedule.one_f_one_b(1, 1)
-    with pytest.raises(ConfigError, match="compiled layers on device 'cpu': .*needs a C.. compiler, and there is no /no/such/compiler; install it"):
+    with pytest.raises(ConfigError, match=r"compiled layers on device 'cpu': .*needs a C.. compiler, and there is no /no/such/compiler; install it"):
         lf.train.gradients(layout, program, ctx, compile=True)
     lf.train.gradients(layout, program, ctx, compile="eager")  # a backend that needs none
 
