@@ -14,8 +14,7 @@ from typing import Any
 
 from lf.console import console, table
 from lf.layouts import Layout
-from lf.mesh import Mesh
-from lf.schedule import Program
+from lf.schedule import Program, cost
 from lf.schedule.draw import COLOURS, MEANING, OTHER
 from lf.segment import path_of
 
@@ -129,28 +128,27 @@ def draw_layout(
               bbox_to_anchor=(1, 0), frameon=False)  # fmt: skip
 
 
-def draw_program(ax: Any, program: Program, mesh: Mesh) -> None:
-    """One row a rank of `mesh`, one box an action in its order. A box's width is not a time.
-
-    A compute action bears the number that one rank would give its microbatch: index·dp + coordinate. A REDUCE bears its layer."""
+def draw_program(ax: Any, program: Program, title: str) -> None:
+    """One row a pipeline rank, one box an action, as wide as it takes where F, I and W of a stage take the same time; in it its
+    microbatch."""
     from matplotlib.patches import Patch, Rectangle
 
-    seen = dict.fromkeys(a.op for actions in program for a in actions)
-    for rank in range(mesh.size):
-        coords = mesh.coords(rank)
-        for at, a in enumerate(program[coords["pp"]]):
-            colour = COLOURS.get(a.op, OTHER)
-            ax.add_patch(Rectangle((at, rank - 0.42), 1, 0.84, facecolor=colour, edgecolor="white", linewidth=1))
-            words = a.segment or "" if a.microbatch is None else f"{a.op}{a.microbatch * mesh['dp'] + coords['dp']}"
-            ax.text(at + 0.5, rank, words, ha="center", va="center", fontsize=8)
-    names = [" ".join(f"{axis}{mesh.coords(r)[axis]}" for axis in ("pp", "dp", "cp", "tp") if mesh[axis] > 1) for r in range(mesh.size)]
-    ax.set(xlim=(0, max(map(len, program))), ylim=(mesh.size - 0.5, -0.5), xticks=[], yticks=range(mesh.size))
-    ax.set_yticklabels([f"rank {r}  {name}" for r, name in enumerate(names)], fontsize=8)
+    timeline = cost(program)
+    spans = [(rank, s) for rank, row in enumerate(timeline.rows) for s in row if s.end > s.start]
+    for rank, s in spans:
+        colour = COLOURS.get(s.action.op, OTHER)
+        ax.add_patch(Rectangle((s.start, rank - 0.42), s.end - s.start, 0.84, facecolor=colour, edgecolor="white", linewidth=1))
+        words = "" if s.action.microbatch is None else str(s.action.microbatch)
+        ax.text((s.start + s.end) / 2, rank, words, ha="center", va="center", fontsize=8)
+    ranks = range(len(program))
+    ax.set(xlim=(0, timeline.makespan), ylim=(len(program) - 0.5, -0.5), xticks=[], yticks=ranks)
+    ax.set_yticklabels([f"rank {r}" for r in ranks], fontsize=8)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
+    seen = dict.fromkeys(s.action.op for _, s in spans)
     ax.legend(handles=[Patch(color=COLOURS.get(op, OTHER), label=f"{op}: {MEANING[op]}" if op in MEANING else op) for op in seen],
               fontsize=8, ncols=len(seen), loc="upper right", bbox_to_anchor=(1, 0), frameon=False)  # fmt: skip
-    ax.set_title("a step is a program: the actions of each rank, in order", fontsize=9, loc="left")
+    ax.set_title(title, fontsize=9, loc="left")
 
 
 def loss_curve(records: Sequence[dict[str, Any]], png: str | Path, title: str = "") -> None:

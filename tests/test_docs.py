@@ -32,7 +32,7 @@ from lf.models import presets
 from lf.models.small import shrunk
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-TASKS = ("pretrain", "continue", "evaluate", "export")
+TASKS = ("pretrain", "continue", "evaluate", "export", "pipeline")
 SAID = "to be or not to be that is the question whether tis nobler in the mind to suffer the slings and arrows of outrageous fortune"
 
 
@@ -57,7 +57,7 @@ def flags(name: str) -> frozenset[str]:
     """Those that a script's parser says that it has."""
     with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit):
         tyro.cli(script(name).Config, args=["--help"])
-    return frozenset(re.findall(r"--[a-z][a-z-]*", said.getvalue())) - {"--help", "--no-joined"}
+    return frozenset(re.findall(r"--[a-z][a-z-]*", said.getvalue())) - {"--help", "--no-joined", "--no-compile", "--no-full"}
 
 
 # commands
@@ -80,6 +80,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         records = ({"text": text(i), "content": text(i)} for i in range(24))
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     lf.data.train_bpe([text(0)] * 3, 270, tmp_path / "my/tokenizer")
+    (defined,) = (source for source in blocks(ROOT / "docs/pipeline.md", "python") if "\ndef " in source)
+    (tmp_path / "my/schedule.py").write_text(defined)
     (tmp_path / "config").mkdir()
     (tmp_path / "config/config.json").write_text(json.dumps(QWEN3))
     ctx = lf.Context(lf.solo(), lf.devices.get("cpu"), "fp32")
@@ -103,6 +105,8 @@ def small(config: Any) -> Any:
     less |= {"tokens": 3 * 4 * 32} if asked.get("tokens") else {"steps": 3}
     if asked.get("batch_ramp"):
         less["batch_ramp"] = "2:2:4"
+    if asked.get("microbatches") and "mesh" in asked:
+        less["global_batch"] = asked["microbatches"]
     less |= {name: 2 for name in ("eval_every", "drift_every") if asked.get(name)}
     return attrs.evolve(config, **{name: value for name, value in less.items() if name in asked})
 
@@ -120,7 +124,7 @@ def run(command: str) -> None:
         del args[:2]
     name, *own = args
     config = small(tyro.cli(script(name).Config, args=own))
-    mesh = lf.Mesh.parse(getattr(config, "mesh", "")).fill()
+    mesh = lf.Mesh.parse("" if name == "parity" else getattr(config, "mesh", "")).fill()  # parity simulates its ranks
     if mesh.size > 1:
         processes(mesh, on_a_rank, name, config)
     else:
@@ -132,7 +136,7 @@ def commands(page: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", TASKS)
-def test_the_commands_of_a_page_run_one_after_another(page: str, here: Path) -> None:
+def test_the_commands_of_a_page_run_one_after_another(page: str, here: Path, capsys: pytest.CaptureFixture) -> None:
     if page in ("evaluate", "export"):
         run(commands("pretrain")[0])  # the run that they speak of
     told = commands(page)
@@ -147,8 +151,9 @@ def test_the_commands_of_a_page_run_one_after_another(page: str, here: Path) -> 
             assert [r["step"] for r in records] == [*range(1, len(records) + 1)], command
             assert len(records) >= 3, command
             assert (here / out[1] / "hf/model.safetensors").exists(), command
+    names: dict[str, Any] = {}  # shared from top to bottom
     for source in blocks(ROOT / "docs" / f"{page}.md", "python"):
-        exec(compile(source, f"docs/{page}.md", "exec"), {})
+        exec(compile(source, f"docs/{page}.md", "exec"), names)
     if page == "pretrain":
         last = lf.runs.read_metrics(here / "runs/evaluated/metrics.jsonl")[-1]
         assert {f"eval/{name}/{key}" for name in ("held", "code", "validation") for key in ("loss", "perplexity")} < last.keys()
@@ -156,6 +161,15 @@ def test_the_commands_of_a_page_run_one_after_another(page: str, here: Path) -> 
         named = re.search(r"`(step tokens loss [\w ]+)`", (ROOT / "docs/pretrain.md").read_text(encoding="utf-8"))
         assert named
         assert set(named[1].split()) - last.keys() <= {"mfu"}  # no CPU's peak is known
+    if page == "pipeline":
+        assert (here / "runs/pipeline/step-00000003.svg").exists()
+        said = capsys.readouterr().out
+        rows = re.findall(r"^\| `([\w-]+)` \| (.*\d) \|$", (ROOT / "docs/pipeline.md").read_text(encoding="utf-8"), re.M)
+        assert {name for name, _ in rows} == lf.schedule.named.SCHEDULES.keys()
+        for name, numbers in rows:  # those that the first command has printed, but for the mean and the messages
+            (line,) = (line for line in said.splitlines() if f" {name} " in line and "│" in line)
+            told = [cell.strip() for cell in line.split("│")[2:]]
+            assert numbers.split(" | ") == [told[i] for i in (0, 1, 2, 4)], name
     if page == "evaluate":
         report = json.loads((here / "first.json").read_text())
         assert report["eval/held/perplexity"] > 1
@@ -169,7 +183,7 @@ def test_the_commands_of_a_page_run_one_after_another(page: str, here: Path) -> 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_what_a_page_mentions_exists(page: Path) -> None:
     prose = re.sub(r"^```\w*\n.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
-    ours = set().union(*(flags(name) for name in ("pretrain", "tokenize", "evaluate", "export"))) | {"--config"}
+    ours = set().union(*(flags(name) for name in ("pretrain", "tokenize", "evaluate", "export", "schedule", "parity"))) | {"--config"}
     for words in re.findall(r"`([^`\n]+)`", prose):
         first = words.split()[0]
         if re.fullmatch(r"lf(\.\w+)+", first):

@@ -13,7 +13,7 @@ import datasets  # noqa: F401 — loaded once here, not in every process that is
 import pytest
 import tokenizers  # noqa: F401
 import torch._dynamo  # noqa: F401 — the first operation on meta tensors wants it
-from helpers import MEASURED, QWEN3, ROOT, processes
+from helpers import MEASURED, QWEN3, ROOT, context, processes
 
 import lf
 from lf.config import ConfigError
@@ -98,6 +98,15 @@ def test_rows_of_a_microbatch() -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             micro_batch(*given)
+
+
+def test_a_compiler_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    layout, ctx = lf.layout(tiny(), lf.Mesh(dp=1)), context(lf.solo())
+    program = lf.schedule.one_f_one_b(1, 1)
+    with pytest.raises(ConfigError, match=r"compiled layers on device 'cpu': .*needs a C.. compiler, and there is no /no/such/compiler; install it"):
+        lf.train.gradients(layout, program, ctx, compile=True)
+    lf.train.gradients(layout, program, ctx, compile="eager")  # a backend that needs none
 
 
 # runs

@@ -24,7 +24,6 @@ import lf
 from lf import launch
 from lf.models.small import tiny
 from lf.parallel import redistribute as moves
-from lf.schedule import Action
 
 ROOT = Path(__file__).resolve().parents[1]
 README, DESIGN = (ROOT / name for name in ("README.md", "docs/design.md"))
@@ -221,21 +220,10 @@ def on(**sizes: int) -> Callable[[Path], Any]:
     return lambda folder: lf.layout(tiny(), lf.Mesh(**{"dp": 2, **sizes}))
 
 
-def with_action(op: str) -> Callable[[Path], Any]:
-    def refused(folder: Path) -> Any:
-        layout = lf.layout(tiny(), lf.Mesh(dp=1))
-        return lf.schedule.check(((Action("F", 0, 0), Action(op, 0, 0), Action("B", 0, 0)),), layout, 1)
-
-    return refused
-
-
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "pipeline (`pp`)": (on(pp=2), r"pp=2\) is not built yet; use pp=1"),
     "context (`cp`)": (on(cp=2), r"cp=2\) is not built yet; use cp=1"),
     "expert (`ep`)": (on(ep=2), r"ep=2\) is not built yet; use ep=1"),
     "expert tensor (`etp`)": (on(etp=2), r"etp=2\) is not built yet; use etp=1"),
-    "recompute": (with_action("REMAT"), "unknown op 'REMAT'; there are F, B, REDUCE"),
-    "offload": (with_action("OFFLOAD"), "unknown op 'OFFLOAD'; there are F, B, REDUCE"),
     "other families": (model_of_type("gpt2"), "unknown model_type 'gpt2'"),
     "vision-language": (model_of_type("qwen3_vl"), "unknown model_type 'qwen3_vl'"),
     "diffusion": (model_of_type("flux"), "unknown model_type 'flux'"),
