@@ -7,6 +7,7 @@ from typing import Any
 
 import attrs
 
+from lf.config import one_of
 from lf.layouts import Layout
 from lf.schedule.compiled import LayerFn, compiled, layer_fn
 from lf.schedule.ir import Action, Program, ProgramError, flat
@@ -82,7 +83,10 @@ def bind(program: Program, layout: Layout, ctx: Any, compile: bool | str = False
         elif a.op != "REDUCE" and a.op != "FREE" and a.op not in ("SEND_F", "SEND_B", "RECV_F", "RECV_B") and where not in spans:
             lo, hi = known[a.stage].span(a.segment) or (0, 0)
             spans[where] = frozenset((*known[a.stage].atoms[lo:hi], *known[a.stage].layers[lo:hi]))
-    if compile and (named := sorted({op for a in flat(actions) for op in a.ops})):
+    named = sorted({op for row in program for a in flat(row) for op in a.ops})  # of all ranks: one alone that refused would leave the others waiting
+    for op in named:
+        one_of("op to run again", op, vars(ctx.ops))
+    if compile and named:
         raise ProgramError(f"ops {', '.join(named)} are to be run again: a compiler decides itself what it keeps; leave out compile, or these ops")
     again = {(a.stage, a.microbatch, p): a.ops for a in flat(actions) if a.op == "REMAT" for p in spans[a.stage, a.segment]}
     away = {(a.stage, a.microbatch, p) for a in flat(actions) if a.op == "OFFLOAD" for p in spans[a.stage, a.segment]}

@@ -15,8 +15,9 @@ import attrs
 
 from lf.layouts import Layout
 from lf.schedule.draw import WIDTH, draw
-from lf.schedule.ir import COMPUTE, MOVES, OPS, Action, Program, ProgramError, flat, microbatches, placement
+from lf.schedule.ir import MOVES, Action, Program, ProgramError, flat, microbatches, placement
 from lf.schedule.lower import is_lowered, lower, reduced_layers, tied_paths, users_of
+from lf.schedule.names import check_names
 from lf.schedule.pieces import WHOLE, Stage, stages
 
 Key = tuple[int, int]  # stage, microbatch
@@ -61,48 +62,16 @@ def check(program: Program, layout: Layout | None = None, count: int | None = No
     if layout is not None and len(program) != layout.mesh.pp:
         raise ProgramError(f"the program is for {len(program)} pipeline ranks; mesh {layout.mesh} has pp={layout.mesh.pp}")
     if not is_lowered(program):
-        _names(program, layout, count)
+        check_names(program, layout, count)  # before passes that would stumble over it
         program = lower(program, layout)
     return _Proof(program, layout, count).walk()
-
-
-def _names(program: Program, layout: Layout | None, count: int | None) -> None:
-    """Raises for an action that names what is not there: before passes that would stumble over it."""
-    total = microbatches(program) if count is None else count
-    known = stages(program, layout) if layout else ()
-    every = len(layout.stages) if layout else 1 + max((a.stage for row in program for a in flat(row)), default=-1)
-    for rank, actions in enumerate(program):
-        for i, whole in enumerate(actions):
-            if whole.op == "OVERLAP" and (len(whole.pair) != 2 or any(a.op not in COMPUTE for a in whole.pair)):
-                why = f"an OVERLAP is of two actions of compute, {', '.join(COMPUTE)}"
-                raise ProgramError(f"{whole} on rank {rank}: {why}\n{draw(program, (rank, i))}")
-            for a in flat((whole,)):
-
-                def fail(why: str, rank: int = rank, i: int = i, a: Action = a) -> ProgramError:
-                    return ProgramError(f"{a} on rank {rank}: {why}\n{draw(program, (rank, i))}")
-
-                if a.op not in OPS or a.op in ("GATHER", "RELEASE"):
-                    raise fail(f"unknown op {a.op!r}; there are {', '.join(OPS)}")
-                if a.chain:
-                    raise fail(f"it is of chain {a.chain!r}; models of several chains are not built yet")
-                if not 0 <= a.stage < every:
-                    raise fail(f"there are {every} stages, 0 to {every - 1}")
-                if a.op != "REDUCE" and (a.microbatch is None or not 0 <= a.microbatch < total):
-                    raise fail(f"there are {total} microbatches, 0 to {total - 1}")
-                if layout and layout.placement[a.stage] != rank:
-                    raise fail(f"stage {a.stage} lies on rank {layout.placement[a.stage]}")
-                if a.op == "FREE":
-                    if a.segment not in ("SEND_F", "SEND_B"):
-                        raise fail(f"a FREE names what was sent, SEND_F or SEND_B, not {a.segment!r}")
-                elif known and a.op != "REDUCE" and known[a.stage].span(a.segment) is None:
-                    raise fail(f"stage {a.stage} has no layer or segment {a.segment!r}; it has {', '.join(dict.fromkeys(known[a.stage].layers))}")
 
 
 class _Proof:
     """One walk over a program."""
 
     def __init__(self, program: Program, layout: Layout | None, count: int | None):
-        _names(program, layout, count)
+        check_names(program, layout, count)
         self.program, self.layout = program, layout
         self.count = microbatches(program) if count is None else count
         self.known = stages(program, layout)
@@ -157,7 +126,7 @@ class _Proof:
     def span(self, a: Action) -> tuple[Stage, int, int, Key]:
         stage = self.known[a.stage]
         span = stage.span(a.segment)
-        assert span is not None  # _names has seen to it
+        assert span is not None  # check_names has seen to it
         assert a.microbatch is not None
         return stage, *span, (a.stage, a.microbatch)
 

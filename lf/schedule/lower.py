@@ -16,6 +16,7 @@ import attrs
 from lf.layouts import Layout
 from lf.schedule.draw import draw
 from lf.schedule.ir import COMPUTE, OVERLAP, Action, Program, ProgramError, flat, placement
+from lf.schedule.names import check_names
 from lf.schedule.pieces import Stage, stages
 from lf.segment import path_of
 
@@ -24,7 +25,9 @@ BACKWARD = ("B", "I")
 
 
 def lower(program: Program, layout: Layout | None = None) -> Program:
-    """A program of compute alone, lowered: for a layout with its reductions, without one for the drawing and the proof."""
+    """A program of compute alone, lowered: for a layout with its reductions, without one for the drawing and the proof. Raises ProgramError for
+    one that names what is not there or cannot go on; `check` proves the rest."""
+    check_names(program, layout)
     if layout is not None:
         program = add_reduce(trainable(program, layout), layout)
     return free(move(program, layout))

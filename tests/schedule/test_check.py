@@ -20,6 +20,7 @@ from lf.schedule.keep import offload, recompute
 from lf.schedule.lower import free, move, trainable
 from lf.schedule.named import SCHEDULES
 from lf.schedule.recompute import parse_offload, parse_recompute
+from lf.schedule.text import loads
 
 LAYOUT = lf.layout(tiny(), lf.Mesh(dp=2, tp=2))
 LAYERS = ["embed", "layers.0", "layers.1", "head"]
@@ -228,12 +229,25 @@ def test_an_action_in_the_wrong_place_is_refused() -> None:
         (Action("SEND", 0, 0), "unknown op 'SEND'; there are"),
         (Action("REDUCE", 0, segment="layers.9"), "stage 0 has no layer 'layers.9' to reduce; it has embed, layers.0, layers.1, head"),
         (Action("FREE", 0, 0), "a FREE names what was sent, SEND_F or SEND_B, not None"),
+        (Action("REDUCE", 0, 1, "head"), "a REDUCE is of all microbatches: leave the number out"),
+        (Action("SEND_F", 0, 1, "head"), "a message is of a whole stage: leave out 'head'"),
+        (Action("F", 0, 1, None, ("rope",)), "only a REMAT names ops, not a F: leave out rope"),
+        (OVERLAP(Action("I", 0, 1), Action("W", 0, 1)), "one of the two needs what the other makes"),
     ],
 )
 def test_what_is_not_there_is_refused(bad: Action, why: str) -> None:
     message = refused((bad, *program()))
     assert why in message
     assert f">>{bad}<<" in message
+
+
+@pytest.mark.parametrize("words", ["0F0 0B0", "0F0 1F0", "1B0 0B0", "0I0 0W0", "0F0[embed] 0F0[layers.0]", "0REMAT0 0B0"])
+def test_two_that_follow_from_each_other_do_not_interleave(words: str) -> None:
+    """The interpreter goes through them layer by layer in turn: the second would begin before the first has made what it takes."""
+    ((a, b),) = loads(words)
+    with pytest.raises(ProgramError, match="one of the two needs what the other makes") as caught:
+        check(((OVERLAP(a, b),),))
+    assert str(OVERLAP(a, b)) in str(caught.value)
 
 
 def test_a_microbatch_left_out_is_refused() -> None:
