@@ -7,7 +7,7 @@ from collections.abc import Callable
 from lf.layouts import Layout
 from lf.schedule.check import check
 from lf.schedule.generate import Stages, one_f_one_b
-from lf.schedule.ir import Program
+from lf.schedule.ir import Program, ProgramError, as_program
 from lf.schedule.keep import offload, recompute
 from lf.schedule.lower import add_reduce, free, is_lowered, move, trainable
 from lf.schedule.recompute import Offload, Recompute
@@ -24,10 +24,16 @@ def build(
 ) -> Program:
     """The program of a step over `layout`: what `generate(placement, microbatches)` writes, through all passes, and checked.
 
-    A program that is lowered already is only checked. Raises ProgramError, ConfigError for what cannot be.
+    A program that is lowered already is only checked, and takes no policy: what it makes again or offloads, it says itself. Raises ProgramError,
+    ConfigError for what cannot be.
     """
-    program = generate(layout.placement, microbatches)
-    if not is_lowered(program):
+    program = as_program(generate(layout.placement, microbatches), getattr(generate, "__name__", "the schedule"))
+    if is_lowered(program):
+        for flag, policy, none in (("recompute", recomputed, Recompute()), ("offload", offloaded, Offload())):
+            if policy != none:
+                why = "the program is lowered already, so nothing is added to it; leave the flag out, or give the program's compute alone"
+                raise ProgramError(f"--{flag} {policy}: {why}")
+    else:
         check(program, layout, microbatches)  # before the passes, so that what is wrong is drawn as it was written
         program = offload(recompute(trainable(program, layout), layout, recomputed), layout, offloaded)
         program = free(move(add_reduce(program, layout), layout))

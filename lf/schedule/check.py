@@ -15,7 +15,7 @@ import attrs
 
 from lf.layouts import Layout
 from lf.schedule.draw import WIDTH, draw
-from lf.schedule.ir import MOVES, Action, Program, ProgramError, flat, microbatches, placement
+from lf.schedule.ir import MOVES, Action, Program, ProgramError, flat, microbatches, placement, some
 from lf.schedule.lower import is_lowered, lower, reduced_layers, tied_paths, users_of
 from lf.schedule.names import check_names
 from lf.schedule.pieces import WHOLE, Stage, stages
@@ -247,7 +247,7 @@ class _Proof:
             span = self.known[s].span(layer) or (0, len(self.known[s].atoms))
             trained = [i for i in range(*span) if self.known[s].inside[i]]
             if late := [m for m in range(self.count) if any((s, m, i) not in row.weights for i in trained)]:
-                raise self.fail(rank, f"the gradients of microbatches {late} would come after it")
+                raise self.fail(rank, f"the gradients of microbatches [{some(late)}] would come after it")
         row.reduced.add((a.stage, a.segment or WHOLE))
 
     def tie(self, rank: int, a: Action) -> bool:
@@ -335,4 +335,4 @@ class _Proof:
                 wanted += [Action("REDUCE", who[path][0][0], segment=path) for path in tied_paths(self.layout, rank)]
                 missing += [str(a) for a in wanted if a not in self.seen]
         if missing:
-            raise ProgramError(f"missing: {', '.join(missing)}; without them gradients would be lost\n{draw(self.program, width=WIDTH)}")
+            raise ProgramError(f"missing: {some(missing)}; without them gradients would be lost\n{draw(self.program, width=WIDTH)}")

@@ -15,6 +15,7 @@ What a movement starts, the first action that needs it waits for.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import attrs
 
@@ -61,6 +62,20 @@ class ProgramError(ValueError):
     """A program that cannot be run, with the action that fails."""
 
 
+def as_program(made: Any, by: str) -> Program:
+    """What a generator has made, `by` its name; lists will do for tuples. Raises ProgramError for what is no program."""
+    rows = made if isinstance(made, (list, tuple)) else [made]
+    for rank, row in enumerate(rows):
+        if not isinstance(row, (list, tuple)) or not all(isinstance(a, Action) for a in row):
+            raise ProgramError(f"{by} gives {row!r} for rank {rank}; a program has, for each pipeline rank, a tuple of lf.schedule.Action")
+    return tuple(map(tuple, rows))
+
+
+def some(values: Sequence[object], most: int = 12) -> str:
+    """The first of them in words, and how many more there are."""
+    return ", ".join(map(str, values[:most])) + (f" and {len(values) - most} more" if len(values) > most else "")
+
+
 def flat(actions: Sequence[Action]) -> tuple[Action, ...]:
     """The actions with each OVERLAP as its two, one after the other: what it means without the freedom to interleave."""
     return tuple(part for a in actions for part in (a.pair if a.op == "OVERLAP" else (a,)))
@@ -74,7 +89,7 @@ def placement(program: Program) -> Placement:
             if a.op == "F" and where.setdefault(a.stage, rank) != rank:
                 raise ProgramError(f"{a} stands on rank {rank}, other forwards of stage {a.stage} on rank {where[a.stage]}: a stage has one rank")
     if missing := sorted(set(range(max(where, default=0) + 1)) - where.keys()):
-        raise ProgramError(f"stages {missing} have no forward on any rank")
+        raise ProgramError(f"stages {some(missing)} have no forward on any rank")
     return tuple(where[s] for s in range(len(where)))
 
 

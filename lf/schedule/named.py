@@ -12,7 +12,7 @@ import attrs
 from lf.config import one_of
 from lf.schedule.generate import Stages, breadth_first, gpipe, interleaved, one_f_one_b
 from lf.schedule.greedy import greedy, greedy_zb
-from lf.schedule.ir import Placement, Program, ProgramError, placement
+from lf.schedule.ir import Placement, Program, ProgramError, as_program, placement
 from lf.schedule.ir import microbatches as microbatches_of
 from lf.schedule.place import loop, placed, vee
 from lf.schedule.text import from_csv, loads
@@ -67,7 +67,7 @@ def resolve(name: str) -> Schedule:
             known = [n for n, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module.__name__]
             one_of(f"function in {path}:", function, known)
             raise ProgramError(f"{name}: {function} is no function")
-        return Schedule(generate, getattr(module, "place", on_loop))
+        return Schedule(lambda stages, count: as_program(generate(stages, count), name), getattr(module, "place", on_loop))
     if name.endswith((".txt", ".csv")):
         return _fixed(name)
     if name.endswith(".py"):

@@ -21,7 +21,9 @@ from lf.schedule.ir import COMPUTE, MOVES, OPS, OVERLAP, Action, Program, Progra
 
 PARAMETERS = ("GATHER", "RELEASE")
 _KNOWN = dict.fromkeys((*OPS, *PARAMETERS))
-_WORD = re.compile(r"(?:(?P<chain>[^\s:\[\]();#,]+):)?(?P<stage>\d+)(?P<op>[A-Z](?:[A-Z_]*[A-Z])?)(?P<microbatch>\d*)(?:\[(?P<place>[^\]]+)\])?")
+_WORD = re.compile(
+    r"(?:(?P<chain>[^\s:\[\]();#,]+):)?(?P<stage>[0-9]{1,6})(?P<op>[A-Z](?:[A-Z_]*[A-Z])?)(?P<microbatch>[0-9]{0,6})(?:\[(?P<place>[^\]]+)\])?"
+)  # numbers of at most six digits: a slip of the key is no reason to count to a trillion
 _TOKEN = re.compile(r"(?:\[[^\]]*\]|\([^)]*\)|[^\s#\[(])+|\S")
 _TORCH = {"UNSHARD": "GATHER", "RESHARD": "RELEASE", "REDUCE_GRAD": "REDUCE"}
 _LF = {lf: torch for torch, lf in _TORCH.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 
 import attrs
@@ -254,6 +255,35 @@ def test_two_that_follow_from_each_other_do_not_interleave(words: str) -> None:
 def test_a_microbatch_left_out_is_refused() -> None:
     assert "0F3, 0B3" in refused(program(3), microbatches=4) or "[3]" in refused(program(3), microbatches=4)
     assert "there are 2 microbatches" in refused(program(3), microbatches=2)
+
+
+def test_what_is_far_too_large_is_told_in_a_few_words() -> None:
+    for words in ("0F0 0B0 0F999999 0B999999", "0F0 999999F0"):
+        with pytest.raises(ProgramError) as caught:
+            check(loads(words))
+        assert re.search(r" and \d{6,} more", str(caught.value))
+        assert len(str(caught.value)) < 1000
+
+
+def test_a_lowered_program_takes_no_policy() -> None:
+    """It would be dropped without a word."""
+    done = build(PIPE, 2)
+    assert build(PIPE, 2, lambda stages, microbatches: done) == done
+    for flag, policies in (("recompute", {"recomputed": parse_recompute("full")}), ("offload", {"offloaded": parse_offload("full")})):
+        with pytest.raises(ProgramError, match=f"--{flag} full.*: the program is lowered already"):
+            build(PIPE, 2, lambda stages, microbatches: done, **policies)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("made", "why"),
+    [(None, "mine gives None for rank 0"), ([["0F0"], []], r"mine gives \['0F0'\] for rank 0"), ((Action("F", 0, 0),), "gives Action")],
+)
+def test_a_generator_that_makes_no_program_is_told_so(made: object, why: str) -> None:
+    def mine(stages: object, microbatches: int) -> object:
+        return made
+
+    with pytest.raises(ProgramError, match=f"{why}.*; a program has, for each pipeline rank, a tuple of lf.schedule.Action"):
+        build(PIPE, 1, mine)  # type: ignore[arg-type]
 
 
 def test_ranks_and_stages_must_be_those_of_the_mesh() -> None:

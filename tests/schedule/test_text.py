@@ -53,6 +53,8 @@ def test_what_would_read_back_as_another_is_refused(segment: str) -> None:
     [
         ("0F0\n0F1 0G1", "line 2, column 5: '0G1': unknown op 'G'"),
         ("0REDUC[x]", "line 1, column 1: '0REDUC[x]': unknown op 'REDUC'; did you mean 'REDUCE'"),
+        ("0F0 0F1234567", "'0F1234567' is no action"),
+        ("0F٣", "'0F٣' is no action"),
         ("0F0 F1", "line 1, column 5: 'F1' is no action"),
         ("0F0 0B", "line 1, column 5: '0B' names no microbatch"),
         ("0F0 0B0[a", "line 1, column 8: '[' is no action"),
