@@ -52,10 +52,7 @@ def compared(
 
 
 KEPT = [
-    ("none", "none"),
-    ("full", "none"),
-    ("none", "full;distance=2"),
-    ("full:1", "full"),
+    *(("none", "none"), ("full", "none"), ("none", "full;distance=2"), ("full:1", "full")),
     ("segments=mlp;ops=swiglu,rms_norm,rope", "layers=layers.1"),
 ]
 SWEEP = [

@@ -32,7 +32,11 @@ PASSES = [
     words("reduce: the last backward stays whole", CHECK, (_by_layers, 'layers.get(a.stage) if a.op == "B" else None', "None")),
     words("trainable: gradients go where nothing learns", CHECK, (stages, "upstream = upstream or any(inside)", "upstream = True")),
     words("trainable: weight gradients of what is frozen", CHECK, (trainable, 'a.op == "B" and not inside', 'a.op == "B" and False')),
-    words("pieces: a backward stops too late", CHECK, (vars(Stage)["stop"].fget, "self.inside.index(True) if True in self.inside else len(self.atoms)", "0")),
+    words(
+        "pieces: a backward goes on where nothing learns",
+        CHECK,
+        (vars(Stage)["stop"].fget, "self.inside.index(True) if True in self.inside else len(self.atoms)", "0"),
+    ),
     words("move: a RECV before its SEND", CHECK, (move, "rows[where[to]].append(Action", "rows[where[to]].insert(0, Action")),
     words("move: gradients are not sent", CHECK, (move, '(kind == "F" or known[a.stage].upstream)', 'kind == "F"')),
     words("free: never", CHECK, (free, "*(_free(s) for waiting in sent.values() for s in waiting)", "")),
@@ -88,7 +92,7 @@ INTERPRETER = [
     words("run: gradients of a microbatch replace the last", RUN, (Graphs.add, "self.grads[path] += g", "self.grads[path] = g")),
     words("run: a gradient shared by two leaves", RUN, (Graphs.add, "copy=True", "copy=False")),
     words("run: input gradients cut between layers", RUN, (Graphs.back, "torch.zeros_like(v) if g is None else g", "torch.zeros_like(v)")),
-    words("run: losses not weighted", RUN, (Graphs.back, "self.seeds[k] for k in kept.losses", "torch.ones_like(self.seeds[k]) for k in kept.losses")),
+    words("run: losses not weighted", RUN, (Graphs.back, "self.seeds[k] for k in kept.losses", "self.seeds[k] ** 0 for k in kept.losses")),
     words(
         "run: terms of the last microbatch alone",
         RUN,

@@ -13,11 +13,10 @@ import lf
 from lf import parity, tree
 from lf.axes import solo
 from lf.models.small import tiny
-from lf.schedule import Action, check, lower, one_f_one_b
+from lf.schedule import OVERLAP, Action, check, lower, one_f_one_b
 from lf.schedule.bind import bind
 from lf.schedule.memory import OutOfMemory
 from lf.schedule.run import run, run_forward
-from lf.schedule.text import loads
 from lf.segment import Model, Objective, Segment
 from lf.spec import Param, constant
 
@@ -45,7 +44,10 @@ ORDERS = {
     "backwards the other way": (*forwards(), *(Action("B", 0, i) for i in reversed(range(3)))),
     "weights last": (*forwards(), *(Action("I", 0, i) for i in range(3)), *(Action("W", 0, i) for i in range(3))),
     "by layers": tuple(Action(op, 0, i, n) for i in range(3) for op, names in (("F", LAYERS), ("I", LAYERS[::-1]), ("W", LAYERS)) for n in names),
-    "interleaved": loads("0F0 (0F1;0B0)OVERLAP_F_B (0B1;0F2)OVERLAP_B_F 0B2")[0],
+    "interleaved": (
+        *(Action("F", 0, 0), OVERLAP(Action("F", 0, 1), Action("B", 0, 0))),
+        *(OVERLAP(Action("B", 0, 1), Action("F", 0, 2)), Action("B", 0, 2)),
+    ),
 }
 
 
