@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lf.layouts import Layout
-from lf.schedule.draw import draw
-from lf.schedule.ir import COMPUTE, MOVES, OPS, Action, Program, ProgramError, flat, microbatches
+from lf.schedule.draw import WIDTH, draw
+from lf.schedule.ir import COMPUTE, MOVES, OPS, Action, Program, ProgramError, flat, microbatches, placement
 from lf.schedule.pieces import stages
 
 
@@ -46,6 +46,10 @@ def check_names(program: Program, layout: Layout | None = None, count: int | Non
                         raise fail(f"a FREE names what was sent, SEND_F or SEND_B, not {a.segment!r}", a)
                 elif known and a.op != "REDUCE" and known[a.stage].span(a.segment) is None:
                     raise fail(f"stage {a.stage} has no layer or segment {a.segment!r}; it has {', '.join(dict.fromkeys(known[a.stage].layers))}", a)
+    try:
+        placement(program)
+    except ProgramError as error:
+        raise ProgramError(f"{error}\n{draw(program, width=WIDTH)}") from None
 
 
 def _follow(a: Action, b: Action) -> bool:

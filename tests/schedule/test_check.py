@@ -291,7 +291,7 @@ def test_ranks_and_stages_must_be_those_of_the_mesh() -> None:
         check((program(), program()), LAYOUT, 3)
     with pytest.raises(ProgramError, match="0F0 on rank 0: stage 0 lies on rank 1"):
         check(one_f_one_b((0, 1), 2), lf.layout(tiny(), lf.Mesh(pp=2, dp=1), placement=(1, 0)))
-    with pytest.raises(ProgramError, match="1F0 stands on rank 1, other forwards of stage 1 on rank 0: a stage has one rank"):
+    with pytest.raises(ProgramError, match="1F0 stands on rank 1, other forwards of stage 1 on rank 0: a stage has one rank\nrank 0: 0F0 1F1"):
         check(((Action("F", 0, 0), Action("F", 1, 1)), (Action("F", 1, 0),)))
 
 
