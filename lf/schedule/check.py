@@ -241,6 +241,8 @@ class _Proof:
             mine = reduced_layers(self.layout, rank)
             if (a.stage, a.segment) not in mine:
                 there = ", ".join(layer for s, layer in mine if s == a.stage) or "none"
+                if a.segment is None:
+                    raise self.fail(rank, f"a REDUCE is of one layer, of {there}; or give the compute alone, and all that is missing is added")
                 raise self.fail(rank, f"stage {a.stage} has no layer {a.segment!r} to reduce; it has {there}")
             who = users_of(self.layout, rank)
             users = list(dict.fromkeys(user for path in mine[a.stage, a.segment] for user in who[path]))  # type: ignore[index]

@@ -22,6 +22,7 @@ import attrs
 COMPUTE = ("F", "B", "I", "W", "REMAT")
 MOVES = ("SEND_F", "RECV_F", "SEND_B", "RECV_B")
 STATE = ("REDUCE",)
+PARAMETERS = ("GATHER", "RELEASE")  # read and written, and not run yet
 MEMORY = ("OFFLOAD", "FETCH", "FREE")
 OPS = (*COMPUTE, *MOVES, *STATE, *MEMORY, "OVERLAP")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lf.layouts import Layout
 from lf.schedule.draw import WIDTH, draw
-from lf.schedule.ir import COMPUTE, MOVES, OPS, Action, Program, ProgramError, flat, microbatches, placement
+from lf.schedule.ir import COMPUTE, MOVES, OPS, PARAMETERS, Action, Program, ProgramError, flat, microbatches, placement
 from lf.schedule.pieces import stages
 
 
@@ -25,7 +25,10 @@ def check_names(program: Program, layout: Layout | None = None, count: int | Non
                 if _follow(*whole.pair):
                     raise fail("one of the two needs what the other makes: write them one after the other, or pair two microbatches", whole)
             for a in flat((whole,)):
-                if a.op not in OPS or a.op in ("GATHER", "RELEASE"):
+                if a.op in PARAMETERS:
+                    words = ", ".join((*PARAMETERS, "UNSHARD and RESHARD in torch's CSV"))
+                    raise fail(f"parameters that are gathered for an action are not built yet; leave out {words}", a)
+                if a.op not in OPS:
                     raise fail(f"unknown op {a.op!r}; there are {', '.join(OPS)}", a)
                 if a.chain:
                     raise fail(f"it is of chain {a.chain!r}; models of several chains are not built yet", a)
