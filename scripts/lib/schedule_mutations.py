@@ -31,7 +31,11 @@ PASSES = [
     words("reduce: the last backward stays whole", CHECK, (_by_layers, 'layers.get(a.stage) if a.op == "B" else None', "None")),
     words("trainable: gradients go where nothing learns", CHECK, (stages, "upstream = upstream or any(inside)", "upstream = True")),
     words("trainable: weight gradients of what is frozen", CHECK, (trainable, 'a.op == "B" and not inside', 'a.op == "B" and False')),
-    words("pieces: a backward stops too late", CHECK, (vars(Stage)["stop"].fget, "self.inside.index(True) if True in self.inside else len(self.atoms)", "0")),
+    words(
+        "pieces: a backward stops too late",
+        CHECK,
+        (vars(Stage)["stop"].fget, "self.inside.index(True) if True in self.inside else len(self.atoms)", "0"),
+    ),
     words("move: a RECV before its SEND", CHECK, (move, "rows[where[to]].append(Action", "rows[where[to]].insert(0, Action")),
     words("move: gradients are not sent", CHECK, (move, '(kind == "F" or known[a.stage].upstream)', 'kind == "F"')),
     words("free: never", CHECK, (free, "*(_free(s) for waiting in sent.values() for s in waiting)", "")),
