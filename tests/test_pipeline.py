@@ -51,7 +51,10 @@ def compared(
     assert report.ok, f"{name}, recompute {recompute}, offload {offload}: {report}"
 
 
-KEPT = [("none", "none"), ("full", "none"), ("none", "full;distance=2"), ("full:1", "full"), ("segments=mlp;ops=swiglu,rms_norm,rope", "layers=layers.1")]
+KEPT = [
+    *(("none", "none"), ("full", "none"), ("none", "full;distance=2"), ("full:1", "full")),
+    ("segments=mlp;ops=swiglu,rms_norm,rope", "layers=layers.1"),
+]
 SWEEP = [
     (name, mesh, kept, m, tied)
     for name in SCHEDULES

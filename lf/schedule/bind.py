@@ -16,6 +16,7 @@ from lf.schedule.shapes import Shapes, key, trace
 from lf.segment import Segment, path_of
 from lf.spec import Spec
 
+SPANNING = ("B", "I", "W", "REMAT", "OFFLOAD", "FETCH")
 KINDS = ("plain", "acc", "probe")
 """How the weights of products arrive: as tensors where there is no backward, with the sum that a B adds to, with the probes of I and W."""
 
@@ -42,9 +43,11 @@ class Piece:
 @attrs.frozen
 class Bound:
     """`actions` of one rank · `pieces`: of each stage and `segment` of a forward, what it runs · `spans`: of each other compute action's
-    (stage, segment), the names of the pieces that it covers · `split`: (stage, microbatch, piece)s whose weight gradients a W makes · `again`: of
-    each (stage, microbatch, piece) that is made again, which ops (none named: all) · `reduced`: of each (stage, layer), the paths whose sum is then
-    complete on this rank, and the specs of those that other ranks have a part in."""
+    (stage, segment), the names of the pieces that it covers · `final`: the (stage, segment)s of forwards that end their stage · `split`: (stage,
+    microbatch, piece)s whose weight gradients a W makes · `again`: of each (stage, microbatch, piece) that is made again, which ops (none named:
+    all) · `away`: those that are offloaded · `trained`: each path here, and whether it trains · `reduced`: of each (stage, layer), the paths whose
+    sum is then complete on this rank, and the specs of those that other ranks have a part in · `tied`: the pipeline ranks of each path that has
+    several."""
 
     actions: tuple[Action, ...]
     program: Program
@@ -53,6 +56,7 @@ class Bound:
     known: tuple[Stage, ...]
     pieces: dict[tuple[int, str | None], tuple[Piece, ...]]
     spans: dict[tuple[int, str | None], frozenset[str]]
+    final: frozenset[tuple[int, str | None]]
     split: frozenset[tuple[int, int | None, str]]
     again: dict[tuple[int, int | None, str], tuple[str, ...]]
     away: frozenset[tuple[int, int | None, str]]
@@ -60,6 +64,7 @@ class Bound:
     reduced: dict[tuple[int, str], tuple[tuple[str, ...], tuple[Spec, ...]]]
     tied: dict[str, tuple[int, ...]]
     shapes: Callable[[Any, Any], Shapes]
+    compiled: bool
     number: int  # under which `axes.position` knows the program
     trains: bool  # whether there is any backward
 
@@ -79,21 +84,23 @@ def bind(program: Program, layout: Layout, ctx: Any, compile: bool | str = False
             segments = {s.name: s for s in layout.stages[a.stage]}
             names = known[a.stage].pieces(a.segment) if segments else ()
             pieces[where] = tuple(_piece(a.stage, name, known[a.stage], segments, layout, fns, ctx, compile) for name in names)
-        elif a.op != "REDUCE" and a.op != "FREE" and a.op not in ("SEND_F", "SEND_B", "RECV_F", "RECV_B") and where not in spans:
+        elif a.op in SPANNING and where not in spans:
             lo, hi = known[a.stage].span(a.segment) or (0, 0)
             spans[where] = frozenset((*known[a.stage].atoms[lo:hi], *known[a.stage].layers[lo:hi]))
     if compile and (named := sorted({op for a in flat(actions) for op in a.ops})):
         raise ProgramError(f"ops {', '.join(named)} are to be run again: a compiler decides itself what it keeps; leave out compile, or these ops")
     again = {(a.stage, a.microbatch, p): a.ops for a in flat(actions) if a.op == "REMAT" for p in spans[a.stage, a.segment]}
     away = {(a.stage, a.microbatch, p) for a in flat(actions) if a.op == "OFFLOAD" for p in spans[a.stage, a.segment]}
+    final = {(s, segment) for s, segment in pieces if (known[s].span(segment) or (0, 0))[1] == len(known[s].atoms)}
     return Bound(
-        actions, program, rank, layout.placement, known, pieces, spans,
+        actions, program, rank, layout.placement, known, pieces, spans, frozenset(final),
         frozenset((a.stage, a.microbatch, p) for a in flat(actions) if a.op == "I" for p in spans[a.stage, a.segment]),
         again, frozenset(away),
         {path: path not in layout.frozen for path in layout.held(ctx.axes.coords)},
         {where: (paths, tuple(s for p in paths if _summed(s := layout.specs[p]))) for where, paths in reduced_layers(layout, rank).items()},
         {path: layout.holders(path) for path in tied_paths(layout, rank)},
         _traced(layout),
+        bool(compile),
         ctx.axes.position.program([str(a) for a in actions], name),
         any(a.op in ("B", "I") for a in flat(actions)),
     )  # fmt: skip

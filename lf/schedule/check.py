@@ -15,7 +15,8 @@ import attrs
 
 from lf.layouts import Layout
 from lf.schedule.draw import WIDTH, draw
-from lf.schedule.ir import COMPUTE, MOVES, OPS, Action, Program, ProgramError, flat, microbatches, placement
+from lf.schedule.ir import COMPUTE, MOVES, OPS, Action, Program, ProgramError, flat, placement
+from lf.schedule.ir import microbatches as named
 from lf.schedule.lower import is_lowered, lower, reduced_layers, tied_paths, users_of
 from lf.schedule.pieces import WHOLE, Stage, stages
 
@@ -51,24 +52,24 @@ class _Row:
     peak: float = 0.0
 
 
-def check(program: Program, layout: Layout | None = None, count: int | None = None) -> tuple[float, ...]:
+def check(program: Program, layout: Layout | None = None, microbatches: int | None = None) -> tuple[float, ...]:
     """The most that each rank keeps for its backwards at a time, in stages of a microbatch.
 
-    A program of compute alone is lowered first. `count`: the microbatches that there are (default: those that the program names).
+    A program of compute alone is lowered first. `microbatches`: how many there are (default: those that the program names).
     Raises ProgramError with the program drawn and the failing action marked when an action lacks what it needs, stands twice, names what is not
     there, ranks wait for each other, a gradient is missing or is reduced too early, twice or never, or something stays alive.
     """
     if layout is not None and len(program) != layout.mesh.pp:
         raise ProgramError(f"the program is for {len(program)} pipeline ranks; mesh {layout.mesh} has pp={layout.mesh.pp}")
     if not is_lowered(program):
-        _names(program, layout, count)
+        _names(program, layout, microbatches)
         program = lower(program, layout)
-    return _Proof(program, layout, count).walk()
+    return _Proof(program, layout, microbatches).walk()
 
 
 def _names(program: Program, layout: Layout | None, count: int | None) -> None:
     """Raises for an action that names what is not there: before passes that would stumble over it."""
-    total = microbatches(program) if count is None else count
+    total = named(program) if count is None else count
     known = stages(program, layout) if layout else ()
     every = len(layout.stages) if layout else 1 + max((a.stage for row in program for a in flat(row)), default=-1)
     for rank, actions in enumerate(program):
@@ -104,7 +105,7 @@ class _Proof:
     def __init__(self, program: Program, layout: Layout | None, count: int | None):
         _names(program, layout, count)
         self.program, self.layout = program, layout
-        self.count = microbatches(program) if count is None else count
+        self.count = named(program) if count is None else count
         self.known = stages(program, layout)
         self.where = layout.placement if layout is not None else placement(program)
         self.flat = tuple(flat(row) for row in program)

@@ -10,43 +10,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
-import attrs
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
-from torch.utils._pytree import tree_leaves
 
 from lf.batch import Batch
-from lf.parallel.product import W, probe_of, weight_gradient
+from lf.parallel.product import weight_gradient
 from lf.parallel.reduce import reduce_gradients
-from lf.schedule.bind import Bound, Piece
+from lf.schedule.bind import Bound
+from lf.schedule.graphs import Graphs, Kept, lookup
 from lf.schedule.ir import Action, ProgramError, flat
 from lf.schedule.memory import memory_is_full, out_of_memory
-from lf.schedule.shapes import Shapes
-from lf.schedule.slots import Slots, entry, got
-from lf.schedule.vjp import ends, vjp
+from lf.schedule.slots import got
 from lf.segment import Segment, Terms, path_of
 
 Carry = dict[str, Any]  # name → Tensor, or a function that waits for one
-
-
-@attrs.define
-class _Kept:
-    """What the forward of a piece leaves for its backward. `x`: where it is to be made again, its input, or the slots of that · `inputs`: what the
-    gradients of its input are those of · `ends`: where the gradients of its outputs and then of its losses come in; none where it has not run or
-    leads to nothing that trains · `slots`: where a later action moves or makes again what the graph keeps."""
-
-    piece: Piece
-    x: dict[str, Any] = attrs.field(factory=dict)
-    inputs: dict[str, Tensor] = attrs.field(factory=dict)
-    ends: tuple[GradientEdge, ...] = ()
-    slots: Slots | None = None
-    outputs: tuple[str, ...] = ()
-    losses: tuple[str, ...] = ()
-    probes: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
 def run(
@@ -59,8 +38,12 @@ def run(
     at the first layer of its stages, were finite. `clock`: takes down when each action begins and ends. Without any backward in the program
     nothing is kept and there are no gradients.
     """
-    rank = _Rank(bound, params, batches, seeds, ctx)
-    do, position = rank.handlers(), ctx.axes.position
+    with torch.set_grad_enabled(bound.trains):
+        return _interpret(_Rank(bound, params, batches, seeds, ctx), clock)
+
+
+def _interpret(rank: _Rank, clock: Any) -> tuple[dict[str, Tensor], Terms, Tensor]:
+    bound, do, position = rank.bound, rank.handlers(), rank.ctx.axes.position
     position.start(bound.number)
     for i, a in enumerate(bound.actions):
         position.at(i)
@@ -75,7 +58,7 @@ def run(
         except RuntimeError as error:
             if memory_is_full(error):
                 what, name, share = rank.doing
-                raise out_of_memory(error, f"{what} {name}, action {a}", share, rank.grads) from error
+                raise out_of_memory(error, f"{what} {name}, action {a}", share, rank.graphs.grads) from error
             raise
     position.done()
     return rank.results()
@@ -85,21 +68,17 @@ class _Rank:
     """One rank's run of one program."""
 
     def __init__(self, bound: Bound, params: dict[str, Any], batches: Sequence[Batch], seeds: Mapping[str, Tensor], ctx: Any):
-        self.bound, self.batches, self.seeds, self.ctx = bound, batches, seeds, ctx
-        self.trains, self.dtype, self.pipe = bound.trains, ctx.precision.master, ctx.axes.pipe()
-        self.leaves = {path: _lookup(params, path).detach().requires_grad_(self.trains and t) for path, t in bound.trained.items()}
-        self.grads: dict[str, Tensor] = {}
+        self.device = next(iter(batches[0].plan.values())).device
+        self.bound, self.seeds, self.ctx, self.pipe = bound, seeds, ctx, ctx.axes.pipe()
+        self.graphs = Graphs(bound, params, batches, seeds, ctx, self.device)
         self.terms: Terms = {}
-        self.kept: dict[tuple[int, int | None], list[_Kept]] = {}
+        self.kept: dict[tuple[int, int | None], list[Kept]] = {}
         self.owed: dict[tuple[int, int | None], list[tuple[str, list[tuple[str, Tensor, Tensor]]]]] = {}  # piece, (path, rows, dy) of its products
         self.values: dict[tuple[str, int, int | None], Carry] = {}
         self.sent: dict[tuple[str, int, int | None], list[Callable[[], None]]] = {}
         self.waits: list[Callable[[], None]] = []
-        self.known: dict[int, Shapes] = {}
         self.doing = ("the start of", "the program", 0.0)  # what with which piece, and the share of the stage's layers whose forward has begun
         self.streams = ctx.device.copy_streams() if bound.away else None
-        device = next(iter(batches[0].plan.values())).device
-        self.device = device
         self.seen: list[list[Tensor]] = [[] for _ in batches]  # of each microbatch, numbers that are finite if it is
 
     def handlers(self) -> dict[str, Callable[[Action], None]]:
@@ -121,12 +100,12 @@ class _Rank:
         self.finish_sums()
         if left := [*self.kept, *self.owed, *self.values, *self.sent]:
             raise AssertionError(f"the program left values alive: {left}")  # `check` proves that this cannot be
-        return self.grads, self.terms, self.finite()
+        return self.graphs.grads, self.terms, self.finite()
 
     def finite(self) -> Tensor:
         """Whether all that was seen of each microbatch is."""
-        width, zero = max(1, *map(len, self.seen)), torch.zeros((), dtype=self.dtype, device=self.device)
-        numbers = [x.to(self.dtype) for row in self.seen for x in (*row, *[zero] * (width - len(row)))]
+        width, zero = max(1, *map(len, self.seen)), torch.zeros((), dtype=self.ctx.precision.master, device=self.device)
+        numbers = [x.to(self.ctx.precision.master) for row in self.seen for x in (*row, *[zero] * (width - len(row)))]
         return torch.isfinite(torch.stack(numbers).view(-1, width)).all(1)
 
     def forward(self, a: Action) -> Iterator[None]:
@@ -136,13 +115,13 @@ class _Rank:
         carry = _here(self.values.pop(("F", s, m), {}))
         for i, piece in enumerate(pieces):
             self.doing = "the forward of", piece.name, (i + 1) / len(pieces)
-            keeps = self.trains and piece.back
+            keeps = self.bound.trains and piece.back
             again = self.bound.again.get((s, m, piece.name)) if keeps else None
             if keeps and again != ():
-                kept, carry, losses = self.make(piece, carry, m, again or ())
+                kept, carry, losses = self.graphs.make(piece, carry, m, again or ())
             else:
-                kept, carry, losses = self.pass_by(piece, carry, m, keeps)
-            if losses and self.trains and (unknown := losses.keys() - self.seeds.keys()):
+                kept, carry, losses = self.graphs.pass_by(piece, carry, m, keeps)
+            if losses and self.bound.trains and (unknown := losses.keys() - self.seeds.keys()):
                 names = f"{', '.join(sorted(unknown))}, which no objective weighs; there are {', '.join(self.seeds) or 'none'}"
                 raise ProgramError(f"{piece.name} gives the loss {names}")
             if keeps:
@@ -151,10 +130,8 @@ class _Rank:
                 _add_terms(self.terms, {"losses": losses})
                 self.seen[m] += losses.values()
             yield
-        whole = self.bound.known[s].atoms
-        last = (self.bound.known[s].span(a.segment) or (0, 0))[1] == len(whole)
         where, to = self.bound.placement, s + 1
-        if not last:
+        if (s, a.segment) not in self.bound.final:
             self.values["F", s, m] = carry  # the next piece of this stage takes it
         elif to < len(where):
             self.values[("F", to, m) if where[to] == self.bound.rank else ("out F", s, m)] = carry
@@ -166,76 +143,6 @@ class _Rank:
             if part.op in ("F", "B", "I") and where in self.values:
                 self.values[where] = _here(self.values[where])
 
-    def make(self, piece: Piece, carry: dict[str, Tensor], m: int, again: Sequence[str] = ()) -> tuple[_Kept, Carry, dict[str, Tensor]]:
-        """Runs a piece from a cut: its input is a leaf of a graph of its own. `again`: ops that a REMAT will run again."""
-        away, ctx, kept = (piece.stage, m, piece.name) in self.bound.away, self.ctx, _Kept(piece)
-        values, kept.probes = self.parameters(piece, m)
-        with torch.enable_grad():
-            x = {k: v.detach() for k, v in carry.items()}
-            wanted = [k for k, v in x.items() if piece.upstream and v.is_floating_point()]
-            if again or away:
-                kept.slots = Slots(self.storages(m), again)
-                ctx = attrs.evolve(ctx, ops=kept.slots.table(ctx.ops)) if again else ctx
-                for k in wanted:
-                    kept.inputs[k], x[k] = entry(x[k])
-            else:
-                kept.inputs = {k: x[k].requires_grad_() for k in wanted}
-            with kept.slots.filing() if kept.slots else nullcontext():
-                y, losses = piece.fn["probe" if (piece.stage, m, piece.name) in self.bound.split else "acc"](values, _unwrap(x), self.batches[m], ctx)
-                y = _wrap(y)
-                outputs = {k: v for k, v in y.items() if v.requires_grad}
-                weighed = {k: v for k, v in losses.items() if v.requires_grad}
-                kept.outputs, kept.losses = tuple(outputs), tuple(weighed)
-                kept.ends = ends((*outputs.values(), *weighed.values()))
-        return kept, {k: v.detach() for k, v in y.items()}, {k: v.detach() for k, v in losses.items()}
-
-    def pass_by(self, piece: Piece, carry: dict[str, Tensor], m: int, keeps: bool) -> tuple[_Kept, Carry, dict[str, Tensor]]:
-        """Runs a piece without a graph. `keeps`: its input stays, for it to be made again."""
-        kept = _Kept(piece, dict(carry) if keeps else {})
-        if keeps and (piece.stage, m, piece.name) in self.bound.away:
-            kept.slots = Slots(self.storages(m))
-            kept.x = {k: kept.slots.file(v) for k, v in carry.items()}
-        with torch.no_grad():
-            values: tuple[dict[str, Tensor | W], ...] = tuple({n: self.leaves[path] for n, path, _ in params} for _, params in piece.names)
-            y, losses = piece.fn["plain"](values, _unwrap(carry), self.batches[m], self.ctx)
-        return kept, _wrap(y), losses
-
-    def storages(self, m: int) -> frozenset[int]:
-        """What never leaves the device: the parameters, and what many layers use of a batch."""
-        tensors = [*self.leaves.values(), *tree_leaves([self.batches[m].plan, self.batches[m].payload, self.batches[m].derived])]
-        return frozenset(t.untyped_storage().data_ptr() for t in tensors)
-
-    def parameters(self, piece: Piece, m: int) -> tuple[tuple[dict[str, Tensor | W], ...], tuple[tuple[Tensor, Tensor], ...]]:
-        """What each segment gets: a weight of a product comes with the sum that its gradient is added to, or with probes where W makes it."""
-        probes, split = {}, (piece.stage, m, piece.name) in self.bound.split
-        if split and piece.products:
-            seen = self.shapes(m).products
-            probes = {(s, n): probe_of(seen[s][n], self.device) for s, n, _ in piece.products}
-        out = []
-        for segment, params in piece.names:
-            values: dict[str, Tensor | W] = {}
-            for n, path, product in params:
-                leaf = self.leaves[path]
-                if not product or not leaf.requires_grad:
-                    values[n] = leaf
-                elif split:
-                    values[n] = W(leaf, probe=probes[segment, n])
-                else:  # .data: a version counter of its own, for this sum is added to by other microbatches in between
-                    values[n] = W(leaf, self.sum_of(path).data)
-            out.append(values)
-        return tuple(out), tuple(probes.values())
-
-    def shapes(self, m: int) -> Shapes:
-        """Of a microbatch: looked up once in a run, which takes as long as a small message."""
-        if m not in self.known:
-            self.known[m] = self.bound.shapes(self.batches[m], self.ctx)
-        return self.known[m]
-
-    def sum_of(self, path: str) -> Tensor:
-        if path not in self.grads:
-            self.grads[path] = torch.zeros_like(self.leaves[path], dtype=self.dtype, requires_grad=False, memory_format=torch.contiguous_format)
-        return self.grads[path]
-
     def backward(self, a: Action) -> Iterator[None]:
         """B, and I, which leaves the factors of the products' weight gradients to W."""
         s, m = at = a.stage, a.microbatch
@@ -245,7 +152,7 @@ class _Rank:
         while pieces and pieces[-1].piece.name in covered:  # a piece's activations go as soon as its backward is done
             kept = pieces.pop()
             self.doing = "the backward of", kept.piece.name, 1.0
-            dy, factors = self.back(kept, dy)
+            dy, factors = self.graphs.back(kept, dy)
             if factors:
                 self.owed.setdefault(at, []).append((kept.piece.name, factors))
             if not (pieces and pieces[-1].piece.upstream):  # as far back as a gradient comes
@@ -259,37 +166,6 @@ class _Rank:
         if known[s].upstream:
             self.values[("B", to, m) if where[to] == self.bound.rank else ("out B", s, m)] = dy
 
-    def back(self, kept: _Kept, dy: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[tuple[str, Tensor, Tensor]]]:
-        """Adds a piece's weight gradients; returns the gradient of its input and what its W multiplies."""
-        piece = kept.piece
-        inputs = kept.inputs
-        plain = [self.leaves[p] for p in piece.leaves]
-        # a weight with a sum of its own stands here for its product to stay in the backward; its gradient is None
-        rest = [t for pair in kept.probes for t in pair] or [self.leaves[path] for _, _, path in piece.products]
-        wanted = [*inputs.values(), *plain, *rest]
-        got = vjp(kept.ends, [*map(dy.get, kept.outputs), *(self.seeds[k] for k in kept.losses)], wanted)
-        for path, g in zip(piece.leaves, got[len(inputs) :]):
-            self.add(path, g)
-        factors: list[tuple[str, Tensor, Tensor]] = []
-        if kept.probes:
-            pairs = iter(got[len(inputs) + len(plain) :])
-            for _, _, path in piece.products:
-                rows, dz = next(pairs), next(pairs)
-                if rows is not None and dz is not None:
-                    factors.append((path, rows, dz))
-        else:
-            for (_, _, path), g in zip(piece.products, got[len(inputs) + len(plain) :]):
-                self.add(path, g)
-        return {k: torch.zeros_like(v) if g is None else g for (k, v), g in zip(inputs.items(), got)}, factors
-
-    def add(self, path: str, g: Tensor | None) -> None:
-        if g is None:
-            return
-        if path in self.grads:
-            self.grads[path] += g
-        else:  # a copy: autograd may hand one tensor to several leaves, and later microbatches are added in place
-            self.grads[path] = g.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
-
     def weights(self, a: Action) -> Iterator[None]:
         at, covered = (a.stage, a.microbatch), self.bound.spans[a.stage, a.segment]
         left = []
@@ -299,7 +175,7 @@ class _Rank:
                 continue
             self.doing = "the weight gradients of", name, 1.0
             for path, rows, dy in factors:
-                weight_gradient(self.sum_of(path), rows, dy)
+                weight_gradient(self.graphs.sum_of(path), rows, dy)
             yield
         if left:
             self.owed[at] = left
@@ -315,7 +191,7 @@ class _Rank:
                 if a.ops and kept.slots is not None:
                     kept.slots.remat()
                 else:
-                    pieces[i], _, _ = self.make(kept.piece, {k: got(v) for k, v in kept.x.items()}, a.microbatch)
+                    pieces[i], _, _ = self.graphs.make(kept.piece, {k: got(v) for k, v in kept.x.items()}, a.microbatch)
                 yield
 
     def copy(self, a: Action) -> None:
@@ -339,7 +215,7 @@ class _Rank:
         assert m is not None
         at, source = (s, s - 1) if kind == "F" else (s + 1, s + 1)
         self.doing = "the message to", f"stage {s}", 1.0
-        like = self.shapes(m).inputs[at]
+        like = self.graphs.shapes(m).inputs[at]
         if kind == "B":
             like = {k: (shape, dtype) for k, (shape, dtype) in like.items() if dtype.is_floating_point}
         place, device = self.bound.placement[source], self.device
@@ -354,19 +230,19 @@ class _Rank:
         assert a.segment is not None
         if a.segment in self.bound.tied:
             self.finish_sums()
-            self.grads[a.segment] = self.sum_over(self.bound.tied[a.segment], a.segment)
+            self.graphs.grads[a.segment] = self.sum_over(self.bound.tied[a.segment], a.segment)
             return
         paths, specs = self.bound.reduced[a.stage, a.segment]
         self.doing = "the sum of gradients of", a.segment, 1.0
         for path in paths:  # a parameter that no loss reached: its sum over the holders is still a collective that all must join
-            self.sum_of(path)
+            self.graphs.sum_of(path)
         if specs:
-            self.waits.append(reduce_gradients(specs, self.grads, self.ctx.axes))
+            self.waits.append(reduce_gradients(specs, self.graphs.grads, self.ctx.axes))
 
     def sum_over(self, holders: tuple[int, ...], path: str) -> Tensor:
         """The sum of a gradient over the pipeline ranks that hold it, by messages to the first of them and back: a group of processes for each such
         set would have to be made by all ranks in one order."""
-        mine, first, pipe = self.grads[path], holders[0], self.pipe
+        mine, first, pipe = self.graphs.grads[path], holders[0], self.pipe
         like = (mine.shape, mine.dtype, self.device)
         if self.bound.rank != first:
             sent = pipe.send(mine, first, f"{path} part")
@@ -390,7 +266,7 @@ def run_forward(segments: Sequence[Segment], params: dict[str, Any], batch: Batc
     terms: Terms = {}
     with torch.no_grad():
         for segment in segments:
-            x, new = segment.apply({n: _lookup(params, path_of(segment, n)) for n in segment.params}, x, batch, ctx)
+            x, new = segment.apply({n: lookup(params, path_of(segment, n)) for n in segment.params}, x, batch, ctx)
             _add_terms(terms, new)
     return x, terms
 
@@ -403,26 +279,9 @@ def _to_the_end(turns: Callable[[Action], Iterator[None]]) -> Callable[[Action],
     return do
 
 
-# A carry is a tensor or a dict of tensors; inside the interpreter it is always a dict.
-_ONLY = "x"
-
-
 def _here(carry: Carry) -> dict[str, Tensor]:
     """The tensors, once they have arrived."""
     return {k: v() if callable(v) else v for k, v in carry.items()}
-
-
-def _wrap(x: Any) -> dict[str, Tensor]:
-    return x if isinstance(x, dict) else {_ONLY: x}
-
-
-def _unwrap(x: dict[str, Tensor]) -> Any:
-    return x[_ONLY] if x.keys() == {_ONLY} else x
-
-
-def _lookup(params: dict[str, Any], path: str) -> Tensor:
-    segment, _, name = path.partition("/")
-    return params[segment][name]
 
 
 def _add_terms(total: Terms, new: Terms) -> None:

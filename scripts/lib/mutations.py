@@ -19,6 +19,7 @@ from lf.ops.adamw import adamw_update as update
 from lf.optim import adamw, lr, sgd
 from lf.optim.adamw import is_matrix
 from lf.parallel import linear, product, redistribute, reduce, vocab
+from lf.schedule.graphs import Graphs
 from lf.schedule.run import _Rank
 from lf.spec import Part, Spec
 
@@ -168,7 +169,7 @@ NORMALISER = [
         "normaliser: mean of means over microbatches",
         PARITY,
         (
-            _Rank.back,
+            Graphs.back,
             "self.seeds[k] for k in kept.losses",
             "(self.seeds[k] * 0 + 1) / len(self.batches) / (self.batches[0].plan['labels'] >= 0).sum() for k in kept.losses",
         ),

@@ -7,6 +7,7 @@ from mutation import words
 from lf.schedule.bind import _piece
 from lf.schedule.check import _Proof
 from lf.schedule.generate import breadth_first, one_f_one_b
+from lf.schedule.graphs import Graphs
 from lf.schedule.keep import _moved, recompute
 from lf.schedule.lower import _by_layers, _with_reductions, free, move, reduced_layers, tied_paths, trainable
 from lf.schedule.pieces import Stage, stages
@@ -32,7 +33,7 @@ PASSES = [
     words("trainable: gradients go where nothing learns", CHECK, (stages, "upstream = upstream or any(inside)", "upstream = True")),
     words("trainable: weight gradients of what is frozen", CHECK, (trainable, 'a.op == "B" and not inside', 'a.op == "B" and False')),
     words(
-        "pieces: a backward stops too late",
+        "pieces: a backward goes on where nothing learns",
         CHECK,
         (vars(Stage)["stop"].fget, "self.inside.index(True) if True in self.inside else len(self.atoms)", "0"),
     ),
@@ -88,10 +89,10 @@ PROOF = [
 ]
 
 INTERPRETER = [
-    words("run: gradients of a microbatch replace the last", RUN, (_Rank.add, "self.grads[path] += g", "self.grads[path] = g")),
-    words("run: a gradient shared by two leaves", RUN, (_Rank.add, "copy=True", "copy=False")),
-    words("run: input gradients cut between layers", RUN, (_Rank.back, "torch.zeros_like(v) if g is None else g", "torch.zeros_like(v)")),
-    words("run: losses not weighted", RUN, (_Rank.back, "self.seeds[k] for k in kept.losses", "torch.ones_like(self.seeds[k]) for k in kept.losses")),
+    words("run: gradients of a microbatch replace the last", RUN, (Graphs.add, "self.grads[path] += g", "self.grads[path] = g")),
+    words("run: a gradient shared by two leaves", RUN, (Graphs.add, "copy=True", "copy=False")),
+    words("run: input gradients cut between layers", RUN, (Graphs.back, "torch.zeros_like(v) if g is None else g", "torch.zeros_like(v)")),
+    words("run: losses not weighted", RUN, (Graphs.back, "self.seeds[k] for k in kept.losses", "self.seeds[k] ** 0 for k in kept.losses")),
     words(
         "run: terms of the last microbatch alone",
         RUN,

@@ -44,7 +44,10 @@ ORDERS = {
     "backwards the other way": (*forwards(), *(Action("B", 0, i) for i in reversed(range(3)))),
     "weights last": (*forwards(), *(Action("I", 0, i) for i in range(3)), *(Action("W", 0, i) for i in range(3))),
     "by layers": tuple(Action(op, 0, i, n) for i in range(3) for op, names in (("F", LAYERS), ("I", LAYERS[::-1]), ("W", LAYERS)) for n in names),
-    "interleaved": (Action("F", 0, 0), OVERLAP(Action("F", 0, 1), Action("B", 0, 0)), OVERLAP(Action("B", 0, 1), Action("F", 0, 2)), Action("B", 0, 2)),
+    "interleaved": (
+        *(Action("F", 0, 0), OVERLAP(Action("F", 0, 1), Action("B", 0, 0))),
+        *(OVERLAP(Action("B", 0, 1), Action("F", 0, 2)), Action("B", 0, 2)),
+    ),
 }
 
 

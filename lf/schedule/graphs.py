@@ -1,0 +1,172 @@
+"""One piece at a time: a forward from a cut of autograd to the next one, and the backward of that.
+
+What a forward leaves is a `Kept`: its input and the ends of its graph. Gradients of weights go into sums, which are made when they are first
+added to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+from torch.utils._pytree import tree_leaves
+
+from lf.batch import Batch
+from lf.parallel.product import W, probe_of
+from lf.schedule.bind import Bound, Piece
+from lf.schedule.shapes import Shapes
+from lf.schedule.slots import Slots, entry
+from lf.schedule.vjp import ends, vjp
+
+Values = tuple[dict[str, Tensor | W], ...]  # of each segment, its parameters by name
+
+
+@attrs.define
+class Kept:
+    """What the forward of a piece leaves for its backward. `x`: where it is to be made again, its input, or the slots of that · `inputs`: what the
+    gradients of its input are those of · `ends`: where the gradients of its outputs and then of its losses come in; none where it has not run or
+    leads to nothing that trains · `slots`: where a later action moves or makes again what the graph keeps."""
+
+    piece: Piece
+    x: dict[str, Any] = attrs.field(factory=dict)
+    inputs: dict[str, Tensor] = attrs.field(factory=dict)
+    ends: tuple[GradientEdge, ...] = ()
+    slots: Slots | None = None
+    outputs: Sequence[str] = ()
+    losses: Sequence[str] = ()
+    probes: tuple[tuple[Tensor, Tensor], ...] = ()
+
+
+class Graphs:
+    """The graphs of one rank in one step, with the parameters that they begin at (`leaves`, by path) and the sums of their gradients (`grads`)."""
+
+    def __init__(self, bound: Bound, params: dict[str, Any], batches: Sequence[Batch], seeds: Mapping[str, Tensor], ctx: Any, device: torch.device):
+        self.bound, self.batches, self.seeds, self.ctx, self.device = bound, batches, seeds, ctx, device
+        self.leaves = {path: lookup(params, path).detach().requires_grad_(bound.trains and t) for path, t in bound.trained.items()}
+        self.grads: dict[str, Tensor] = {}
+        self.given: dict[tuple[int, str], Values] = {}
+        self.known: dict[int, Shapes] = {}
+
+    def make(self, piece: Piece, carry: dict[str, Tensor], m: int, again: Sequence[str] = ()) -> tuple[Kept, dict[str, Tensor], dict[str, Tensor]]:
+        """Runs a piece from a cut: its input is a leaf of a graph of its own. `again`: ops that a REMAT will run again."""
+        away, ctx, kept = (piece.stage, m, piece.name) in self.bound.away, self.ctx, Kept(piece)
+        split = (piece.stage, m, piece.name) in self.bound.split
+        values, kept.probes = self.probed(piece, m) if split else (self.summed(piece), ())
+        fn, x = piece.fn["probe" if split else "acc"], {k: v.detach() for k, v in carry.items()}
+        wanted = [k for k, v in x.items() if piece.upstream and v.is_floating_point()]
+        if again or away:
+            slots = kept.slots = Slots(self.storages(m), again)
+            ctx = attrs.evolve(ctx, ops=slots.table(ctx.ops)) if again else ctx
+            for k in wanted:
+                kept.inputs[k], x[k] = entry(x[k])
+            with slots.filing():
+                y, losses = fn(values, _unwrap(x), self.batches[m], ctx)
+        else:
+            kept.inputs = {k: x[k].requires_grad_() for k in wanted}
+            y, losses = fn(values, _unwrap(x), self.batches[m], ctx)
+        y = _wrap(y)
+        outputs = [(k, v) for k, v in y.items() if v.requires_grad]
+        weighed = [(k, v) for k, v in losses.items() if v.requires_grad]
+        kept.outputs, kept.losses = [k for k, _ in outputs], [k for k, _ in weighed]
+        kept.ends = ends([v for _, v in (*outputs, *weighed)])
+        return kept, {k: v.detach() for k, v in y.items()}, {k: v.detach() for k, v in losses.items()}
+
+    def pass_by(self, piece: Piece, carry: dict[str, Tensor], m: int, keeps: bool) -> tuple[Kept, dict[str, Tensor], dict[str, Tensor]]:
+        """Runs a piece without a graph. `keeps`: its input stays, for it to be made again."""
+        kept = Kept(piece, dict(carry) if keeps else {})
+        if keeps and (piece.stage, m, piece.name) in self.bound.away:
+            kept.slots = Slots(self.storages(m))
+            kept.x = {k: kept.slots.file(v) for k, v in carry.items()}
+        with torch.no_grad():
+            values: Values = tuple({n: self.leaves[path] for n, path, _ in params} for _, params in piece.names)
+            y, losses = piece.fn["plain"](values, _unwrap(carry), self.batches[m], self.ctx)
+        return kept, _wrap(y), losses
+
+    def storages(self, m: int) -> frozenset[int]:
+        """What never leaves the device: the parameters, and what many layers use of a batch."""
+        tensors = [*self.leaves.values(), *tree_leaves([self.batches[m].plan, self.batches[m].payload, self.batches[m].derived])]
+        return frozenset(t.untyped_storage().data_ptr() for t in tensors)
+
+    def summed(self, piece: Piece) -> Values:
+        """What each segment gets where B follows: a weight of a product comes with the sum that its gradient is added to."""
+        at = piece.stage, piece.name
+        if at not in self.given or self.bound.compiled:
+            # .data: a version counter of its own, which a compiler looks at: other microbatches add to the sum in between
+            self.given[at] = self.values_of(piece, lambda segment, n, path: W(self.leaves[path], self.sum_of(path).data))
+        return self.given[at]
+
+    def probed(self, piece: Piece, m: int) -> tuple[Values, tuple[tuple[Tensor, Tensor], ...]]:
+        """What each segment gets where I and W follow: the weight of a product comes with probes; and these."""
+        seen = self.shapes(m).products if piece.products else {}
+        probes = {(s, n): probe_of(seen[s][n], self.device) for s, n, _ in piece.products}
+        return self.values_of(piece, lambda segment, n, path: W(self.leaves[path], probe=probes[segment, n])), tuple(probes.values())
+
+    def values_of(self, piece: Piece, product: Callable[[str, str, str], W]) -> Values:
+        return tuple(
+            {n: product(segment, n, path) if w and self.leaves[path].requires_grad else self.leaves[path] for n, path, w in params}
+            for segment, params in piece.names
+        )
+
+    def sum_of(self, path: str) -> Tensor:
+        if path not in self.grads:
+            like, dtype = self.leaves[path], self.ctx.precision.master
+            self.grads[path] = torch.zeros_like(like, dtype=dtype, requires_grad=False, memory_format=torch.contiguous_format)
+        return self.grads[path]
+
+    def shapes(self, m: int) -> Shapes:
+        """Of what travels and of what products see, for this microbatch."""
+        if m not in self.known:
+            self.known[m] = self.bound.shapes(self.batches[m], self.ctx)
+        return self.known[m]
+
+    def back(self, kept: Kept, dy: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[tuple[str, Tensor, Tensor]]]:
+        """Adds a piece's weight gradients; returns the gradient of its input and what its W multiplies."""
+        piece = kept.piece
+        inputs = kept.inputs
+        plain = [self.leaves[p] for p in piece.leaves]
+        # a weight with a sum of its own stands here for its product to stay in the backward; its gradient is None
+        rest = [t for pair in kept.probes for t in pair] or [self.leaves[path] for _, _, path in piece.products]
+        wanted = [*inputs.values(), *plain, *rest]
+        got = vjp(kept.ends, [*map(dy.get, kept.outputs), *(self.seeds[k] for k in kept.losses)], wanted)
+        for path, g in zip(piece.leaves, got[len(inputs) :]):
+            self.add(path, g)
+        factors: list[tuple[str, Tensor, Tensor]] = []
+        if kept.probes:
+            pairs = iter(got[len(inputs) + len(plain) :])
+            for _, _, path in piece.products:
+                rows, dz = next(pairs), next(pairs)
+                if rows is not None and dz is not None:
+                    factors.append((path, rows, dz))
+        else:
+            for (_, _, path), g in zip(piece.products, got[len(inputs) + len(plain) :]):
+                self.add(path, g)
+        return {k: torch.zeros_like(v) if g is None else g for (k, v), g in zip(inputs.items(), got)}, factors
+
+    def add(self, path: str, g: Tensor | None) -> None:
+        if g is None:
+            return
+        if path in self.grads:
+            self.grads[path] += g
+        else:  # a copy: autograd may hand one tensor to several leaves, and later microbatches are added in place
+            self.grads[path] = g.to(self.ctx.precision.master, copy=True, memory_format=torch.contiguous_format)
+
+
+# A carry is a tensor or a dict of tensors; between pieces it is always a dict.
+_ONLY = "x"
+
+
+def _wrap(x: Any) -> dict[str, Tensor]:
+    return x if isinstance(x, dict) else {_ONLY: x}
+
+
+def _unwrap(x: dict[str, Tensor]) -> Any:
+    return x[_ONLY] if len(x) == 1 and _ONLY in x else x
+
+
+def lookup(params: dict[str, Any], path: str) -> Tensor:
+    segment, _, name = path.partition("/")
+    return params[segment][name]
