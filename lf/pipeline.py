@@ -138,7 +138,7 @@ def micro_batch(rows: int | None, microbatches: int | None, global_batch: int, d
     if rows not in (None, each):
         raise ConfigError(
             f"--micro-batch {rows} and --microbatches {microbatches} do not agree: {rows}·{microbatches}·dp = {rows * microbatches * dp} rows "  # type: ignore[operator]
-            f"a step, and --global-batch is {global_batch}; leave one of the three out"
+            f"a step, and --global-batch is {global_batch}; leave one of the two out, or give that --global-batch"
         )
     return each
 
