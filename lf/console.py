@@ -22,12 +22,17 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     """A table whose numbers stand to the right."""
     cells = [[str(cell) for cell in row] for row in rows]
     out = Table(title=title, title_justify="left", header_style="bold")
+    longest = [max((len(row[i]) for row in cells), default=0) for i in range(len(columns))]
+    numeric = [bool(cells) and all(_number(row[i]) for row in cells) for i in range(len(columns))]
+    # where it is narrow words are folded, headings too, numbers never, and what a line is about as little as there is room for
+    least = [max(n, *map(len, name.split())) for name, n in zip(columns, longest)]
+    about = min(26, max(12, 76 - sum(n + 3 for n, number in zip(least, numeric) if number)))
+    first = numeric.index(False) if False in numeric else None
     for i, name in enumerate(columns):
-        numeric = bool(cells) and all(_number(row[i]) for row in cells)
-        longest = max((len(row[i]) for row in cells), default=0)
-        # where it is narrow words are folded, numbers never, and what a line is about as little as possible
-        least = longest if numeric else min(longest, 26) if i == 0 else None
-        out.add_column(name, justify="right" if numeric else "left", overflow="fold", min_width=least)
+        if numeric[i]:
+            out.add_column(name, justify="right", overflow="fold", min_width=longest[i], max_width=least[i] if len(name) > 12 else None)
+        else:
+            out.add_column(name, overflow="fold", min_width=min(longest[i], about) if i == first else None)
     for row in cells:
         out.add_row(*row)
     return out

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -102,11 +103,14 @@ def run(
 ) -> State:
     """Steps from where `state` is to policy.steps, or to where a signal asks it to end: then int(state.step) is less, and all is saved.
 
-    `step`: from lf.train.make · `evaluate`: from lf.evaluate.make · `programs`: those of `step`, lowered; policy.draw_step needs
-    them. Raises RunError when steps are not finite or replicas differ, OutOfMemory;
-    the checkpoints that are there stay.
+    `step`: from lf.train.make · `evaluate`: from lf.evaluate.make · `programs`: those of `step`, lowered; policy.draw_step needs them.
+    Raises RunError when steps are not finite or replicas differ, OutOfMemory; the checkpoints that are there stay.
     """
     first, screen = int(state.step), console(ctx.axes.rank)
+    if policy.draw_step and not programs:
+        raise ConfigError(f"draw_step={policy.draw_step}: a step is drawn by its program; give `programs`, or no draw_step")
+    if policy.draw_step and policy.draw_step <= first and not _drawings(folder, policy.draw_step)[0].exists():
+        screen.print(f"draw_step={policy.draw_step} is not drawn: the run goes on after step {first}; name a later one", soft_wrap=True)
     ctx.axes.position.counts["step"] = first  # a drawing of where the ranks are then names a step as the records do
     in_a_row = on_first_rank(lambda: _skipped_last(cut_metrics(folder.metrics, first)), ctx.axes)
     with ExitStack() as stack:
@@ -179,7 +183,7 @@ def run(
 def _drawn(clock: Clock, step: int, programs: Sequence[Program], n: int, folder: Run, ctx: Any) -> str:
     """Draws the step as it was on the pipeline of rank 0. Collective: the ranks tell each other when their actions were."""
     timeline = clock.timeline(next(p for p in programs if microbatches(p) == n))
-    files = [folder.folder / f"step-{step:08d}{end}" for end in (".svg", ".png", ".json")]
+    files = _drawings(folder, step)
 
     def draw() -> None:
         for file in files[:2]:
@@ -188,6 +192,10 @@ def _drawn(clock: Clock, step: int, programs: Sequence[Program], n: int, folder:
 
     on_first_rank(draw, ctx.axes)
     return f"step {step} is drawn: {', '.join(map(str, files))}"
+
+
+def _drawings(folder: Run, step: int) -> list[Path]:
+    return [folder.folder / f"step-{step:08d}{end}" for end in (".svg", ".png", ".json")]
 
 
 def _skipped_last(records: Sequence[dict[str, Any]]) -> int:

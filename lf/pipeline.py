@@ -7,6 +7,7 @@ program = pipeline.program(layout, microbatches)      what a step does: lowered 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 
 from lf import split as splits
 from lf.batch import IGNORE, Batch
-from lf.config import ConfigError
+from lf.config import ConfigError, one_of
 from lf.data.batches import pack
 from lf.data.stream import Row
 from lf.layouts import Layout, layout
@@ -29,6 +30,8 @@ from lf.schedule.named import Schedule, on_loop, resolve
 from lf.schedule.place import loop
 from lf.schedule.recompute import Offload, Recompute, parse_offload, parse_recompute
 from lf.segment import Model
+
+WAYS = ("count", "cost")
 
 
 @attrs.frozen
@@ -75,7 +78,9 @@ class Pipeline:
         """The model over the mesh. seq_len: tokens of the row that a split by cost is worked out for. Raises as `lf.layout`."""
         mesh = mesh.fill()
         place = self._named.place(mesh.pp, self._named.chunks if self.chunks is None else self.chunks)
-        if self.split not in ("count", "cost"):
+        if self.split not in WAYS:
+            if re.fullmatch("[a-z]{2,}", self.split):
+                one_of("--split, which may also be in words, as e,4,h:", self.split, WAYS)
             stages = len(splits.explicit(model, self.split))
             if stages != len(place):
                 if self.chunks is not None or self._named.place is not on_loop or stages < mesh.pp:
@@ -133,7 +138,7 @@ def micro_batch(rows: int | None, microbatches: int | None, global_batch: int, d
     if rows not in (None, each):
         raise ConfigError(
             f"--micro-batch {rows} and --microbatches {microbatches} do not agree: {rows}·{microbatches}·dp = {rows * microbatches * dp} rows "  # type: ignore[operator]
-            f"a step, and --global-batch is {global_batch}; leave one of the three out"
+            f"a step, and --global-batch is {global_batch}; leave one of the two out, or give that --global-batch"
         )
     return each
 

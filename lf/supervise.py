@@ -36,6 +36,8 @@ LOST_PEER = re.compile(
     r"Connection (?:closed|reset|refused|timed out|was likely closed)|Broken pipe|Socket Timeout|DistNetworkError|recvValue failed|"
     r"gloo/transport|ncclRemoteError|remote process exited|failed to recv|Timed out waiting|wait timeout"
 )
+# Of torchrun's log: a process that was still there when another had failed. How that one ended then is no cause.
+TOLD_TO_END = re.compile(r"(Sending|Unable to shutdown) process (\d+)")
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR2)
 STOP = (signal.SIGINT, signal.SIGHUP, *PASSED_ON)
 
@@ -220,17 +222,18 @@ def root_cause(records: Sequence[dict], torchrun: str, ranks: range) -> dict | N
     """Which rank failed first: {"rank", "code", "text"}.
 
     The earliest record that does not merely say that another rank was lost; else the rank that torchrun saw end without leaving a record
-    (a signal, os._exit); else the earliest record."""
+    (a signal, os._exit) before it told the others to end; else the earliest record."""
     known = {record["rank"] for record in records}
     own = [record for record in records if not LOST_PEER.search(record["text"])]
     if own:
         first = min(own, key=lambda record: record["time"])
         same = [record for record in own if (record["code"], record["text"]) == (first["code"], first["text"])]
         return min(same, key=lambda record: record["rank"])  # all refuse the same thing: rank 0 has said so already
-    for code, local in re.findall(r"exitcode: (-?\d+)\) local_rank: (\d+)", torchrun) + [
-        (code, local) for local, code in re.findall(r"\(local_rank: (\d+)\)\s+exitcode\s*: (-?\d+)", torchrun)
+    told = {pid for _, pid in TOLD_TO_END.findall(torchrun)}
+    for code, local, pid in re.findall(r"exitcode: (-?\d+)\) local_rank: (\d+) \(pid: (\d+)\)", torchrun) + [
+        (code, local, pid) for local, code, pid in re.findall(r"\(local_rank: (\d+)\)\s+exitcode\s*: (-?\d+) \(pid: (\d+)\)", torchrun)
     ]:
-        if ranks.start + int(local) not in known and int(code) != -signal.SIGTERM:
+        if ranks.start + int(local) not in known and pid not in told and int(code) != -signal.SIGTERM:
             return {"rank": ranks.start + int(local), "code": int(code), "text": ""}
     return min(records, key=lambda record: record["time"], default=None)
 
@@ -239,10 +242,13 @@ def report(code: int, logs: Path, ranks: range) -> int:
     """Says which rank failed first and why; returns its exit code."""
     left = records(logs, ranks)
     noise = logs / f"torchrun{ranks.start}.log"
-    cause = root_cause(left, noise.read_text(errors="replace") if noise.exists() else "", ranks)
+    said = noise.read_text(errors="replace") if noise.exists() else ""
+    cause = root_cause(left, said, ranks)
     until = min((record["time"] for record in left), default=time.time())
     at_work = any(position.read(logs, rank).count for rank in ranks)  # else it failed before there was a place to be at
     drawn = f"\n{whereabouts(logs, ranks, until)}" if at_work else ""
+    killed = {pid for what, pid in TOLD_TO_END.findall(said) if what != "Sending"}
+    drawn += "".join(f"\n  rank {r} did not end when it was told to, and was killed" for r in ranks if _pid(logs, r) in killed)
     for record in left:
         if record["rank"] == 0 and record["text"]:
             with open(logs / "rank0.log", "a") as log:
@@ -262,6 +268,11 @@ def report(code: int, logs: Path, ranks: range) -> int:
     code = 128 - code if code < 0 else code
     print(f"{words}{drawn}\nlf: rank {rank} stopped first (exit code {code}){others}. Its log: {path}", file=sys.stderr)
     return code
+
+
+def _pid(logs: Path, rank: int) -> str:
+    path = logs / f"rank{rank}.pid"
+    return path.read_text().strip() if path.exists() else ""
 
 
 def tail(path: Path, lines: int = 15) -> str:

@@ -9,7 +9,8 @@ different numbers of stages can be compared. Held: activations, from a forward t
 """
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -54,6 +55,11 @@ def main(config: Config) -> None:
     if config.chunks is not None and config.stages is not None:
         raise ConfigError(f"--chunks {config.chunks} and --stages {config.stages} both say how many stages there are: give one")
     times = parsed(config.times)
+    names = (config.schedule,) if config.compare is None else config.compare or tuple(SCHEDULES)
+    for name in names:
+        resolve(name)  # a name that nothing has is a mistake; one that does not go with these numbers is left out of a comparison
+    if config.out is not None:
+        writable(config.out, names)
     if config.compare is not None:
         compare(config, times)
     else:
@@ -183,14 +189,35 @@ def told(name: str, program: Program) -> str:
     return f"{name}: {len(program)} ranks{several}, {microbatches(program)} microbatches"
 
 
+def stem(name: str) -> str:
+    """What the files of a schedule are called."""
+    return Path(name.replace(":", "-")).name.removesuffix(".txt").removesuffix(".csv")
+
+
+def writable(out: str, names: Sequence[str]) -> None:
+    """Makes the folder. Raises ConfigError where it cannot be written, where a program would be written over the one that is read, or two over
+    each other."""
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: {error.strerror}; name a folder that can be written") from None
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"--out {out}: it cannot be written; name another folder")
+    for name in names:
+        if name.endswith((".txt", ".csv")) and Path(name).resolve().parent == folder.resolve():
+            raise ConfigError(f"--out {out}: {name} lies there, and would be written over; name another folder")
+        if len(same := [n for n in names if stem(n) == stem(name)]) > 1:
+            raise ConfigError(f"--out {out}: {' and '.join(same)} would both be written as {stem(name)}.*; give one of them another name")
+
+
 def written(config: Config, name: str, program: Program, timeline: Timeline, title: str) -> list[Path]:
-    folder, stem = Path(str(config.out)), Path(name.replace(":", "-")).name.removesuffix(".txt").removesuffix(".csv")
-    folder.mkdir(parents=True, exist_ok=True)
-    out = [lf.schedule.picture(timeline, folder / f"{stem}{end}", title, config.links) for end in (".svg", ".png")]
-    out.append(lf.schedule.chrome(timeline, folder / f"{stem}.json"))
+    folder, called = Path(str(config.out)), stem(name)
+    out = [lf.schedule.picture(timeline, folder / f"{called}{end}", title, config.links) for end in (".svg", ".png")]
+    out.append(lf.schedule.chrome(timeline, folder / f"{called}.json"))
     kind = "compute_comms" if config.show == "all" else "compute_only"
     for end, content in ((".txt", text.dumps(program)), (".csv", text.to_csv(program, kind))):
-        out.append(folder / f"{stem}{end}")
+        out.append(folder / f"{called}{end}")
         out[-1].write_text(content, encoding="utf-8")
     return out
 

@@ -8,7 +8,7 @@ import time
 import pytest
 from rich.console import Console
 
-from lf.console import Bar
+from lf.console import Bar, table
 
 
 def test_plain_lines_say_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,3 +31,21 @@ def test_a_silent_console_stays_silent() -> None:
     with Bar(Console(file=out, quiet=True), "step", 2) as bar:
         bar.at(1)
     assert out.getvalue() == ""
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_numbers_are_not_cut_off_by_long_headings(n: int) -> None:
+    out = io.StringIO()
+    meshes = [f"pp=2,tp=2 {name} recompute full offload full:1" for name in ("zb-v", "1f1b", "interleaved", "gpipe")[:n]]
+    row = ("gradient layers.0.attn/q_norm", *("1.7e-16", "3.4e-16", "0.0e+00", "2.0e+00")[:n], "4.25e+01")
+    Console(file=out, width=80).print(table("error", ("quantity", *meshes, "largest value"), [row]))
+    for number in row[1:]:
+        assert f" {number} " in out.getvalue()
+    assert max(map(len, out.getvalue().splitlines())) <= 80
+
+
+def test_what_a_line_is_about_is_read_behind_a_number_too() -> None:
+    out = io.StringIO()
+    words = "words that take a lot of the room that there is"
+    Console(file=out, width=80).print(table("", ("stage", "parameter", "a", "b"), [(1, "layers.*.attn/k_norm ×3", words, words)]))
+    assert "layers.*.attn/k_norm ×3" in out.getvalue()

@@ -263,6 +263,8 @@ def test_the_rank_that_failed_first_is_not_one_that_lost_its_peer():
     assert supervise.root_cause([peer], killed, range(4, 8)) == {"rank": 7, "code": -9, "text": ""}
     ended = "E failed (exitcode: -15) local_rank: 3 (pid: 12) of binary: python"
     assert supervise.root_cause([peer], ended, range(4)) == peer
+    stood = "W Unable to shutdown process 12 via 15, forcefully exiting via 9\n" + killed  # a rank that hangs, and torchrun's own way out
+    assert supervise.root_cause([peer], stood, range(4)) == peer
     assert supervise.root_cause([], "", range(4)) is None
     same = [{**real, "rank": 3, "time": 0.0}, real]
     assert supervise.root_cause(same, "", range(4)) == real  # all say the same: the lowest rank
@@ -514,6 +516,23 @@ def test_a_report_says_what_it_cannot_read(tmp_path, capsys):
     assert "1 of 2: >>0F0<< 0B0" in said
     assert "rank 1        rank1.at is no position: 7 bytes" in said
     assert said.count("has not said where it is") == 2
+
+
+def test_a_report_says_which_rank_did_not_end(tmp_path, capsys):
+    """Rank 0 has waited in vain for rank 1, which neither went on nor ended; torchrun killed it."""
+    lost = {"rank": 0, "time": 1.0, "code": 1, "text": "RuntimeError: gloo/transport Timed out waiting 10000ms\n"}
+    (tmp_path / "rank0.error").write_text(json.dumps(lost))
+    for rank in (0, 1):
+        (tmp_path / f"rank{rank}.pid").write_text(f"7{rank}")
+    (tmp_path / "torchrun0.log").write_text(
+        "W Sending process 71 closing signal SIGTERM\nW Unable to shutdown process 71 via 15, forcefully exiting via 9\n"
+        "  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 71)\n"
+    )
+    assert supervise.report(1, tmp_path, range(2)) == 1
+    said = capsys.readouterr().err
+    assert "Timed out waiting 10000ms" in said
+    assert "\n  rank 1 did not end when it was told to, and was killed\nlf: rank 0 stopped first" in said
+    assert "SIGKILL" not in said
 
 
 def test_a_signal_before_a_rank_listens_ends_nothing(script):

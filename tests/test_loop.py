@@ -213,6 +213,17 @@ def test_the_first_loss_is_compared_once(tmp_path: Path, capsys: pytest.CaptureF
     assert "first loss" not in capsys.readouterr().out
 
 
+def test_a_step_that_is_behind_is_not_drawn_and_said_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    program = lf.schedule.one_f_one_b(1, 2)
+    ran(tmp_path, Policy(4, draw_step=2), at=3, programs=[program])
+    assert "draw_step=2 is not drawn: the run goes on after step 3; name a later one" in capsys.readouterr().out
+    (tmp_path / "step-00000002.svg").touch()  # it was, by the run that this one goes on with
+    ran(tmp_path, Policy(4, draw_step=2), at=3, programs=[program])
+    assert "not drawn" not in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="draw_step=2: a step is drawn by its program; give `programs`"):
+        ran(tmp_path, Policy(4, draw_step=2))
+
+
 def test_an_evaluation_is_said_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     values = {"eval/a/loss": 1.5, "eval/a/cross_entropy": 1.5, "eval/a/perplexity": 4.4817, "eval/b/loss": 2.0}
     ran(tmp_path, Policy(1, eval_every=9), evaluate=lambda params: values)

@@ -57,13 +57,13 @@ def test_the_comparison_has_the_closed_forms(capsys: Any) -> None:
 def test_a_comparison_is_written_and_says_what_is_left_out(tmp_path: Path, capsys: Any) -> None:
     short = str(tmp_path / "short.txt")
     Path(short).write_text(text.dumps(one_f_one_b(2, 3)))
-    assert "left out: " in said(capsys, compare=("zb-v", short), ranks=2, microbatches=4, out=str(tmp_path))
-    told = json.loads((tmp_path / "compare.json").read_text())
+    assert "left out: " in said(capsys, compare=("zb-v", short), ranks=2, microbatches=4, out=str(tmp_path / "out"))
+    told = json.loads((tmp_path / "out/compare.json").read_text())
     (found,) = told["schedules"]
     assert found["mean bubble"] == pytest.approx(0.5 / 12.5)
     assert found["placement"] == [0, 1, 1, 0]
     assert told["left out"] == {short: f"--microbatches 4: the program in {short} has 3; leave it out"}
-    assert (tmp_path / "zb-v.png").exists()
+    assert (tmp_path / "out/zb-v.png").exists()
 
 
 def test_without_names_all_are_compared_and_times_are_taken(capsys: Any) -> None:
@@ -97,12 +97,20 @@ def test_a_schedule_of_the_user(tmp_path: Path, capsys: Any) -> None:
         ({"show": "everything"}, "unknown value for --show: 'everything'"),
         ({"schedule": "nowhere.txt"}, "cannot read nowhere.txt"),
         ({"compare": ("1f1b",), "chunks": 2}, "no schedule is left to compare"),
+        ({"compare": ("1f1b", "zbv")}, "unknown schedule 'zbv'; did you mean 'zb-v'"),
+        ({"compare": ("1f1b", "1f1b"), "out": "out"}, "--out out: 1f1b and 1f1b would both be written as 1f1b.*"),
+        ({"out": "taken/out"}, "--out taken/out: Not a directory; name a folder"),
+        ({"schedule": "mine.txt", "out": "."}, "--out .: mine.txt lies there, and would be written over"),
     ],
 )
-def test_what_cannot_be_is_refused(options: dict[str, Any], why: str) -> None:
+def test_what_cannot_be_is_refused(options: dict[str, Any], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("taken", "mine.txt"):
+        Path(name).write_text(text.dumps(one_f_one_b(2, 3)))
     with pytest.raises((ConfigError, ProgramError)) as caught:
         SCRIPT["main"](SCRIPT["Config"](**options))
     assert why in str(caught.value)
+    assert {p.name for p in tmp_path.iterdir()} <= {"taken", "mine.txt", "out"}
 
 
 def test_a_program_that_hangs_is_drawn(tmp_path: Path) -> None:

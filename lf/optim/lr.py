@@ -69,7 +69,7 @@ def warmup_stable_decay(lr: float, warmup: int, steps: int, final: float = 0.1, 
 
 def _within(lr: float, warmup: int, steps: int, final: float) -> None:
     if not 0 <= warmup <= steps:
-        raise ConfigError(f"warmup={warmup} must lie between 0 and steps={steps}")
+        raise ConfigError(f"warmup={warmup} must lie between 0 and steps={steps}: warm up for fewer, or take more")
     if not (0 <= lr < math.inf and 0 <= final <= 1):
         raise ConfigError(f"lr={lr} must not be negative, and final={final} must lie between 0 and 1")
 
