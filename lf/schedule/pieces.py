@@ -54,10 +54,6 @@ class Stage:
             return 0
         return self.inside.index(True) if True in self.inside else len(self.atoms)
 
-    @property
-    def trains(self) -> bool:
-        return any(self.inside)
-
 
 def stages(program: Program, layout: Layout | None) -> tuple[Stage, ...]:
     """Of a layout, or of the names in a program: then everything trains."""

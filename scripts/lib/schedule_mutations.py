@@ -10,6 +10,7 @@ from lf.schedule.generate import breadth_first, one_f_one_b
 from lf.schedule.graphs import Graphs
 from lf.schedule.keep import _moved, recompute
 from lf.schedule.lower import _by_layers, _with_reductions, free, move, reduced_layers, tied_paths, trainable
+from lf.schedule.names import check_names
 from lf.schedule.pieces import Stage, stages
 from lf.schedule.run import _add_terms, _Rank
 from lf.schedule.zero_bubble import zb_h1
@@ -54,6 +55,7 @@ PASSES = [
 ]
 
 PROOF = [
+    words("check: a pair may follow from each other", CHECK, (check_names, "if _follow(*whole.pair):", "if False:")),
     words("check: an action may stand twice", CHECK, (_Proof.walk, "if a in self.seen:", "if False:")),
     words(
         "check: a deadlock is no error",
