@@ -19,7 +19,7 @@ import attrs
 
 import lf
 from lf.config import ConfigError, one_of
-from lf.schedule import Program, Timeline, text
+from lf.schedule import Program, ProgramError, Timeline, text
 from lf.schedule.ir import OPS, microbatches, placement
 from lf.schedule.named import SCHEDULES, read, resolve
 from lf.schedule.place import loop
@@ -136,7 +136,12 @@ def made(config: Config, name: str) -> Program:
         where = loop(config.stages, ranks)
     else:
         where = schedule.place(ranks, config.chunks or schedule.chunks)
-    return schedule.generate(where, config.microbatches or 8)
+    program = schedule.generate(where, config.microbatches or 8)
+    if not isinstance(program, tuple) or not all(isinstance(row, tuple) for row in program):
+        raise ProgramError(f"{name} gives {program!r:.60}; a program is a tuple for each rank, of actions")
+    if (found := placement(program)) != where:
+        raise ProgramError(f"{name} was asked for stages on ranks {where}, and its program has them on {found}: it takes no such placement")
+    return program
 
 
 def listed(words: str) -> tuple[int, ...]:

@@ -23,6 +23,9 @@ from lf.schedule import Action
 
 def all_at_once(stages, microbatches):
     return tuple(tuple(Action(op, s, m) for op in "FB" for m in range(microbatches)) for s in range(len(stages)))
+
+def nothing(stages, microbatches):
+    pass
 """
 
 
@@ -77,6 +80,9 @@ def test_a_schedule_of_the_user(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "mine.py").write_text(MINE)
     assert "bubble 25.0% at most" in said(capsys, schedule=f"{tmp_path}/mine.py:all_at_once", ranks=3, microbatches=6, chunks=1)
     (tmp_path / "p.csv").write_text(text.to_csv(one_f_one_b(3, 5)))
+    for more, why in ({"stages": 4}, r"stages on ranks \(0, 1, 2, 0\), and its program has them on \(0, 1, 2, 3\)"), ({}, "nothing gives None"):
+        with pytest.raises(ProgramError, match=why):
+            said(capsys, schedule=f"{tmp_path}/mine.py:{'all_at_once' if more else 'nothing'}", ranks=3, **more)
     assert "p.csv: 3 ranks, 5 microbatches" in said(capsys, schedule=str(tmp_path / "p.csv"))
 
 
