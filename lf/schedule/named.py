@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -83,7 +84,9 @@ def _load(path: str) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise ProgramError(f"cannot load {path}: {type(error).__name__}: {error}") from error
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
+        where = f", line {lines[-1]}" if lines else ""
+        raise ProgramError(f"cannot load {path}{where}: {type(error).__name__}: {error}") from error
     return module
 
 
@@ -108,7 +111,7 @@ def _fixed(name: str) -> Schedule:
     def generate(stages: Stages, microbatches: int) -> Program:
         if (placed(stages, microbatches), microbatches) != (where, count):
             found = f"placement {placed(stages, microbatches)} and {microbatches} microbatches"
-            raise ProgramError(f"{name} is for placement {where} and {count} microbatches, not for {found}")
+            raise ProgramError(f"{name} is for placement {where} and {count} microbatches, not for {found}; give --microbatches {count}")
         return program
 
     def place(ranks: int, chunks: int) -> Placement:

@@ -141,7 +141,7 @@ def _count(flag: str, parts: dict[str, tuple[str, ...]]) -> int:
 def _whole(flag: str, name: str, values: Sequence[str], least: int) -> int:
     text = ",".join(values)
     if not text.isdecimal() or int(text) < least:
-        raise ConfigError(f"--{flag}: {name} {text} should be a whole number, at least {least}")
+        raise ConfigError(f"--{flag}: {name} is to be a whole number, at least {least}, not {text!r}")
     return int(text)
 
 

@@ -60,7 +60,7 @@ def test_what_goes_to_the_host(text: str, first: list, second: list, distance: i
     [
         ("ful", "unknown part of --recompute 'ful'; did you mean 'full'"),
         ("", "unknown part of --recompute ''"),
-        ("full:0", "full 0 should be a whole number, at least 1"),
+        ("full:0", "full 0 is to be a whole number, at least 1"),
         ("full:two", "full two should be"),
         ("full=2", "'full=2' should be full or full:K"),
         ("full;ops=swiglu", "leaves nothing for the rest"),
@@ -85,7 +85,7 @@ def test_a_wrong_text_says_what_there_is(text: str, words: str) -> None:
     [
         ("distance=2", "not which go; add full"),
         ("full;layers=head", "full is every layer"),
-        ("full;distance=-1", "distance -1 should be a whole number, at least 0"),
+        ("full;distance=-1", "distance -1 is to be a whole number, at least 0"),
         ("full;distance=1,2", "distance 1,2 should be"),
         ("segments=mlp", "unknown part of --offload 'segments'"),
     ],
