@@ -60,8 +60,8 @@ def test_what_goes_to_the_host(text: str, first: list, second: list, distance: i
     [
         ("ful", "unknown part of --recompute 'ful'; did you mean 'full'"),
         ("", "unknown part of --recompute ''"),
-        ("full:0", "full 0 is to be a whole number, at least 1"),
-        ("full:two", "full two should be"),
+        ("full:0", "full is to be a whole number, at least 1, not .0."),
+        ("full:two", "full is to be a whole number"),
         ("full=2", "'full=2' should be full or full:K"),
         ("full;ops=swiglu", "leaves nothing for the rest"),
         ("none;full", "none stands alone"),
@@ -85,8 +85,8 @@ def test_a_wrong_text_says_what_there_is(text: str, words: str) -> None:
     [
         ("distance=2", "not which go; add full"),
         ("full;layers=head", "full is every layer"),
-        ("full;distance=-1", "distance -1 is to be a whole number, at least 0"),
-        ("full;distance=1,2", "distance 1,2 should be"),
+        ("full;distance=-1", "distance is to be a whole number, at least 0, not .-1."),
+        ("full;distance=1,2", "distance is to be a whole number"),
         ("segments=mlp", "unknown part of --offload 'segments'"),
     ],
 )
