@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 scripts/launch bench_pipeline --device cpu
     OMP_NUM_THREADS=1 scripts/launch bench_pipeline --device cpu --mesh pp=4 --model qwen3-demo --microbatches 16
 
-lf's side is lf.train.gradients: the step before the optimizer, with the counts, the rotary tables and the gradient norm that belong to it. torch's
-is schedule.step alone, whose stages run lf's segments as an nn.Module, with F.linear for products: autograd takes that apart into gradients of
-input and weight, which it cannot do to a Function written in Python. Nothing is recomputed on either side, the embedding is not tied (torch has no
-gradient for a parameter that two stages hold). Gradients must agree, else the exit code is 1.
+lf's side is lf.schedule.run, torch's is schedule.step, both on microbatches that are on the device, with their rotary tables; counts and the norm
+of gradients, which lf.train.gradients adds, belong to neither. torch's stages run lf's segments as an nn.Module, with F.linear for products:
+autograd takes that apart into gradients of input and weight, which it cannot do to a Function written in Python. Nothing is recomputed on either
+side, the embedding is not tied (torch has no gradient for a parameter that two stages hold). Gradients must agree, else the exit code is 1.
 
 Then, on one rank: what the interpreter adds to a loop over the same functions, in microseconds an action.
 """
@@ -75,7 +75,7 @@ def main(config: Config) -> None:
     screen = lf.console.console(ctx.axes.rank)
     found = {name: compared(name, config, ctx) for name in config.schedules}
     tokens = config.seq_len * config.microbatches
-    what = f"gradients of a step of {config.model}: {tokens} tokens in {config.microbatches} microbatches, fp32, {mesh}, {device.NAME}"
+    what = f"a step of {config.model}, forward and backward: {tokens} tokens in {config.microbatches} microbatches, fp32, {mesh}, {device.NAME}"
     columns = ("schedule", "lf, ms", "torch, ms", "lf / torch, time", "gradients")
     screen.print(lf.console.table(what, columns, [shown(name, x) for name, x in found.items()]))
     results: dict[str, Any] = {"schedules": found}
@@ -104,7 +104,10 @@ def compared(name: str, config: Config, ctx: Any) -> dict[str, Any]:
     layout = lf.layout(model, mesh, placement=schedule.place(mesh.pp, schedule.chunks))
     params = lf.init(layout, ctx, seed=0)
     batches = batches_of(config, model.config.vocab)
-    ours = lf.train.gradients(layout, build(layout, config.microbatches, schedule.generate), ctx)
+    bound = bind(build(layout, config.microbatches, schedule.generate), layout, ctx)
+    ready = [lf.shard_batch(b, model, ctx) for b in batches]
+    count = torch.stack([model.objectives["cross_entropy"].count(b) for b in ready]).sum()
+    seeds = {"cross_entropy": torch.ones((), device=count.device) / count}
     try:
         theirs, grads = torch_step(PEERS[name], layout, params, batches, ctx)
     except (ValueError, TypeError, AttributeError, AssertionError) as reason:  # its own conditions, the same on every rank
@@ -113,10 +116,10 @@ def compared(name: str, config: Config, ctx: Any) -> dict[str, Any]:
 
     def mine_held() -> None:
         held.clear()  # as torch's, the gradients live until the next step
-        held.append(ours(params, batches))
+        held.append(run(bound, params, ready, seeds, ctx)[0])
 
     sides: dict[str, Callable[[], Any]] = {"lf": mine_held, "torch": theirs}
-    mine = dict(lf.tree.items(ours(params, batches)[0]))
+    mine = run(bound, params, ready, seeds, ctx)[0]
     theirs()
     worst = torch.stack([(g - mine[p]).abs().max() / mine[p].abs().max() for p, g in grads().items()]).max()
     error = float(axes.world.max(torch.nan_to_num(worst, nan=torch.inf)))

@@ -20,7 +20,7 @@ from lf.schedule.names import check_names
 from lf.schedule.pieces import Stage, stages
 from lf.segment import path_of
 
-SLACK = 2  # a sent buffer is freed when as many more of its kind have been sent: by then it has left, and nobody waits for it
+SLACK = 4  # a sent buffer is freed when as many more of its kind have been sent: by then it has left, and nobody waits for it
 BACKWARD = ("B", "I")
 
 
