@@ -70,11 +70,12 @@ def gradients(layout: Layout, program: Program | Sequence[Program], ctx: Any, co
         counts = ctx.axes["dp"].sum(counts).to(ctx.precision.master)
         norms = dict(zip(objectives, counts.clamp_min(1)))  # no label at all: the sum is 0 and so is the loss
         seeds = {k: o.weight / norms[k] for k, o in objectives.items()}
+        if layout.mesh.pp > 1:  # before anything is sent, and on all ranks alike: only some stages give losses
+            _losses_agree(set().union(*bound[len(batches)].shapes(batches[0], ctx).losses), objectives)
         grads, terms, finite = run(bound[len(batches)], params, batches, seeds, ctx, clock)
         losses = terms.get("losses", {})
-        if missing := [k for k in norms if not any(k in there for there in _given(bound[len(batches)], losses, batches[0], ctx))]:
-            names = {k for there in _given(bound[len(batches)], losses, batches[0], ctx) for k in there}
-            raise ConfigError(f"no segment gives a loss for objective {', '.join(missing)}; they give {', '.join(sorted(names)) or 'none'}")
+        if layout.mesh.pp == 1:
+            _losses_agree(losses, objectives)
         means, norm = _world_sums(losses, norms, grads, owned, ctx)
         loss = torch.stack([o.weight * means[k] for k, o in objectives.items()]).sum()
         metrics = {"loss": loss, **means, "grad_norm": norm, "tokens": counts[0], "finite": finite}
@@ -102,9 +103,11 @@ def _bound(layout: Layout, program: Program | Sequence[Program], ctx: Any, compi
     return bound
 
 
-def _given(bound: Bound, losses: dict[str, Tensor], batch: Batch, ctx: Any) -> Sequence[Collection[str]]:
-    """The objectives that each stage gives a loss for."""
-    return [losses] if len(bound.program) == 1 else bound.shapes(batch, ctx).losses
+def _losses_agree(given: Collection[str], objectives: Collection[str]) -> None:
+    if missing := sorted({*objectives} - {*given}):
+        raise ConfigError(f"no segment gives a loss for objective {', '.join(missing)}; they give {', '.join(sorted(given)) or 'none'}")
+    if unknown := sorted({*given} - {*objectives}):
+        raise ConfigError(f"segments give the loss {', '.join(unknown)}, which no objective weighs; there are {', '.join(objectives) or 'none'}")
 
 
 def _world_sums(

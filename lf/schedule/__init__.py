@@ -1,5 +1,6 @@
 """Programs: generate, lower, check, cost, draw, run."""
 
+from lf.schedule.build import build
 from lf.schedule.check import check
 from lf.schedule.chrome import chrome
 from lf.schedule.cost import cost
@@ -7,10 +8,13 @@ from lf.schedule.draw import draw, grid
 from lf.schedule.generate import one_f_one_b
 from lf.schedule.ir import OVERLAP, Action, Program, ProgramError
 from lf.schedule.lower import add_reduce, lower
+from lf.schedule.named import SCHEDULES
 from lf.schedule.picture import picture
+from lf.schedule.place import loop, vee
+from lf.schedule.text import dumps, loads
 from lf.schedule.timeline import Span, Timeline
 
 __all__ = [
-    "OVERLAP", "Action", "Program", "ProgramError", "Span", "Timeline",
-    "add_reduce", "check", "chrome", "cost", "draw", "grid", "lower", "one_f_one_b", "picture",
+    "OVERLAP", "SCHEDULES", "Action", "Program", "ProgramError", "Span", "Timeline", "add_reduce", "build", "check", "chrome", "cost", "draw",
+    "dumps", "grid", "loads", "loop", "lower", "one_f_one_b", "picture", "vee",
 ]  # fmt: skip

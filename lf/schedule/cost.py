@@ -105,7 +105,7 @@ class _Simulation:
         start = rank.now
         for part in a.pair or (a,):
             for key, delay in self.needs(r, part):
-                if not self.done(key, part) and not any(key == (p.op, p.chain, p.stage, p.microbatch) for p in a.pair):
+                if not self.done(key, part):
                     rank.stuck = key
                     return False
                 start = max(start, self.ready.get(key, 0.0) + delay)

@@ -94,8 +94,6 @@ def test_an_overlap_takes_its_two_or_what_is_said() -> None:
     assert cost(program, {"OVERLAP": 2}).makespan == 5
     assert cost(program).peak(0) == 2
     assert cost(program).busy(0) == 6
-    own = ((OVERLAP(Action("F", 0, 0), Action("B", 0, 0)),),)  # the second needs the first: as one they still go on
-    assert cost(own).makespan == 3
 
 
 @pytest.mark.parametrize(

@@ -38,12 +38,14 @@ def forwards() -> tuple[Action, ...]:
 
 
 LAYERS = ("embed", "layers.0", "layers.1", "head")
+BACKWARDS = tuple(Action("B", 0, i) for i in range(3))
 ORDERS = {
     "one by one": one_f_one_b(1, 3)[0],
-    "all forwards first": (*forwards(), *(Action("B", 0, i) for i in range(3))),
+    "all forwards first": (*forwards(), *BACKWARDS),
     "backwards the other way": (*forwards(), *(Action("B", 0, i) for i in reversed(range(3)))),
     "weights last": (*forwards(), *(Action("I", 0, i) for i in range(3)), *(Action("W", 0, i) for i in range(3))),
     "by layers": tuple(Action(op, 0, i, n) for i in range(3) for op, names in (("F", LAYERS), ("I", LAYERS[::-1]), ("W", LAYERS)) for n in names),
+    "to the host and back by hand": (*forwards()[:1], Action("OFFLOAD", 0, 0), *forwards()[1:], Action("FETCH", 0, 0), *BACKWARDS),
     "interleaved": (
         *(Action("F", 0, 0), OVERLAP(Action("F", 0, 1), Action("B", 0, 0))),
         *(OVERLAP(Action("B", 0, 1), Action("F", 0, 2)), Action("B", 0, 2)),
@@ -52,7 +54,7 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("order", ["one by one", "all forwards first", "backwards the other way", "weights last", "by layers", "interleaved"])
+@pytest.mark.parametrize("order", ORDERS)
 def test_gradients_are_those_of_plain_autograd(tied: bool, order: str) -> None:
     ctx = context(solo())
     layout = lf.layout(tiny(tied), lf.Mesh(dp=1))
