@@ -164,7 +164,7 @@ def test_a_time_limit_holds_for_every_group() -> None:
 
 
 def test_ranks_that_srun_started_meet_or_are_told_how(monkeypatch) -> None:
-    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):  # of a launcher that runs these tests
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # of a launcher that runs these tests
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "2")
     monkeypatch.setenv("SLURM_PROCID", "0")
