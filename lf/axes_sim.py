@@ -65,7 +65,8 @@ class World:
         if len(room.left) == len(ranks):
             del self.rooms[key]
             for r in ranks:
-                self.waiting.pop(r, None)
+                if r in self.waiting and self.waiting[r][0] is room:  # the sender of a message may wait elsewhere by now
+                    del self.waiting[r]
             room.full.notify_all()
         elif not wait:
             return []

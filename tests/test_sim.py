@@ -159,3 +159,44 @@ def test_a_joint_axis_has_all_its_ranks() -> None:
     mesh = Mesh(dp=2, cp=1, tp=2)
     got = spmd(mesh, lambda axes: (axes["dp", "tp"].size, axes.world.sum(torch.tensor(axes.rank)).item(), axes[()].size))
     assert got == [(4, 6, 1)] * 4
+
+
+def test_a_sender_that_waits_elsewhere_still_counts_as_waiting() -> None:
+    """Rank 0 sends and then waits for a message that never comes; rank 1 takes what was sent, and then does the same."""
+
+    def body(axes):
+        pipe = axes.pipe()
+        x, like = torch.ones(2), ((2,), torch.float32, torch.device("cpu"))
+        if axes.rank == 0:
+            pipe.send(x, 1, "there")
+            pipe.recv(*like, 1, "back")()
+        else:
+            pipe.recv(*like, 0, "there")()
+            pipe.recv(*like, 0, "more")()
+
+    with pytest.raises(Deadlock, match="no rank can go on"):
+        spmd(Mesh(pp=2, dp=1), body)
+
+
+def test_messages_keep_their_order_and_their_content() -> None:
+    def body(axes):
+        pipe = axes.pipe()
+        if axes.rank == 0:
+            x = torch.arange(3.0)
+            pipe.send(x, 1, "first")
+            x.zero_()  # it has been sent
+            pipe.send(x + 5, 1, "second")
+            return []
+        waits = [pipe.recv((3,), torch.float32, torch.device("cpu"), 0, what) for what in ("first", "second")]
+        return [wait().tolist() for wait in reversed(waits)]
+
+    assert spmd(Mesh(pp=2, dp=1), body)[1] == [[5, 5, 5], [0, 1, 2]]
+
+    def mixed_up(axes):
+        if axes.rank == 0:
+            axes.pipe().send(torch.ones(1), 1, "third")
+        else:
+            axes.pipe().recv((1,), torch.float32, torch.device("cpu"), 0, "fourth")()
+
+    with pytest.raises(CollectiveMismatch, match="third"):
+        spmd(Mesh(pp=2, dp=1), mixed_up)

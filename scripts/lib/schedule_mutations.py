@@ -6,7 +6,7 @@ from mutation import words
 
 from lf.schedule.bind import _piece
 from lf.schedule.check import _Proof
-from lf.schedule.generate import breadth_first, one_f_one_b
+from lf.schedule.generate import laps, one_f_one_b
 from lf.schedule.graphs import Graphs
 from lf.schedule.keep import _moved, recompute
 from lf.schedule.lower import _by_layers, _with_reductions, free, move, reduced_layers, tied_paths, trainable
@@ -16,7 +16,7 @@ from lf.schedule.run import _add_terms, _Rank
 from lf.schedule.zero_bubble import zb_h1
 
 CHECK, RUN, PIPELINE = "tests/schedule/test_check.py", "tests/schedule/test_run.py", "tests/test_pipeline.py"
-GENERATE, COST, SLOTS = "tests/schedule/test_generate.py", "tests/schedule/test_cost.py", "tests/schedule/test_slots.py"
+GENERATE = "tests/schedule/test_generate.py"
 
 PASSES = [
     words(
@@ -29,7 +29,7 @@ PASSES = [
     ),
     words("reduce: before the gradients of other layers", CHECK, (_with_reductions, "for user in users[path]", "for user in [(stage, layer)]")),
     words("reduce: what is frozen, too", CHECK, (reduced_layers, "if path not in layout.frozen:", "if True:")),
-    words("reduce: tied and frozen, too", PIPELINE, (tied_paths, "p not in layout.frozen and", "")),
+    words("reduce: tied and frozen, too", CHECK, (tied_paths, "p not in layout.frozen and", "")),
     words("reduce: the last backward stays whole", CHECK, (_by_layers, 'layers.get(a.stage) if a.op == "B" else None', "None")),
     words("trainable: gradients go where nothing learns", CHECK, (stages, "upstream = upstream or any(inside)", "upstream = True")),
     words("trainable: weight gradients of what is frozen", CHECK, (trainable, 'a.op == "B" and not inside', 'a.op == "B" and False')),
@@ -137,17 +137,13 @@ INTERPRETER = [
         PIPELINE,
         (_Rank.free, "self.sent.pop((a.segment, a.stage, a.microbatch))", "self.sent[a.segment, a.stage, a.microbatch]"),
     ),
-    words("run: offload of nothing", "tests/schedule/test_slots.py", (_Rank.copy, "kept.slots.offload if", "kept.slots.fetch if")),
+    words("run: offload of nothing", RUN, (_Rank.copy, "kept.slots.offload if", "kept.slots.fetch if")),
 ]
 
 GENERATORS = [  # right numbers, wasted time: only what a schedule costs shows it
     words("1f1b: one forward fewer ahead", GENERATE, (one_f_one_b, "ahead=len(placement) - 1 - s", "ahead=max(len(placement) - 2 - s, 0)")),
     words("zb-h1: weights first", GENERATE, (zb_h1, "lag=s", "lag=0")),
-    words(
-        "breadth first: backwards the other way",
-        GENERATE,
-        (breadth_first, 'Action("B", s, m) for m in range(microbatches)', 'Action("B", s, m) for m in reversed(range(microbatches))'),
-    ),
+    words("interleaved: one more forward ahead for each rank", GENERATE, (laps, "steps * (ranks - 1 - r)", "(steps + 1) * (ranks - 1 - r)")),
 ]
 
 SCHEDULE = [*PASSES, *PROOF, *INTERPRETER, *GENERATORS]

@@ -371,3 +371,21 @@ def test_overlapped_pairs_are_cut_together() -> None:
     assert str(program[0][4]) == "(0F1[embed];0REMAT0[head])OVERLAP_F_REMAT"
     assert len(flat(program[0])) == 4 * 2 + 8 * 2
     check(lower((row,), LAYOUT), LAYOUT)
+
+
+def test_a_table_that_two_layers_of_a_rank_use_is_reduced_after_both() -> None:
+    layout = lf.layout(tiny(True), lf.Mesh(dp=1), placement=(0, 0))
+    row = (*(Action("F", s, 0) for s in (0, 1)), *(Action("I", s, 0) for s in (1, 0)), *(Action("W", s, 0) for s in (0, 1)))
+    words = draw(add_reduce((row,), layout))
+    assert words.index("0REDUCE[embed]") > words.index("1W0[head]")
+    check((row,), layout)
+
+
+def test_a_frozen_table_is_not_summed_over_its_stages() -> None:
+    program = build(lf.layout(tiny(True), lf.Mesh(pp=2, dp=1), frozen=("embed/weight",)), 1)
+    assert "embed/weight" not in draw(program)
+
+
+def test_a_weight_gradient_that_is_owed_is_refused_without_a_layout_too() -> None:
+    with pytest.raises(ProgramError, match="activations stay alive, there is no W for 0I0"):
+        check(((Action("F", 0, 0), Action("I", 0, 0)),))

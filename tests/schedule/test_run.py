@@ -156,3 +156,18 @@ def test_memory_that_runs_out_says_in_which_action_and_layer() -> None:
     assert caught.value.forward == 2 / 5  # embed has run, full has begun; two layers and the head have not
     assert caught.value.wanted == 4 << 60
     assert caught.value.gradients == 0
+
+
+def test_offload_and_fetch_copy_and_nothing_else_does(monkeypatch) -> None:
+    """Right numbers would come of copying nothing, too."""
+    calls: list[str] = []
+    for name in ("copy_out", "copy_in"):
+        real = getattr(lf.devices.cpu, name)
+        monkeypatch.setattr(lf.devices.cpu, name, lambda *args, name=name, real=real: (calls.append(name), real(*args))[1])
+    ctx = context(solo())
+    layout = lf.layout(tiny(), lf.Mesh(dp=1))
+    batches = [lf.shard_batch(b, layout.model, ctx) for b in parity.random_batches(layout.model, 3, 0, 3, 17)]
+    row = ORDERS["to the host and back by hand"]
+    run(bind(lower((row,), layout), layout, ctx), lf.init(layout, ctx, 0), batches, {"cross_entropy": torch.ones((), dtype=torch.float64)}, ctx)
+    assert calls[:4] == ["copy_out"] * 3 + ["copy_in"]  # once for each layer of the one microbatch but embed, which keeps nothing but tokens
+    assert set(calls[3:]) == {"copy_in"}
