@@ -24,8 +24,9 @@ from lf.data.batches import pack
 from lf.data.stream import Row, Rows
 from lf.layouts import Layout
 from lf.schedule.bind import Bound, bind
+from lf.schedule.check import check
 from lf.schedule.generate import forward_only
-from lf.schedule.lower import free, move
+from lf.schedule.lower import lower
 from lf.schedule.run import run
 from lf.state import compute_copy, shard_batch
 from lf.tree import Tree
@@ -70,7 +71,9 @@ def make(layout: Layout, sets: Mapping[str, HeldOut], micro_batch: int, ctx: Any
     if micro_batch < 1:
         raise ConfigError(f"micro_batch={micro_batch} must be at least 1")
 
-    bound = bind(free(move(forward_only(layout.placement, 1), layout)), layout, ctx, name="evaluation")
+    program = lower(forward_only(layout.placement, 1), layout)
+    check(program, layout, 1)
+    bound = bind(program, layout, ctx, name="evaluation")
 
     def fn(params: Tree) -> dict[str, float]:
         out, compute = {}, compute_copy(params, ctx)

@@ -10,7 +10,7 @@ import attrs
 
 from lf import split as splits
 from lf.mesh import Mesh
-from lf.segment import Model, Segment, path_of
+from lf.segment import Model, Segment, by_layer, path_of
 from lf.spec import LayoutError, Piece, Spec, spec_of
 
 RULES = {"vocab": "tp", "heads": "tp", "mlp": "tp"}
@@ -42,10 +42,7 @@ class Layout:
 
     def layers(self, stage: int) -> dict[str, tuple[Segment, ...]]:
         """The segments of a stage by layer, in order."""
-        out: dict[str, list[Segment]] = {}
-        for segment in self.stages[stage]:
-            out.setdefault(segment.layer, []).append(segment)
-        return {layer: tuple(segments) for layer, segments in out.items()}
+        return by_layer(self.stages[stage])
 
     def on(self, pp: int) -> tuple[int, ...]:
         """The stages of a pipeline rank, ascending."""

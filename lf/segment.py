@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import groupby
 from typing import Any
 
@@ -44,6 +44,14 @@ class Segment:
         if unknown := [name for name in self.products if name not in self.params]:
             have = ", ".join(self.params) or "none"
             raise LayoutError(f"segment {self.name!r}: products names {', '.join(map(repr, unknown))}; its parameters are {have}")
+
+
+def by_layer(segments: Iterable[Segment]) -> dict[str, tuple[Segment, ...]]:
+    """The segments of each layer, in the order in which layers first occur."""
+    out: dict[str, list[Segment]] = {}
+    for segment in segments:
+        out.setdefault(segment.layer, []).append(segment)
+    return {layer: tuple(mine) for layer, mine in out.items()}
 
 
 @attrs.frozen
@@ -87,10 +95,7 @@ class Model:
 
     def layers(self) -> dict[str, tuple[Segment, ...]]:
         """The segments of each layer, in the order in which layers first occur."""
-        out: dict[str, list[Segment]] = {}
-        for segment in self.segments:
-            out.setdefault(segment.layer, []).append(segment)
-        return {layer: tuple(segments) for layer, segments in out.items()}
+        return by_layer(self.segments)
 
     def params(self) -> dict[str, Param]:
         """Every parameter once, by path 'segment/name'."""

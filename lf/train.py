@@ -23,12 +23,12 @@ from lf.memory import refuse_what_cannot_fit
 from lf.mesh import MeshError
 from lf.optim import Optimizer
 from lf.parallel.reduce import owned_square_sum
-from lf.schedule import Action, Program, ProgramError, check, draw
+from lf.schedule import Action, Program, ProgramError, draw
 from lf.schedule.bind import Bound, bind
+from lf.schedule.build import complete
 from lf.schedule.compiled import refuse_compile
 from lf.schedule.draw import WIDTH
-from lf.schedule.ir import flat, microbatches
-from lf.schedule.lower import is_lowered, lower
+from lf.schedule.ir import BACKWARD, flat, microbatches
 from lf.schedule.measured import Clock
 from lf.schedule.memory import memory_at
 from lf.schedule.run import run
@@ -93,13 +93,9 @@ def _bound(layout: Layout, program: Program | Sequence[Program], ctx: Any, compi
         count = microbatches(p)
         if count in bound:
             raise ProgramError(f"two programs are for {count} microbatches: a step could not tell which to run")
-        if not any(a.op in ("B", "I") for row in p for a in flat(row)):
+        if not any(a.op in BACKWARD for row in p for a in flat(row)):
             raise ProgramError(f"the program has no backward, so nothing would be learned:\n{draw(p, width=WIDTH)}")
-        if not is_lowered(p):
-            check(p, layout, count)  # before passes, so that the drawing is of what was given
-            p = lower(p, layout)
-        check(p, layout, count)
-        bound[count] = bind(p, layout, ctx, compile)
+        bound[count] = bind(complete(p, layout, count), layout, ctx, compile)
     return bound
 
 

@@ -10,7 +10,7 @@ import attrs
 from lf.config import one_of
 from lf.layouts import Layout
 from lf.schedule.compiled import LayerFn, compiled, layer_fn
-from lf.schedule.ir import Action, Program, ProgramError, flat
+from lf.schedule.ir import BACKWARD, Action, Program, ProgramError, flat
 from lf.schedule.lower import reduced_layers, tied_paths
 from lf.schedule.pieces import Stage, stages
 from lf.schedule.shapes import Shapes, key, trace
@@ -51,7 +51,6 @@ class Bound:
     several."""
 
     actions: tuple[Action, ...]
-    program: Program
     rank: int
     placement: tuple[int, ...]
     known: tuple[Stage, ...]
@@ -97,7 +96,7 @@ def bind(program: Program, layout: Layout, ctx: Any, compile: bool | str = False
     away = {(a.stage, a.microbatch, p) for a in flat(actions) if a.op == "OFFLOAD" for p in spans[a.stage, a.segment]}
     final = {(s, segment) for s, segment in pieces if (known[s].span(segment) or (0, 0))[1] == len(known[s].atoms)}
     return Bound(
-        actions, program, rank, layout.placement, known, pieces, spans, frozenset(final),
+        actions, rank, layout.placement, known, pieces, spans, frozenset(final),
         frozenset((a.stage, a.microbatch, p) for a in flat(actions) if a.op == "I" for p in spans[a.stage, a.segment]),
         again, frozenset(away),
         {path: path not in layout.frozen for path in layout.held(ctx.axes.coords)},
@@ -106,7 +105,7 @@ def bind(program: Program, layout: Layout, ctx: Any, compile: bool | str = False
         _traced(layout),
         bool(compile),
         ctx.axes.position.program([str(a) for a in actions], name),
-        any(a.op in ("B", "I") for a in flat(actions)),
+        any(a.op in BACKWARD for a in flat(actions)),
     )  # fmt: skip
 
 

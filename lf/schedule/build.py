@@ -22,12 +22,20 @@ def build(
     recomputed: Recompute = Recompute(),  # noqa: B008  (frozen)
     offloaded: Offload = Offload(),  # noqa: B008
 ) -> Program:
-    """The program of a step over `layout`: what `generate(placement, microbatches)` writes, through all passes, and checked.
-
-    A program that is lowered already is only checked, and takes no policy: what it makes again or offloads, it says itself. Raises ProgramError,
-    ConfigError for what cannot be.
-    """
+    """The program of a step over `layout`: what `generate(placement, microbatches)` writes, complete."""
     program = as_program(generate(layout.placement, microbatches), getattr(generate, "__name__", "the schedule"))
+    return complete(program, layout, microbatches, recomputed, offloaded)
+
+
+def complete(
+    program: Program,
+    layout: Layout,
+    microbatches: int,
+    recomputed: Recompute = Recompute(),  # noqa: B008
+    offloaded: Offload = Offload(),  # noqa: B008
+) -> Program:
+    """A program of compute, through all passes and checked. One that is lowered already is only checked, and takes no policy: what it makes again
+    or offloads, it says itself. Raises ProgramError, ConfigError for what cannot be."""
     if is_lowered(program):
         for flag, policy, none in (("recompute", recomputed, Recompute()), ("offload", offloaded, Offload())):
             if policy != none:

@@ -15,7 +15,7 @@ import attrs
 
 from lf.layouts import Layout
 from lf.schedule.draw import WIDTH, draw
-from lf.schedule.ir import MOVES, Action, Program, ProgramError, flat, placement, some
+from lf.schedule.ir import BACKWARD, MOVES, Action, Program, ProgramError, flat, placement, some
 from lf.schedule.ir import microbatches as named
 from lf.schedule.lower import is_lowered, lower, reduced_layers, tied_paths, users_of
 from lf.schedule.names import check_names
@@ -81,7 +81,7 @@ class _Proof:
         # an OVERLAP is two actions here and one in the drawing
         self.marks = tuple([i for i, a in enumerate(row) for _ in flat((a,))] for row in program)
         self.again = {(a.stage, a.microbatch, a.segment): bool(a.ops) for row in self.flat for a in row if a.op == "REMAT"}
-        self.trains = any(a.op in ("B", "I") for row in self.flat for a in row)
+        self.trains = any(a.op in BACKWARD for row in self.flat for a in row)
         self.at, self.rows = [0] * len(program), [_Row() for _ in program]
         self.seen: set[Action] = set()
 

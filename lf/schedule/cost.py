@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 import attrs
 
 from lf.config import one_of
-from lf.schedule.ir import COMPUTE, OPS, Action, Program, ProgramError, flat
+from lf.schedule.ir import BACKWARD, COMPUTE, OPS, Action, Program, ProgramError, flat
 from lf.schedule.timeline import Span, Timeline
 
 Times = Mapping[str, float] | Callable[[Action], float]
@@ -28,7 +28,6 @@ Key = tuple[str, str, int, int | None]
 UNIT = {"F": 1.0, "I": 1.0, "W": 1.0}
 _COMPUTE = (*COMPUTE, "OVERLAP")
 _COPY = ("OFFLOAD", "FETCH")
-_BACK = ("B", "I")
 
 
 def cost(program: Program, times: Times | None = None, link: Link = 0.0, memory: Callable[[Action], float] | None = None) -> Timeline:
@@ -140,7 +139,7 @@ class _Simulation:
         """What makes what a stage gives on: its forward, or its backward, be it B, I or some of both."""
         if move == "F":
             return [("F", chain, stage, microbatch)]
-        keys = [(op, chain, stage, microbatch) for op in _BACK]
+        keys = [(op, chain, stage, microbatch) for op in BACKWARD]
         return [key for key in keys if key in self.parts] or keys[:1]
 
     def move(self, r: int, rank: _Rank, a: Action) -> bool:

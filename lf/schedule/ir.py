@@ -19,6 +19,7 @@ from typing import Any
 
 import attrs
 
+BACKWARD = ("B", "I")
 COMPUTE = ("F", "B", "I", "W", "REMAT")
 MOVES = ("SEND_F", "RECV_F", "SEND_B", "RECV_B")
 STATE = ("REDUCE",)

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 import attrs
 
 from lf.layouts import Layout
-from lf.schedule.ir import COMPUTE, Action, Program, ProgramError, flat
+from lf.schedule.ir import BACKWARD, COMPUTE, Action, Program, ProgramError, flat
 from lf.schedule.lower import each
 from lf.schedule.pieces import Stage, stages
 from lf.schedule.recompute import Offload, Recompute
 
-BACKWARD = ("B", "I")
 Cuts = Mapping[int, Sequence[str]]
 
 

@@ -1,9 +1,12 @@
-"""Passes from the compute of a program to all that a rank does. Each is a pure function from a program to a program; `lower` is all of them.
+"""Passes from the compute of a program to all that a rank does. Each is a pure function from a program to a program.
 
-    trainable    what no gradient is wanted of goes             refine    an action of a stage becomes one of each layer
-    recompute    REMAT before a backward                         offload   OFFLOAD after a forward, FETCH before its backward
-    reduce       REDUCE of a layer after its last weight gradient, of a parameter of several stages at the end
-    move         SEND and RECV between ranks, in one global order      free   FREE of what was sent
+    trainable    what no gradient is wanted of goes
+    refine       an action of a stage becomes one of each layer
+    add_reduce   REDUCE of a layer after its last weight gradient, of a parameter of several stages at the end
+    move         SEND and RECV between ranks, in one global order
+    free         FREE of what was sent
+
+`lower` is these. `lf/schedule/keep.py` has what is made again and what goes to the host, `lf/schedule/build.py` puts all together.
 """
 
 from __future__ import annotations
@@ -15,13 +18,12 @@ import attrs
 
 from lf.layouts import Layout
 from lf.schedule.draw import draw
-from lf.schedule.ir import COMPUTE, OVERLAP, Action, Program, ProgramError, flat, placement
+from lf.schedule.ir import BACKWARD, COMPUTE, OVERLAP, Action, Program, ProgramError, flat, placement
 from lf.schedule.names import check_names
 from lf.schedule.pieces import Stage, stages
 from lf.segment import path_of
 
 SLACK = 4  # a sent buffer is freed when as many more of its kind have been sent: by then it has left, and nobody waits for it
-BACKWARD = ("B", "I")
 
 
 def lower(program: Program, layout: Layout | None = None) -> Program:
@@ -89,7 +91,10 @@ def add_reduce(program: Program, layout: Layout) -> Program:
 
     A parameter that several layers of one rank use is reduced with the first of them, after the gradients of all. One that several ranks use is
     then summed over these, in the order of the parameters, at the end of their programs: anywhere else the ranks would have to wait for each other.
+    A program without backwards, an evaluation, has nothing to reduce.
     """
+    if not any(a.op in BACKWARD for row in program for a in flat(row)):
+        return program
     known = stages(program, layout)
     rows = []
     for rank, actions in enumerate(program):

@@ -50,7 +50,7 @@ class Recompute:
 @attrs.frozen
 class Offload:
     """`layers`: of how many layers of each stage, its first ones, what the forward keeps goes to the host's memory (EVERY: all) · `names`: of these
-    layers, too · `distance`: the backwards of so many layers of the same stage lie between the start of a FETCH and the backward that needs it."""
+    layers, too · `distance`: a FETCH starts so many compute actions of the rank before the one that needs it."""
 
     layers: int = 0
     names: tuple[str, ...] = ()
@@ -96,7 +96,7 @@ def parse_offload(text: str) -> Offload:
         none              what a forward keeps stays on the device
         full, full:K      that of every layer goes to the host's memory, or of the first K of each stage (see parse_recompute)
         layers=A,B        that of these layers
-        distance=N        a FETCH starts N layers ahead of the backward that needs it; 1 if not said, 0: right before it
+        distance=N        a FETCH starts N compute actions of the rank ahead of what needs it; 1 if not said, 0: right before it
 
     Raises ConfigError with what there is.
     """

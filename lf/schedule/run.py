@@ -1,6 +1,7 @@
 """The interpreter: it runs any program over any layout, one rank's actions in their order. There is no other training step.
 
-Its state is `live` (values: written once, taken once, nothing left at the end) and the gradient sums. Autograd is cut between pieces, which are
+Its state is what forwards have kept and what awaits its W, values on their way, what was sent, all of it written once, taken once and gone at the
+end; and the gradient sums. Autograd is cut between pieces, which are
 layers, or segments where a program goes into layers: a forward keeps, for each, its input and the ends of its graph; a backward walks the pieces
 from the last to the first. Parameters, activations and messages are touched by the program's actions and by nothing else. Where memory runs out,
 the error says in which action and layer.
