@@ -74,13 +74,14 @@ def layout(
     split: Sequence[int] | str | None = None,
     placement: Sequence[int] | None = None,
     frozen: Sequence[str] = (),
+    whole: bool = True,
 ) -> Layout:
     """Lays a model out over a mesh. `rules` maps logical axes to mesh axes (default RULES).
 
     `stages`: of the pipeline (default: as many as the split or the placement has, else pp) · `split`: how many layers each has, as numbers or in
     words (`lf.split.explicit`; default: balanced) · `placement`: the pipeline rank of each (default: stage s on rank s mod pp; `lf.schedule` has
     others) · `frozen`: segments, layers or parameters that are not trained, by name or pattern ('layers.0.*', 'embed', '*/norm'); a tied
-    parameter is frozen wherever it is used.
+    parameter is frozen wherever it is used · `whole`: the model is all there is, so something of it must train.
     Raises LayoutError for what this version cannot lay out, and for rules, stages and names that cannot be.
     """
     mesh, rules = mesh.fill(), dict(RULES if rules is None else rules)
@@ -99,7 +100,7 @@ def layout(
     for n in sizes:
         dealt.append(tuple(segment for layer in each[at : at + n] for segment in layer))
         at += n
-    return Layout(model, mesh, rules, tuple(dealt), ranks, specs, _frozen(model, frozen))
+    return Layout(model, mesh, rules, tuple(dealt), ranks, specs, _frozen(model, frozen, whole))
 
 
 def _sizes(
@@ -129,7 +130,7 @@ def _refuse_placement(placement: tuple[int, ...], mesh: Mesh) -> None:
         )
 
 
-def _frozen(model: Model, patterns: Sequence[str]) -> frozenset[str]:
+def _frozen(model: Model, patterns: Sequence[str], whole: bool) -> frozenset[str]:
     """The paths of what the patterns name. Raises LayoutError for one that names nothing, and when nothing is left to train."""
     if isinstance(patterns, str):
         raise LayoutError(f"frozen={patterns!r} should be a tuple of names, as ({patterns!r},)")
@@ -145,6 +146,6 @@ def _frozen(model: Model, patterns: Sequence[str]) -> frozenset[str]:
             near = difflib.get_close_matches(pattern, named, 3, 0.4) or [*named][:3]
             raise LayoutError(f"frozen {pattern!r} names no segment, layer or parameter of the model; near: {', '.join(near)}")
         out.update(*found)
-    if out >= set(model.params()) and patterns:
+    if whole and patterns and out >= set(model.params()):
         raise LayoutError(f"frozen={tuple(patterns)} is every parameter of the model: nothing is left to train; leave one out")
     return frozenset(out)

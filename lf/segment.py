@@ -6,6 +6,9 @@
     x       Tensor           (tokens of this rank, dim), from the segment before; an empty dict enters the first
     batch   Batch            as `shard_batch` leaves it
     terms   {"losses": {objective: sum}}   sums over own tokens, never means; from any segment; {} when there are none
+            {"outputs": {name: Tensor}}    (rows of this rank, width), what edges carry into other chains (lf/chains.py)
+
+A segment with `inputs` gets a dict x: what the segment before gives, as "x" where that is a tensor, and each input by its name.
 
 `apply` is a module-level function (a partial of one over a frozen config), shared by equal layers, so that each distinct one compiles once.
 """
@@ -31,7 +34,8 @@ Apply = Callable[[dict[str, Tensor], Any, Batch, Any], tuple[Any, Terms]]
 class Segment:
     """`layer` groups segments: the unit of reduction, recompute and compilation. `name` is global, and the checkpoint key. `products`: the
     parameters that arrive as a W, each the weight of one column_linear or row_linear. `flops(batch)`: floating-point operations of forward and
-    backward of one microbatch, worked out on the host; equal segments share one function."""
+    backward of one microbatch, worked out on the host; equal segments share one function. `inputs`: what edges bring to it, `outputs`: what edges
+    take from it."""
 
     name: str
     layer: str
@@ -39,6 +43,8 @@ class Segment:
     apply: Apply
     products: tuple[str, ...] = ()
     flops: Callable[[Batch], float] | None = None
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
 
     def __attrs_post_init__(self) -> None:
         if unknown := [name for name in self.products if name not in self.params]:

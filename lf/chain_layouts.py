@@ -1,0 +1,194 @@
+"""Who holds what where a model has several chains: a layout of each over its own mesh of some of the ranks, and how they are joined.
+
+A *row* of a program is the ranks that do the same: those that have the same pipeline coordinate in every chain. With one chain, row r is pp = r.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import attrs
+
+from lf.chains import Chains, Edge
+from lf.layouts import Layout, layout
+from lf.mesh import Mesh
+from lf.spec import LayoutError, Piece, Spec
+
+Coords = dict[str, int]
+
+
+@attrs.frozen
+class Place:
+    """Where a chain lies: its mesh, over `ranks` of the world in this order (None: all of them), and its layout, as in `lf.layout`."""
+
+    mesh: Mesh
+    ranks: Sequence[int] | None = None
+    rules: dict[str, str] | None = None
+    stages: int | None = None
+    split: Sequence[int] | str | None = None
+    placement: Sequence[int] | None = None
+    frozen: Sequence[str] = ()
+
+
+@attrs.frozen
+class Joint:
+    """Edges that carry one output into one stage, whose rows therefore travel once: from stage `source_stage` of chain `source`, which makes it,
+    to stage `target_stage` of chain `target`. `name`: 'source.output'."""
+
+    name: str
+    source: str
+    source_stage: int
+    target: str
+    target_stage: int
+    edges: tuple[Edge, ...] = ()
+
+
+@attrs.frozen(slots=False)
+class Layouts:
+    """`chains`: the layout of each, in the order of the model · `ranks`: of each, the ranks of the world that its mesh numbers 0, 1, … · `world`: how
+    many ranks there are · `main`: the chain that runs the data batches as they are · `joints`: what travels between chains."""
+
+    model: Chains | None
+    chains: dict[str, Layout]
+    ranks: dict[str, tuple[int, ...]]
+    world: int
+    main: str
+    joints: tuple[Joint, ...] = ()
+
+    @staticmethod
+    def of(layout: Layout) -> Layouts:
+        """A model of one chain, which has no name."""
+        return Layouts(None, {"": layout}, {"": tuple(range(layout.mesh.size))}, layout.mesh.size, "")
+
+    @cached_property
+    def rows(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks of each row, rows in the order of their first rank."""
+        found: dict[tuple[int | None, ...], list[int]] = {}
+        for rank in range(self.world):
+            found.setdefault(tuple(c["pp"] if (c := self.coords(chain, rank)) else None for chain in self.chains), []).append(rank)
+        return tuple(map(tuple, found.values()))
+
+    @cached_property
+    def _row(self) -> dict[int, int]:
+        return {rank: r for r, ranks in enumerate(self.rows) for rank in ranks}
+
+    @cached_property
+    def _local(self) -> dict[str, dict[int, int]]:
+        return {chain: {rank: i for i, rank in enumerate(ranks)} for chain, ranks in self.ranks.items()}
+
+    def row(self, rank: int) -> int:
+        return self._row[rank]
+
+    def coords(self, chain: str, rank: int) -> Coords | None:
+        """Where a rank of the world is in the mesh of a chain; None: nowhere."""
+        local = self._local[chain].get(rank)
+        return None if local is None else self.chains[chain].mesh.coords(local)
+
+    def homes(self, chain: str, stage: int) -> tuple[int, ...]:
+        """The rows that hold a stage."""
+        pp = self.chains[chain].placement[stage]
+        return tuple(r for r, ranks in enumerate(self.rows) if (c := self.coords(chain, ranks[0])) and c["pp"] == pp)
+
+    def blocks(self, chain: str, stage: int) -> tuple[tuple[int, ...], ...]:
+        """The smallest sets of rows of a stage that are whole ranks of data parallelism: what a unit of the chain may stand on. One row each, but
+        where cp or tp of the chain go over several rows: those do it together."""
+        together: dict[int, int] = {}  # row → the first row that it shares a dp coordinate with
+        first: dict[int, int] = {}  # dp coordinate → row
+        for r in self.homes(chain, stage):
+            together[r] = r
+            for rank in self.rows[r]:
+                coords = self.coords(chain, rank)
+                assert coords is not None
+                if (other := first.setdefault(coords["dp"], r)) != r:
+                    old, new = together[r], together[other]
+                    together = {k: new if v == old else v for k, v in together.items()}
+        out: dict[int, list[int]] = {}
+        for r, f in together.items():
+            out.setdefault(f, []).append(r)
+        return tuple(map(tuple, out.values()))
+
+    def places(self, chain: str, stage: int, rows: Sequence[int]) -> tuple[int, ...]:
+        """The dp coordinates of a chain that these rows have for a stage, ascending."""
+        mine = set(self.homes(chain, stage)) & set(rows)
+        return tuple(sorted({c["dp"] for r in mine for rank in self.rows[r] if (c := self.coords(chain, rank))}))
+
+    @cached_property
+    def specs(self) -> dict[str, Spec]:
+        return {path: spec for where in self.chains.values() for path, spec in where.specs.items()}
+
+    @cached_property
+    def chain_of(self) -> dict[str, str]:
+        """The chain of each parameter, by path."""
+        return {path: chain for chain, where in self.chains.items() for path in where.specs}
+
+    @cached_property
+    def frozen(self) -> frozenset[str]:
+        return frozenset().union(*(where.frozen for where in self.chains.values()))
+
+    def held(self, rank: int) -> dict[str, Spec]:
+        """The specs of what a rank of the world holds."""
+        return {p: s for chain, where in self.chains.items() if (c := self.coords(chain, rank)) for p, s in where.held(c).items()}
+
+    def trained(self, rank: int) -> dict[str, Spec]:
+        return {path: spec for path, spec in self.held(rank).items() if path not in self.frozen}
+
+    def owned(self, rank: int) -> list[tuple[str, Piece]]:
+        """(path, piece) of all that a rank is the first to hold."""
+        return [both for chain, where in self.chains.items() if (c := self.coords(chain, rank)) for both in where.owned(c)]
+
+    def pieces(self, path: str, rank: int) -> tuple[Piece, ...]:
+        """What a rank that holds a parameter has of it."""
+        coords = self.coords(self.chain_of[path], rank)
+        assert coords is not None
+        return self.specs[path].pieces(coords)
+
+
+def chain_layouts(model: Chains, places: Mapping[str, Place], world: int | None = None) -> Layouts:
+    """Lays each chain out at its place. `world`: how many ranks there are; without, as many as the places name.
+
+    Raises LayoutError, MeshError for what cannot be, with the chain or the edge.
+    """
+    for name in places:
+        if name not in model.chains:
+            near = difflib.get_close_matches(name, model.chains, 1)
+            raise LayoutError(f"chain {name!r} has a place, and the model has none of that name; it has {', '.join(near or model.chains)}")
+    if missing := [name for name in model.chains if name not in places]:
+        raise LayoutError(f"chain {missing[0]!r} has no place: say which mesh it has, and over which ranks")
+    if world is None:
+        world = max(max(p.ranks, default=-1) + 1 if p.ranks is not None else p.mesh.fill().size for p in places.values())
+    chains, ranks = {}, {}
+    for name in model.chains:
+        chains[name], ranks[name] = _placed(name, model, places[name], world)
+    if idle := sorted(set(range(world)) - set().union(*ranks.values())):
+        raise LayoutError(f"no chain lies on ranks {', '.join(map(str, idle))} of {world}: give them to one, or use fewer ranks")
+    return Layouts(model, chains, ranks, world, model.main, _joints(model, chains))
+
+
+def _placed(name: str, model: Chains, place: Place, world: int) -> tuple[Layout, tuple[int, ...]]:
+    ranks = tuple(range(world)) if place.ranks is None else tuple(place.ranks)
+    if wrong := [r for r in ranks if isinstance(r, bool) or not isinstance(r, int) or not 0 <= r < world]:
+        raise LayoutError(f"chain {name!r}: {wrong[0]!r} is no rank; they are 0 to {world - 1}")
+    if len(set(ranks)) < len(ranks):
+        raise LayoutError(f"chain {name!r}: rank {next(r for r in ranks if ranks.count(r) > 1)} stands twice in its ranks")
+    try:
+        mesh = place.mesh.fill(len(ranks))
+        asked = {k: getattr(place, k) for k in ("rules", "stages", "split", "placement", "frozen")}
+        return layout(model.chains[name].model, mesh, whole=False, **asked), ranks
+    except ValueError as error:
+        raise type(error)(f"chain {name!r}: {error}") from None
+
+
+def _joints(model: Chains, chains: Mapping[str, Layout]) -> tuple[Joint, ...]:
+    stage_of = {(c, s.name): i for c, where in chains.items() for i, segments in enumerate(where.stages) for s in segments}
+    found: dict[tuple[str, str, int, str, int], list[Edge]] = {}
+    for e in model.edges:
+        giver = model.giver(e.source, e.output)
+        assert giver is not None  # Chains has seen to it
+        key = (f"{e.source}.{e.output}", e.source, stage_of[e.source, giver.name], e.target, stage_of[e.target, e.segment])
+        for other in (k for k in found if k == key):
+            if found[other][0].takes != e.takes:
+                raise LayoutError(f"edges {found[other][0]} and {e} carry one output to one stage and take other rows of it; give both one `takes`")
+        found.setdefault(key, []).append(e)
+    return tuple(Joint(*key, tuple(edges)) for key, edges in found.items())
