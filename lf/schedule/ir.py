@@ -3,6 +3,7 @@
     F   forward                B   backward: gradients of the input and of the weights       REMAT   the forward again, for what was not kept
     I   gradient of the input alone       W   gradients of the weights that its I has left
     SEND_F, RECV_F   what a stage gives to the next one      SEND_B, RECV_B   the gradient of that, back
+    BRIDGE_F, BRIDGE_B   what a chain gives to another one, and the gradient of that, back
     REDUCE   sum a layer's gradients over the ranks that hold them; REDUCE of a path ('embed/weight'): over the stages that use it
     OFFLOAD, FETCH   what a forward has kept, to the host's memory and back        FREE   drop what was sent, once it has left
     OVERLAP(a, b)    a pair that may interleave
@@ -10,6 +11,11 @@
 An action without a segment is of the whole stage; `segment` names one layer of it, or one segment of a layer. A SEND stands on the rank of its
 stage and names that stage; its RECV names the stage that receives: 3SEND_F1 and 4RECV_F1 belong together, and 4SEND_B1 and 3RECV_B1.
 What a movement starts, the first action that needs it waits for.
+
+A model of several chains has a row for each set of ranks that do the same (`lf.chain_layouts`), and an action names its chain: vision:0F3. The
+main chain runs microbatch m of the data as its unit m. Of another one a step may have fewer units, each of several microbatches (`lf.chains.groups`);
+a unit stands on the rows where its F stands, one, some or all, and its items are dealt over the ranks of these. A BRIDGE names the stage that takes,
+the microbatch of the data, and what is taken: decoder:2BRIDGE_F3[vision.visual]; it stands once on each row that gives or takes, and they meet there.
 """
 
 from __future__ import annotations
@@ -22,16 +28,18 @@ import attrs
 BACKWARD = ("B", "I")
 COMPUTE = ("F", "B", "I", "W", "REMAT")
 MOVES = ("SEND_F", "RECV_F", "SEND_B", "RECV_B")
+BRIDGES = ("BRIDGE_F", "BRIDGE_B")
 STATE = ("REDUCE",)
 PARAMETERS = ("GATHER", "RELEASE")  # read and written, and not run yet
 MEMORY = ("OFFLOAD", "FETCH", "FREE")
-OPS = (*COMPUTE, *MOVES, *STATE, *MEMORY, "OVERLAP")
+OPS = (*COMPUTE, *MOVES, *BRIDGES, *STATE, *MEMORY, "OVERLAP")
 
 
 @attrs.frozen(cache_hash=True)
 class Action:
-    """`segment`: a layer or segment, or None: the whole stage; of a FREE, the movement whose buffer goes: SEND_F or SEND_B. `ops`: of a REMAT,
-    the ops that are run again (none named: all that the forward did). `chain`: of a model of several chains. `pair`: of an OVERLAP."""
+    """`segment`: a layer or segment, or None: the whole stage; of a FREE, the movement whose buffer goes: SEND_F or SEND_B; of a BRIDGE, what is
+    carried: 'source.output'. `ops`: of a REMAT, the ops that are run again (none named: all that the forward did). `chain`: of a model of several
+    chains; of a BRIDGE the one that takes. `pair`: of an OVERLAP."""
 
     op: str
     stage: int
@@ -83,16 +91,26 @@ def flat(actions: Sequence[Action]) -> tuple[Action, ...]:
     return tuple(part for a in actions for part in (a.pair if a.op == "OVERLAP" else (a,)))
 
 
-def placement(program: Program) -> Placement:
-    """The rank of each stage, from where its forwards stand. Raises ProgramError for a stage on two ranks or on none."""
+def placement(program: Program, chain: str = "") -> Placement:
+    """The rank of each stage of a chain that has one row for each, from where its forwards stand. Raises ProgramError for a stage on two or none."""
     where: dict[int, int] = {}
     for rank, actions in enumerate(program):
         for a in flat(actions):
-            if a.op == "F" and where.setdefault(a.stage, rank) != rank:
+            if a.op == "F" and a.chain == chain and where.setdefault(a.stage, rank) != rank:
                 raise ProgramError(f"{a} stands on rank {rank}, other forwards of stage {a.stage} on rank {where[a.stage]}: a stage has one rank")
     if missing := sorted(set(range(max(where, default=0) + 1)) - where.keys()):
         raise ProgramError(f"stages {some(missing)} have no forward on any rank")
     return tuple(where[s] for s in range(len(where)))
+
+
+def chains(program: Program) -> tuple[str, ...]:
+    """The chains that a program names, in the order in which they do."""
+    return tuple(dict.fromkeys(a.chain for row in program for a in flat(row)))
+
+
+def units(program: Program, chain: str) -> int:
+    """How many units of a chain a step has: one more than the largest that an action of compute names."""
+    return 1 + max((a.microbatch for row in program for a in flat(row) if a.chain == chain and a.op in COMPUTE and a.microbatch is not None), default=-1)
 
 
 def microbatches(program: Program) -> int:
