@@ -71,7 +71,7 @@ def gradients(layout: Layout, program: Program | Sequence[Program], ctx: Any, co
         norms = dict(zip(objectives, counts.clamp_min(1)))  # no label at all: the sum is 0 and so is the loss
         seeds = {k: o.weight / norms[k] for k, o in objectives.items()}
         if layout.mesh.pp > 1:  # before anything is sent, and on all ranks alike: only some stages give losses
-            _losses_agree(set().union(*bound[len(batches)].shapes(batches[0], ctx).losses), objectives)
+            _losses_agree(set().union(*bound[len(batches)].chains[""].shapes(batches[0], {}).losses), objectives)
         grads, terms, finite = run(bound[len(batches)], params, batches, seeds, ctx, clock)
         losses = terms.get("losses", {})
         if layout.mesh.pp == 1:
