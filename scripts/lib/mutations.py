@@ -228,7 +228,8 @@ STEPS = [
     words("gate: always open", TRAIN, (train.make, "torch.isfinite(norm) &", "torch.ones_like(norm, dtype=torch.bool) |")),
     words("gate: the host asks", LAWS, (train.make, "torch.isfinite(norm) &", "torch.isfinite(norm) & bool(norm > 0) &")),
     words("the step's count stands still", TRAIN, (train.make, "state.step + 1", "state.step")),
-    words("compute copy of the old master", TRAIN, (train.make, 'compute_copy(state_of["master"], ctx)', "tree.map(torch.zeros_like, state.params)")),
+    words("compute copy of the old master", TRAIN, (
+        train.make, 'compute_copy(layout, state_of["master"], ctx)', "tree.map(torch.zeros_like, state.params)")),
     words("sgd: no clip factor", OPTIM, (sgd, "(lr * scale)", "lr")),
     words("sgd: not gated", OPTIM, (sgd, "torch.where(ok, ", "torch.where(ok | True, ")),
     words("adamw: no clip factor", OPTIM, (update, "grad * scale.to(grad.dtype)", "grad")),
