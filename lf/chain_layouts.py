@@ -93,10 +93,15 @@ class Layouts:
         local = self._local[chain].get(rank)
         return None if local is None else self.chains[chain].mesh.coords(local)
 
+    def pp(self, chain: str, row: int) -> int | None:
+        """The pipeline coordinate of a row in the mesh of a chain; None: it is not on it."""
+        coords = self.coords(chain, self.rows[row][0])
+        return None if coords is None else coords["pp"]
+
     def homes(self, chain: str, stage: int) -> tuple[int, ...]:
         """The rows that hold a stage."""
         pp = self.chains[chain].placement[stage]
-        return tuple(r for r, ranks in enumerate(self.rows) if (c := self.coords(chain, ranks[0])) and c["pp"] == pp)
+        return tuple(r for r in range(len(self.rows)) if self.pp(chain, r) == pp)
 
     def blocks(self, chain: str, stage: int) -> tuple[tuple[int, ...], ...]:
         """The smallest sets of rows of a stage that are whole ranks of data parallelism: what a unit of the chain may stand on. One row each, but
@@ -120,6 +125,10 @@ class Layouts:
         """The dp coordinates of a chain that these rows have for a stage, ascending."""
         mine = set(self.homes(chain, stage)) & set(rows)
         return tuple(sorted({c["dp"] for r in mine for rank in self.rows[r] if (c := self.coords(chain, rank))}))
+
+    def spread(self, chain: str) -> bool:
+        """Whether a stage of the chain lies in several rows, so that its sums of gradients go over rows."""
+        return len(self.chains) > 1 and any(len(self.homes(chain, s)) > 1 for s in range(len(self.chains[chain].stages)))
 
     @cached_property
     def specs(self) -> dict[str, Spec]:

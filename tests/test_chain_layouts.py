@@ -158,14 +158,14 @@ def test_rows_homes_blocks_and_places_agree(layouts: Layouts) -> None:
 
 
 def test_joints_gather_what_travels_once() -> None:
-    layouts = laid_out(at("tp=2", "pp=2", "dp=2", words_split="e,3+h"))
+    layouts = laid_out(at("tp=2", "pp=2", "dp=2", words_split="e,2+h"))
     names = [(j.name, j.source_stage, j.target, j.target_stage, [e.segment for e in j.edges]) for j in layouts.joints]
     assert names == [
         ("eyes.late", 0, "words", 0, ["embed"]),
         ("eyes.early", 0, "words", 1, ["words.1"]),
         ("words.said.0", 1, "hand", 0, ["hand.0", "hand.1"]),
     ]
-    apart = laid_out(at("tp=2", "pp=2", "pp=2", words_split="e,3+h"))
+    apart = laid_out(at("tp=2", "pp=2", "pp=2", words_split="e,2+h"))
     assert [(j.target_stage, [e.segment for e in j.edges]) for j in apart.joints if j.target == "hand"] == [(0, ["hand.0"]), (1, ["hand.1"])]
 
 
@@ -288,7 +288,7 @@ PLACE_REFUSALS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         LayoutError,
         "no chain lies on ranks 2–4 of 6: give them to one, or use fewer ranks",
     ),
-    "mesh": ({"places": at("tp=2,dp=2", "dp=3", "dp=3")}, MeshError, "chain 'eyes': mesh dp=2,tp=2 has pp*dp*cp*tp = 1*2*1*2 = 4 ranks; the world has 3"),
+    "mesh": ({"places": at("tp=2,dp=2", "dp=3", "dp=3"), "world": 3}, MeshError, "chain 'eyes': mesh dp=2,tp=2 has pp*dp*cp*tp = 1*2*1*2 = 4 ranks; the world has 3"),
     "divides": ({"places": at("tp=2", "dp=3", "dp=3"), "world": 3}, MeshError, "chain 'eyes': mesh tp=2 needs a multiple of pp*cp*tp = 1*1*2 = 2 ranks"),
     "axis": ({"places": at("cp=2", "dp=2", "dp=2")}, LayoutError, "chain 'eyes': mesh cp=2: context parallelism (cp=2) is not built yet"),
     "rules": ({"places": at(eyes_rules={"heads": "dp", "embed": "dp"})}, LayoutError, "chain 'eyes': eyes.0/qkv: axes ('heads', 'embed') put mesh axis"),
@@ -325,7 +325,7 @@ def test_order_and_groups() -> None:
     assert order(Chains(None, {"hand": HAND, "words": WORDS, "eyes": EYES}, EDGES, "words")) == ("eyes", "words", "hand")
     assert [[*g] for g in groups(2, 5)] == [[0, 1], [2, 3, 4]]
     assert groups(4, 4) == tuple(range(m, m + 1) for m in range(4))
-    assert (padded(0, 4), padded(4, 4), padded(5, 4)) == (1, 4, 8)
+    assert (padded(0, 4), padded(4, 4), padded(5, 4)) == (4, 4, 8)
     assert (runs((0, 1, 2, 5, 4, 7, 8)), runs(())) == ("0–2, 5, 4, 7, 8", "")
 
 
