@@ -3,6 +3,7 @@ every layer of words. They are laid out, held, saved and compared, never run."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -110,7 +111,5 @@ def world(layouts: Layouts, fn: Any, *args: Any) -> list[Any]:
 
 def tiny_device(ctx: lf.Context, **answers: int) -> lf.Context:
     """The same with a device that says so much of its memory."""
-    from types import SimpleNamespace
-
     fake = SimpleNamespace(**{**vars(ctx.device), **{name: (lambda n=n: n) for name, n in answers.items()}})
     return attrs.evolve(ctx, device=fake)

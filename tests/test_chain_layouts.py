@@ -45,7 +45,7 @@ def test_rows_of_chains_whose_pipelines_cross() -> None:
     assert layouts.homes("eyes", 0) == (1, 3)
     assert layouts.homes("words", 0) == (0, 1)
     assert layouts.homes("hand", 0) == (0, 1, 2, 3)
-    assert layouts.places("eyes", 0, (1, 2)) == (1,)  # row 2 has no stage 0 of eyes
+    assert layouts.places("eyes", 0, (0, 1)) == (1,)  # row 0 has stage 1 of eyes
     assert layouts.places("eyes", 0, (1, 3)) == (0, 1)
     assert (layouts.spread("words"), layouts.spread("hand")) == (True, True)
 

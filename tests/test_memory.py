@@ -184,6 +184,8 @@ def test_several_chains_are_measured_by_what_each_rank_has_of_them() -> None:
         usage = memory.measure(OutOfMemory("full"), layouts, state, 0, ctx)
         assert f"rank {axes.rank} needs {memory._bytes(usage.lasting)} besides activations" in str(caught.value)
         seen[axes.rank] = usage.lasting
+        sizes = {path: math.prod(layouts.local_shape(path, axes.rank)) for path in layouts.held(axes.rank)}
+        assert sum(memory._each(layouts, state.optimizer, sizes, ctx).values()) == usage.lasting - 8  # but for the count of updates
         return str(memory.explained(OutOfMemory("full", "here"), layouts, state, [], 16, ctx))
 
     said = chained.world(layouts, rank)

@@ -9,7 +9,7 @@ import attrs
 from mutation import Mutation, rewritten, stale, words
 from schedule_mutations import SCHEDULE
 
-from lf import axes, axes_sim, drift, evaluate, layouts, loop, ramp, record, rng, split, state, train
+from lf import axes, axes_sim, chain_layouts, drift, evaluate, layouts, loop, ramp, record, rng, split, state, train
 from lf.checkpoint import export, native
 from lf.kernels import adamw as fused
 from lf.kernels import norm, rope, swiglu
@@ -290,6 +290,7 @@ RUNS = [
 ]
 
 LAYOUT, PIPELINE, SPLIT = "tests/test_layout.py", "tests/checkpoint/test_checkpoint_pipeline.py", "tests/test_split.py"
+CHAINS, CHAIN_FILES = "tests/test_chain_layouts.py", "tests/checkpoint/test_checkpoint_chains.py"
 HOLDS = 'self._holders[p][0] == coords["pp"]'
 STAGES = [
     words("norm owner: every stage that holds it counts", (LAYOUT, PIPELINE), (layouts.Layout.owned, HOLDS, 'coords["pp"] in self._holders[p]')),
@@ -306,6 +307,11 @@ STAGES = [
     words("export: what other stages hold is left out", PIPELINE, (export.assemble, "if owner and speaks:", "if False:")),
     words("drift: stages are not compared", DRIFT, (drift._atoms, " * len(layouts.chains[chain].holders(spec.path))", "")),
     words("drift: numbered by what a rank holds", DRIFT, (drift._atoms, "first += sum(_places(spec))\n", "pass\n")),
+    words("chains: a mesh is numbered by ranks of the world", CHAINS, (chain_layouts.Layouts.coords, "mesh.coords(local)", "mesh.coords(rank)")),
+    words("chains: a place on rows of other stages", CHAINS, (chain_layouts.Layouts.places, "set(self.homes(chain, stage)) & ", "")),
+    words("chains: all in one compute dtype", CHAINS, (state.compute_copy, "ctx.of(layouts.chain_of[path]).precision", "ctx.precision")),
+    words("checkpoint: as many ranks as the main chain", CHAIN_FILES, (native.save, "layouts.world", "layouts.chains[layouts.main].mesh.size")),
+    words("drift: coordinates of the main chain", DRIFT, (drift._atoms, "at_of[chain]", "at_of[layouts.main] or at_of[chain]")),
     words("split: the largest stage may be larger", SPLIT, (split.partition, "<= limit", "<= 2 * limit")),
     words("split: stages in between uneven", SPLIT, (split._joined, "cost**2", "cost")),
 ]
