@@ -125,7 +125,7 @@ def vision(c: TrioConfig) -> Model:
     mlp, mlp_params = partial(mlp_block, c.merge, c.norm_eps), gated_params(t, norm, matrix, added)
     attn_flops = partial(flops.packed, t.mixer, t.dim)
     mlp_flops = partial(matrix_flops, 3 * t.inner * t.dim)
-    merge_flops = partial(matrix_flops, (wide_dim + c.decoder.dim) * t.inner // c.merge)
+    merge_flops = partial(flops.merged, c.merge, (wide_dim + c.decoder.dim) * t.inner)
     weight = Param((t.dim, c.features), ("embed", "mlp"), matrix, (pixels,), part_dim=1)
     embed = partial(embed_payload, "pixels", pixels, c.merge)
     segments = [Segment("vision.embed", "vision.embed", {"weight": weight}, embed, ("weight",), partial(matrix_flops, t.dim * c.features))]

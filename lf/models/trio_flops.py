@@ -1,6 +1,6 @@
 """Floating-point operations of `trio`, forward and backward, worked out on the host from the plan: as in lf/models/decoder.py.
 
-`packed` and `cross` are of a segment and one microbatch; `image` and `sample` are of one item, by which items are dealt. `c`: a `TrioConfig`.
+`merged`, `packed` and `cross` are of a segment and one microbatch; `image` and `sample` of one item, by which items are dealt. `c`: a `TrioConfig`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,11 @@ import numpy as np
 
 from lf.batch import Batch
 from lf.models.decoder import Attention
+
+
+def merged(merge: int, elements: int, batch: Batch) -> float:
+    """Of products with matrices of so many elements in all, where `merge` rows are one."""
+    return float(3 * 2 * (int(batch.plan["cu_seqlens"][-1]) // merge) * elements)
 
 
 def packed(a: Attention, dim: int, batch: Batch) -> float:
@@ -30,7 +35,7 @@ def image(c: Any, patches: int) -> float:
     """Forward and backward of one image through all of vision."""
     t, a = c.vision, c.vision.mixer
     layer = 2 * patches * t.dim * ((2 * a.heads + 2 * a.kv_heads) * a.head_dim + 3 * t.inner) + 4 * patches**2 * a.heads * a.head_dim
-    merger = 2 * patches // c.merge * (c.merge * t.dim + c.decoder.dim) * t.inner
+    merger = 2 * (patches // c.merge) * (c.merge * t.dim + c.decoder.dim) * t.inner
     return float(3 * (2 * patches * c.features * t.dim + t.layers * layer + 2 * merger))
 
 
