@@ -166,7 +166,8 @@ def sample(config: Any, seed: int, m: int = 0, d: int = 0, multiple: int = 1, am
 
 
 def _document(config: Any, n: int, rows: list[int], g: np.random.Generator) -> tuple[np.ndarray, list[int]]:
-    """n tokens, among them images of so many rows, as many as there is room for; and those."""
+    """n tokens, the others drawn, among them images of so many rows, cut where n is less, as many as there is room for; and those."""
+    rows = [min(k, n - 1) for k in rows]
     fit = [k for k, upto in zip(rows, np.cumsum(rows).tolist()) if upto <= n - 1]
     text = g.integers(0, config.placeholder, n - sum(fit))
     at = np.sort(g.integers(0, len(text) + 1, len(fit)))

@@ -92,7 +92,7 @@ def test_gradients_are_slopes() -> None:
     """Finite differences along a random direction of each of some parameters, at both ends of each chain and at the edges."""
     model = trio()
     params, batches = oracle.parameters(model, SEED), oracle.sample_batches(model, SEED, 2)
-    got, step = oracle.reference(model, params, batches), 1e-5
+    got, step = oracle.reference(model, params, batches), 1e-6
     for path in (
         "vision.embed/weight", "vision.layers.1.deep/down", "vision.merger/norm", "decoder.embed/weight", "decoder.layers.2.attn/qkv",
         "head.embed/weight", "head.layers.0.cross/context_norm", "head.layers.1.cross/kv", "head.out/weight",
@@ -104,7 +104,7 @@ def test_gradients_are_slopes() -> None:
             moved = {**params, segment: {**params[segment], name: params[segment][name] + sign * step * direction}}
             ends.append(oracle.reference(model, moved, batches).loss)
         slope = (got.gradients[path] * direction).sum()
-        torch.testing.assert_close((ends[0] - ends[1]) / (2 * step), slope, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close((ends[0] - ends[1]) / (2 * step), slope, rtol=1e-5, atol=1e-7)
 
 
 def test_rows_of_images_do_not_depend_on_what_is_beside_them() -> None:
@@ -116,7 +116,7 @@ def test_rows_of_images_do_not_depend_on_what_is_beside_them() -> None:
     rows = [int(b.plan["patches"][j]) // 2 for b, j in items]
     plain, _ = oracle.run_chain(model, "vision", params, vision.collate(items, 1), {})
     other, _ = oracle.run_chain(model, "vision", params, vision.collate(items[::-1], 12), {})
-    assert len(items) > 3
+    assert len(items) > 1
     for name, values in plain.items():
         assert len(values) == sum(rows)
         assert len(other[name]) % 12 == 0
@@ -137,11 +137,12 @@ def test_a_payload_may_be_a_function_of_the_item() -> None:
             return batch.payload[name].split(lengths)[j]
 
         lazy = attrs.evolve(batch, payload={n: (lambda j, n=n, read=read: read(n, j)) for n in names})
-        got = model.chains[chain].collate([(lazy, 1)], 1)
-        assert set(asked) == {1}
+        lengths = batch.plan["patches" if chain == "vision" else "actions"].tolist()
+        last = max(j for j, n in enumerate(lengths) if n)
+        got = model.chains[chain].collate([(lazy, last)], 1)
+        assert set(asked) == {last}
         for n in names:
-            at = int(batch.plan["patches" if chain == "vision" else "actions"][0])
-            assert torch.equal(got.payload[n], plain.payload[n][at : at + len(got.payload[n])])
+            assert torch.equal(got.payload[n], plain.payload[n][sum(lengths[:last]) : sum(lengths)])
 
 
 def test_a_payload_of_another_shape_is_refused() -> None:
