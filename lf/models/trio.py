@@ -57,7 +57,7 @@ class TrioConfig:
 
     vision: Tower = Tower(9, 3, Attention(3, 1, 4), 7)
     decoder: Tower = Tower(15, 4, Attention(6, 3, 4, qk_norm=True), 10)
-    head: Tower = Tower(11, 2, Attention(6, 2, 2), 5)
+    head: Tower = Tower(11, 2, Attention(9, 3, 2), 5)
     vocab: int = 37
     features: int = 5
     action_dim: int = 3

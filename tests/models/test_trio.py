@@ -266,7 +266,7 @@ def alone(axes: Any, model: Any, name: str, batch: Batch, context: int) -> Alone
 @pytest.mark.parametrize("chain", ["vision", "decoder", "head"])
 @pytest.mark.parametrize("tp", [2, 3, 5])
 def test_a_chain_split_over_tp(chain: str, tp: int) -> None:
-    """5 is more than the heads of vision, so some ranks have none; 3 cuts a group of the head's query heads in two."""
+    """5 is more than the heads of vision, so some ranks have none; 2 and 5 cut groups of the head's query heads in two."""
     model = trio()
     data = [sample(model.config, SEED, m, 0, 30) for m in range(3)]
     batch = data[0] if chain == "decoder" else collated(model, chain, data, 30)
