@@ -107,10 +107,10 @@ class _Proof:
                             break
                     else:
                         mates = self.mates(rank, a)
-                        if len(mates) > 1 and any(self.now(r) != a for r in mates):
+                        if len(mates) > 1 and not all(self.on.meets(self.now(r), a) for r in mates):
                             break
                         for r in mates:
-                            steps[a.op](r, a)
+                            steps[a.op](r, self.flat[r][self.at[r]])
                         for r in mates:
                             self.done(r)
                     moved = True

@@ -141,6 +141,11 @@ class Ground:
                     out[path] = tuple(r for r, pp in rows.items() if pp in holders)
         return out
 
+    def meets(self, a: Action | None, b: Action) -> bool:
+        """Whether what two rows have come to is one: the sum of a parameter over stages bears, on each row, its stage there."""
+        tied = a is not None and a.op == b.op == "REDUCE" and a.segment in self._tied
+        return a == b or (tied and a is not None and (a.chain, a.segment) == (b.chain, b.segment))
+
     def summed(self, a: Action, row: int) -> tuple[int, ...]:
         """The rows that do a REDUCE together: those of the layer's stage, or those that hold the parameter that it names."""
         if self.layouts is None:

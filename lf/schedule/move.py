@@ -58,8 +58,8 @@ class _Walk:
             action = self.program[rank][self.at[rank]]
             mates = self.mates(rank, action)
             for r in mates:
+                self.rows[r].append(self.program[r][self.at[r]])
                 self.at[r] += 1
-                self.rows[r].append(action)
                 self.free_at[r] = start + sum(SECONDS.get(a.op, 0.0) for a in flat((action,)))
             left -= len(mates)
             for a in flat((action,)):
@@ -84,7 +84,7 @@ class _Walk:
             return None
         start, action = self.free_at[rank], self.program[rank][self.at[rank]]
         for r in self.mates(rank, action):
-            if self.at[r] >= len(self.program[r]) or self.program[r][self.at[r]] != action:
+            if self.at[r] >= len(self.program[r]) or not self.on.meets(self.program[r][self.at[r]], action):
                 return None
             start = max(start, self.free_at[r])
         for a in flat((action,)):
