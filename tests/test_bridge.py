@@ -18,9 +18,11 @@ import lf
 from lf.batch import Batch, BatchError
 from lf.bridge import Table, assemble, bridge, start
 from lf.chain_layouts import Joint, Layouts
-from lf.chains import Edge, Items, groups, padded
+from lf.chains import Chain, Chains, Edge, Items, groups, padded
 from lf.deal import Dealt, dealt
+from lf.segment import Model, Segment
 from lf.sim import spmd
+from lf.spec import LayoutError
 
 WIDTH = 3
 LIKE = (WIDTH, torch.float64, torch.device("cpu"))
@@ -240,6 +242,20 @@ def test_what_meets_is_added_in_the_dtype_of_the_one_who_gets_it() -> None:
     assert back[:, 0].tolist() == [1, 4, 4]
 
 
+def test_messages_are_started_in_one_order_all_over_the_world() -> None:
+    """By sender, then by receiver: with messages that block until they are received, nobody waits in a circle."""
+    started: list[tuple[str, int]] = []
+    link: Any = SimpleNamespace(
+        index=3,
+        send=lambda x, to, what: started.append(("to", to)) or (lambda: None),
+        recv=lambda shape, dtype, device, source, what: started.append(("from", source)) or (lambda: torch.zeros(*shape)),
+    )
+    one = ((0, 1),)
+    table = Table("rows", ((2, one), (5, one)), ((1, one), (7, one)), source=1, target=1)
+    start(table, torch.ones(1, WIDTH, dtype=torch.float64), link, LIKE)()
+    assert started == [("from", 1), ("to", 2), ("to", 5), ("from", 7)]
+
+
 def test_empty_everything() -> None:
     step = case(0, {"a": lf.Mesh(dp=2, tp=2), "b": lf.Mesh(dp=2)}, "b", most=0)
     assert not step.messages
@@ -301,6 +317,20 @@ def test_tokens_and_rows_that_differ_in_number_are_refused_by_the_ranks_of_the_b
     words = f"edge a.out → b/b.in, data batch dp=1 of microbatch 2: {n + 1} tokens take a row, and the items give {n}"
     with pytest.raises(BatchError, match=words):
         bridge(step.layouts, step.joint, rank, step.items, step.dealt, batches)
+
+
+def test_a_mask_of_tokens_that_only_some_ranks_know_is_refused() -> None:
+    def nothing(items: Any, multiple: int) -> Batch:
+        return Batch({})
+
+    def chain(name: str, **of: Any) -> Chain:
+        return Chain(Model(None, (Segment(name, name, {}, lambda *args: args, **of),), {}), {"out": 2}, collate=None if name == "main" else nothing)
+
+    chains = {"a": chain("a", outputs=("out",)), "b": chain("b", inputs=("x",)), "main": chain("main", inputs=("x",))}
+    to = {name: Edge("a", "out", name, name, "x", takes) for name in ("b", "main")}
+    with pytest.raises(LayoutError, match=r"edge a\.out → b/b: `takes` is for edges into the main chain; chain 'b' is dealt its items"):
+        Chains(None, chains, tuple(to.values()), "main")
+    Chains(None, chains, (attrs.evolve(to["b"], takes=None), to["main"]), "main")
 
 
 def test_a_tensor_of_other_rows_than_the_plan_is_refused() -> None:

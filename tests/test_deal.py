@@ -6,7 +6,7 @@ import itertools
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lf.batch import BatchError
@@ -37,14 +37,21 @@ def test_near_the_best(costs: list[int], places: int) -> None:
 
 
 @given(st.floats(0, 1e9), st.integers(0, 50), st.integers(1, 12))
+@example(0.0, 5, 3)
 def test_equal_items_are_dealt_in_equal_numbers(cost: float, n: int, places: int) -> None:
     numbers = [len(hand) for hand in deal([cost] * n, places)]
     assert max(numbers) - min(numbers) <= 1
 
 
 def test_exchanges_better_the_longest_first() -> None:
-    """3, 3, 2, 2, 2 over two places: the longest first gives 7 and 5, an exchange 6 and 6."""
-    assert loads([3, 3, 2, 2, 2], deal([3, 3, 2, 2, 2], 2)) == [6, 6]
+    """3, 3, 2, 2, 2 over two places: the longest first gives 7 and 5, an exchange 6 and 6. Cut in this order they would give 5 and 7."""
+    assert loads([3, 2, 3, 2, 2], deal([3, 2, 3, 2, 2], 2)) == [6, 6]
+
+
+def test_items_that_lie_well_stay() -> None:
+    """Where neither finds it, cut in order is better: 12, 13, 13 against 14."""
+    costs = [3, 9, 6, 7, 6, 2, 5]
+    assert deal(costs, 3) == naive(costs, 3) == ((0, 1), (2, 3), (4, 5, 6))
 
 
 def test_many_items_of_many_sizes_are_near_even() -> None:
