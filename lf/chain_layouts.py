@@ -62,6 +62,13 @@ class Layouts:
         """A model of one chain, which has no name."""
         return Layouts(None, {"": layout}, {"": tuple(range(layout.mesh.size))}, layout.mesh.size, "")
 
+    def __str__(self) -> str:
+        """The mesh of each chain, and its ranks where they are not all: 'vision dp=4; decoder pp=2 on ranks 0, 2'."""
+        if self.model is None:
+            return str(self.chains[""].mesh)
+        each = [(f"{name} {where.mesh}", self.ranks[name]) for name, where in self.chains.items()]
+        return "; ".join(words + ("" if ranks == (*range(self.world),) else f" on ranks {runs(ranks)}") for words, ranks in each)
+
     @cached_property
     def rows(self) -> tuple[tuple[int, ...], ...]:
         """The ranks of each row, rows in the order of their first rank."""
@@ -86,10 +93,15 @@ class Layouts:
         local = self._local[chain].get(rank)
         return None if local is None else self.chains[chain].mesh.coords(local)
 
+    def pp(self, chain: str, row: int) -> int | None:
+        """The pipeline coordinate of a row in the mesh of a chain; None: it is not on it."""
+        coords = self.coords(chain, self.rows[row][0])
+        return None if coords is None else coords["pp"]
+
     def homes(self, chain: str, stage: int) -> tuple[int, ...]:
         """The rows that hold a stage."""
         pp = self.chains[chain].placement[stage]
-        return tuple(r for r, ranks in enumerate(self.rows) if (c := self.coords(chain, ranks[0])) and c["pp"] == pp)
+        return tuple(r for r in range(len(self.rows)) if self.pp(chain, r) == pp)
 
     def blocks(self, chain: str, stage: int) -> tuple[tuple[int, ...], ...]:
         """The smallest sets of rows of a stage that are whole ranks of data parallelism: what a unit of the chain may stand on. One row each, but
@@ -113,6 +125,10 @@ class Layouts:
         """The dp coordinates of a chain that these rows have for a stage, ascending."""
         mine = set(self.homes(chain, stage)) & set(rows)
         return tuple(sorted({c["dp"] for r in mine for rank in self.rows[r] if (c := self.coords(chain, rank))}))
+
+    def spread(self, chain: str) -> bool:
+        """Whether a stage of the chain lies in several rows, so that its sums of gradients go over rows."""
+        return len(self.chains) > 1 and any(len(self.homes(chain, s)) > 1 for s in range(len(self.chains[chain].stages)))
 
     @cached_property
     def specs(self) -> dict[str, Spec]:
@@ -144,6 +160,28 @@ class Layouts:
         assert coords is not None
         return self.specs[path].pieces(coords)
 
+    def local_shape(self, path: str, rank: int) -> tuple[int, ...]:
+        """The shape of the tensor that a rank has of a parameter that it holds."""
+        coords = self.coords(self.chain_of[path], rank)
+        assert coords is not None
+        return self.specs[path].local_shape(coords)
+
+
+def runs(ranks: Sequence[int]) -> str:
+    """(0, 1, 2, 5) → '0–2, 5', in their order."""
+    out: list[list[int]] = []
+    for rank in ranks:
+        if out and rank == out[-1][-1] + 1:
+            out[-1].append(rank)
+        else:
+            out.append([rank])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in out)
+
+
+def joined(layout: Layout | Layouts) -> Layouts:
+    """What any layout is as one of several chains: who asks it by rank works for both."""
+    return Layouts.of(layout) if isinstance(layout, Layout) else layout
+
 
 def chain_layouts(model: Chains, places: Mapping[str, Place], world: int | None = None) -> Layouts:
     """Lays each chain out at its place. `world`: how many ranks there are; without, as many as the places name.
@@ -162,8 +200,11 @@ def chain_layouts(model: Chains, places: Mapping[str, Place], world: int | None 
     for name in model.chains:
         chains[name], ranks[name] = _placed(name, model, places[name], world)
     if idle := sorted(set(range(world)) - set().union(*ranks.values())):
-        raise LayoutError(f"no chain lies on ranks {', '.join(map(str, idle))} of {world}: give them to one, or use fewer ranks")
-    return Layouts(model, chains, ranks, world, model.main, _joints(model, chains))
+        raise LayoutError(f"no chain lies on ranks {runs(idle)} of {world}: give them to one, or use fewer ranks")
+    out = Layouts(model, chains, ranks, world, model.main, _joints(model, chains))
+    if out.frozen and out.frozen >= out.specs.keys():
+        raise LayoutError(f"every parameter of chains {', '.join(chains)} is frozen: nothing is left to train; leave something out of `frozen`")
+    return out
 
 
 def _placed(name: str, model: Chains, place: Place, world: int) -> tuple[Layout, tuple[int, ...]]:

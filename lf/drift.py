@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lf import box, tree
+from lf.chain_layouts import Layouts, joined
 from lf.layouts import Layout
 from lf.runs import RunError
 from lf.spec import Piece, Spec
@@ -31,12 +32,12 @@ SHOWN = 10  # tensors in one error
 NOBODY = -(1 << 63)  # below every hash and its negative
 
 
-def check(layout: Layout, state: State, ctx: Any) -> None:
+def check(layout: Layout | Layouts, state: State, ctx: Any) -> None:
     """Raises RunError on every rank, naming tensors and ranks, when replicas of the state differ. Collective; the host waits for the answer."""
-    mine, leaves = {**dict(tree.items(state.optimizer)), "step": state.step}, _leaves(layout, state)
-    atoms = [(place, leaf, piece) for place, leaf, piece in _atoms(layout, leaves, ctx.axes.coords) if leaf in mine]
-    device = device_of(ctx)
-    spread = torch.full((2, sum(sum(_places(spec)) for spec in _specs(layout, leaves))), NOBODY, dtype=torch.int64, device=device)
+    layouts, device = joined(layout), device_of(ctx)
+    mine, leaves = {**dict(tree.items(state.optimizer)), "step": state.step}, _leaves(layouts, state)
+    atoms = [(place, leaf, piece) for place, leaf, piece in _atoms(layouts, leaves, ctx.axes.rank) if leaf in mine]
+    spread = torch.full((2, sum(sum(_places(spec)) for spec in _specs(layouts, leaves))), NOBODY, dtype=torch.int64, device=device)
     if atoms:
         places = torch.tensor([place for place, _, _ in atoms], device=device)
         hashes = torch.stack([digest(piece.view(mine[leaf])) for _, leaf, piece in atoms])
@@ -44,7 +45,7 @@ def check(layout: Layout, state: State, ctx: Any) -> None:
     most, least = ctx.axes.world.max(spread).unbind()
     bad = (most != -least).logical_and(most != NOBODY).nonzero()[:, 0]
     if len(bad):
-        raise RunError(_report(bad, spread[0], layout, leaves, ctx))
+        raise RunError(_report(bad, spread[0], layouts, leaves, ctx))
 
 
 def digest(x: Tensor) -> Tensor:
@@ -70,18 +71,18 @@ def _signed(value: int) -> int:
     return value - (1 << 64)
 
 
-def _leaves(layout: Layout, state: State) -> list[str]:
-    """What the state could have on any rank, in one order: of each tree every parameter, also those of stages elsewhere, and the scalars."""
+def _leaves(layouts: Layouts, state: State) -> list[str]:
+    """What the state could have on any rank, in one order: of each tree every parameter, also those that lie elsewhere, and the scalars."""
     out = []
     for kind, branch in state.optimizer.items():
-        out += [f"{kind}/{path}" for path in layout.specs]
-        out += [f"{kind}/{path}" for path, _ in tree.items(branch) if path not in layout.specs]
+        out += [f"{kind}/{path}" for path in layouts.specs]
+        out += [f"{kind}/{path}" for path, _ in tree.items(branch) if path not in layouts.specs]
     return [*out, "step"]
 
 
-def _specs(layout: Layout, leaves: Iterable[str]) -> list[Spec | None]:
+def _specs(layouts: Layouts, leaves: Iterable[str]) -> list[Spec | None]:
     """The spec of each leaf; None for one that is shaped like no parameter: a scalar, the same on all ranks."""
-    return [layout.specs.get(leaf.partition("/")[2]) for leaf in leaves]
+    return [layouts.specs.get(leaf.partition("/")[2]) for leaf in leaves]
 
 
 def _places(spec: Spec | None) -> list[int]:
@@ -100,10 +101,11 @@ def _axes(spec: Spec, i: int) -> tuple[str, ...]:
     return tuple(a for d, a in enumerate(spec.names) if a and not (d == spec.param.part_dim and i in spec.shared()))
 
 
-def _atoms(layout: Layout, leaves: Iterable[str], coords: dict[str, int]) -> Iterator[tuple[int, str, Piece]]:
-    """(place, leaf, piece) of what the rank at `coords` holds and others, too. `place` numbers the atoms of the state, on every rank alike."""
-    first, held, leaves = 0, layout.held(coords), [*leaves]
-    for leaf, spec in zip(leaves, _specs(layout, leaves)):
+def _atoms(layouts: Layouts, leaves: Iterable[str], rank: int) -> Iterator[tuple[int, str, Piece]]:
+    """(place, leaf, piece) of what a rank holds and others, too. `place` numbers the atoms of the state, on every rank alike."""
+    first, held, leaves = 0, layouts.held(rank), [*leaves]
+    at_of = {chain: layouts.coords(chain, rank) for chain in layouts.chains}
+    for leaf, spec in zip(leaves, _specs(layouts, leaves)):
         if spec is None:
             yield first, leaf, Piece(leaf, (), (), 0, 0)
             first += 1
@@ -111,8 +113,10 @@ def _atoms(layout: Layout, leaves: Iterable[str], coords: dict[str, int]) -> Ite
         if spec.path not in held:
             first += sum(_places(spec))
             continue
-        kind = leaf.partition("/")[0]
-        alone = math.prod(spec.mesh[a] for a in spec.sum_axes) * len(layout.holders(spec.path)) == 1
+        kind, chain = leaf.partition("/")[0], layouts.chain_of[spec.path]
+        coords = at_of[chain]
+        assert coords is not None  # it is held
+        alone = math.prod(spec.mesh[a] for a in spec.sum_axes) * len(layouts.chains[chain].holders(spec.path)) == 1
         for i, (piece, places) in enumerate(zip(spec.pieces(coords), _places(spec))):
             piece, at = attrs.evolve(piece, key=f"{kind}/{piece.key}"), first
             for axis in _axes(spec, i):
@@ -135,7 +139,7 @@ def _units(spec: Spec, i: int, piece: Piece, coords: dict[str, int]) -> Iterator
         yield n, attrs.evolve(piece, box=held, at=piece.at + lo - begin)
 
 
-def _report(bad: Tensor, hashes: Tensor, layout: Layout, leaves: Iterable[str], ctx: Any) -> str:
+def _report(bad: Tensor, hashes: Tensor, layouts: Layouts, leaves: Iterable[str], ctx: Any) -> str:
     """Who differs from the most, for each atom. Collective: every rank comes here with the same `bad`."""
     world, shown = ctx.axes.world, bad[:SHOWN]
     said = torch.full((world.size, len(shown)), NOBODY, dtype=torch.int64, device=hashes.device)
@@ -147,7 +151,7 @@ def _report(bad: Tensor, hashes: Tensor, layout: Layout, leaves: Iterable[str], 
             if value != NOBODY:
                 groups.setdefault(value, []).append(rank)
         most, *others = sorted(groups.values(), key=len, reverse=True)
-        piece = next(p for at, _, p in _atoms(layout, leaves, layout.mesh.coords(most[0])) if at == place)
+        piece = next(p for at, _, p in _atoms(layouts, leaves, most[0]) if at == place)
         where = f" {list(piece.box)} of {list(piece.shape)}" if piece.shape else ""
         odd = sorted(rank for ranks in others for rank in ranks)
         known = len(most) > len(others[0])  # of two equal camps none is the right one

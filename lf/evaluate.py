@@ -76,7 +76,7 @@ def make(layout: Layout, sets: Mapping[str, HeldOut], micro_batch: int, ctx: Any
     bound = bind(program, layout, ctx, name="evaluation")
 
     def fn(params: Tree) -> dict[str, float]:
-        out, compute = {}, compute_copy(params, ctx)
+        out, compute = {}, compute_copy(layout, params, ctx)
         for name, held in sets.items():
             values = _means(layout, bound, compute, held, micro_batch, ctx)
             if "cross_entropy" in values:

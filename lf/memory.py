@@ -15,6 +15,7 @@ import torch
 
 from lf import tree
 from lf.batch import Batch
+from lf.chain_layouts import Layouts, joined
 from lf.layouts import Layout
 from lf.schedule.memory import OutOfMemory
 from lf.state import State
@@ -41,7 +42,10 @@ class Usage:
 @attrs.frozen
 class Setting:
     """What can be changed: rows in a microbatch, tokens in a row, ranks of tp and of pp, and the dtypes (compute, master) · `layers`: more ranks
-    of pp than these would have nothing to do · `whole`: layers of this rank of which all is kept for the backward, 0 where some are run again."""
+    of pp than these would have nothing to do · `whole`: layers of this rank of which all is kept for the backward, 0 where some are run again.
+
+    Of several chains tp, pp, layers and compute are those of `chain`, which takes the most here, and `share` of what there is: a larger mesh of it
+    leaves the rest as it is."""
 
     micro_batch: int
     seq_len: int
@@ -51,27 +55,30 @@ class Setting:
     pp: int = 1
     layers: int = 1
     whole: int = 0
+    chain: str = ""
+    share: float = 1.0
 
 
 def explained(
-    error: OutOfMemory, layout: Layout, state: State, batches: Sequence[Batch], seq_len: int, ctx: Any, again: bool = False
+    error: OutOfMemory, layout: Layout | Layouts, state: State, batches: Sequence[Batch], seq_len: int, ctx: Any, again: bool = False
 ) -> OutOfMemory:
     """The same error with all that is known about it: where, bytes by kind, the largest tensors, the way out. `again`: layers are run again, so
     that much of them is not kept already."""
-    used = ctx.device.memory_peak() + error.wanted
-    usage = measure(error, layout, state, used, ctx)
+    used, layouts = ctx.device.memory_peak() + error.wanted, joined(layout)
+    usage = measure(error, layouts, state, used, ctx)
     tokens = max((len(b.plan["tokens"]) for b in batches), default=seq_len)
-    setting = _setting(layout, max(tokens // seq_len, 1), seq_len, ctx, again)
+    sizes = {path: math.prod(layouts.local_shape(path, ctx.axes.rank)) for path in layouts.held(ctx.axes.rank)}
+    setting = _setting(layouts, max(tokens // seq_len, 1), seq_len, ctx, again, _each(layouts, state.optimizer, sizes, ctx))
     asked = f"; {_bytes(error.wanted)} more were asked for" if error.wanted else ""
     lines = [f"out of memory on rank {ctx.axes.rank}, in {error.where}: it holds {_bytes(used - error.wanted)} of {_bytes(usage.limit)}{asked}"]
     lines += [f"  {_bytes(n):>10}  {kind}" for kind, n in usage.kinds.items()]
     lines += ["largest parameters, with all that is kept for each:"]
-    lines += [f"  {_bytes(n):>10}  {path} {shape}" for n, path, shape in _largest(layout, state, ctx)]
+    lines += [f"  {_bytes(n):>10}  {path} {shape}" for n, path, shape in _largest(layouts, state, ctx)]
     lines += [f"The smallest change that should fit, by an estimate: {way_out(usage, setting)}"]
     return OutOfMemory("\n".join(lines), error.where, error.forward, error.gradients, error.wanted)
 
 
-def measure(error: OutOfMemory, layout: Layout, state: State, used: int, ctx: Any) -> Usage:
+def measure(error: OutOfMemory, layout: Layout | Layouts, state: State, used: int, ctx: Any) -> Usage:
     """What filled the `used` bytes."""
     masters = {x.data_ptr() for x in tree.leaves(state.optimizer["master"])}
     kinds = {"compute copy of the parameters": sum(_size(x) for x in tree.leaves(state.params) if x.data_ptr() not in masters)}
@@ -84,22 +91,22 @@ def measure(error: OutOfMemory, layout: Layout, state: State, used: int, ctx: An
     return Usage(kinds, lasting, math.ceil(rest / error.forward), ctx.device.memory_total())
 
 
-def refuse_what_cannot_fit(layout: Layout, init: Callable[[Tree, torch.device], Tree], ctx: Any) -> None:
+def refuse_what_cannot_fit(layout: Layout | Layouts, init: Callable[[Tree, torch.device], Tree], ctx: Any) -> None:
     """Raises OutOfMemory, before anything is allocated, when what lasts through a step (parameters, gradients, the optimizer's `init` of them)
     is more than this rank's device has. The optimizer is asked with one element for each parameter: its trees are shaped like them, or scalars."""
-    dtypes, coords, there = ctx.precision, ctx.axes.coords, ctx.device.memory_total()
-    sizes = {path: math.prod(spec.local_shape(coords)) for path, spec in layout.held(coords).items()}
-    trained = [path for path in sizes if path not in layout.frozen]
-    small = init(tree.build([(path, torch.zeros(1, dtype=dtypes.master)) for path in trained]), torch.device("cpu"))
-    kinds = {"compute copy of the parameters": sum(sizes.values()) * dtypes.compute.itemsize * (dtypes.compute != dtypes.master)}
+    layouts, master, rank, there = joined(layout), ctx.precision.master, ctx.axes.rank, ctx.device.memory_total()
+    sizes = {path: math.prod(layouts.local_shape(path, rank)) for path in layouts.held(rank)}
+    trained = [path for path in sizes if path not in layouts.frozen]
+    one = {path: torch.zeros(1, dtype=master) for path in sizes}
+    small = init(tree.build([(path, one[path]) for path in trained]), torch.device("cpu")) | {"master": tree.build([*one.items()])}
+    kinds = {"compute copy of the parameters": sum(n * _copied(layouts.chain_of[path], ctx) for path, n in sizes.items())}
     kinds |= {f"optimizer: {name}": sum(_size(x) * sizes.get(path, 1) for path, x in tree.items(branch)) for name, branch in small.items()}
-    kinds["optimizer: master"] += sum(n for path, n in sizes.items() if path in layout.frozen) * dtypes.master.itemsize
-    kinds["gradients"] = sum(sizes[path] for path in trained) * dtypes.master.itemsize
+    kinds["gradients"] = sum(sizes[path] for path in trained) * master.itemsize
     if (lasting := sum(kinds.values())) <= there:
         return
-    lines = [f"out of memory before the first step: rank {ctx.axes.rank} needs {_bytes(lasting)} besides activations, its device has {_bytes(there)}"]
+    lines = [f"out of memory before the first step: rank {rank} needs {_bytes(lasting)} besides activations, its device has {_bytes(there)}"]
     lines += [f"  {_bytes(n):>10}  {kind}" for kind, n in kinds.items() if n]
-    setting = _setting(layout, 1, SHORTEST, ctx, again=True)  # there is nothing to be run again yet
+    setting = _setting(layouts, 1, SHORTEST, ctx, True, _each(layouts, small, sizes, ctx))  # there is nothing to be run again yet
     lines += [f"The smallest change that should fit, without activations: {way_out(Usage(kinds, lasting, 0, there), setting)}"]
     raise OutOfMemory("\n".join(lines))
 
@@ -129,27 +136,54 @@ def way_out(usage: Usage, now: Setting) -> str:
         if fits(usage.lasting, row * share):
             return f"{one}--seq-len {length} instead of {now.seq_len} (about {_bytes(usage.lasting + row * share)})"
         length //= 2
-    ways = []
-    if fits(usage.lasting / 2, usage.activations / 2):
-        ways.append(f"tp={2 * now.tp} instead of {now.tp}, on twice the ranks (about {_bytes((usage.lasting + usage.activations) / 2)} each)")
-    if 2 * now.pp <= now.layers and fits(usage.lasting / 2, usage.activations):
-        total = usage.lasting / 2 + usage.activations
-        ways.append(f"pp={2 * now.pp} instead of {now.pp}, on twice the ranks (about {_bytes(total)} each)")
+    ways, half = [], 1 - now.share / 2
+    of = f" in chain {now.chain!r}" if now.chain else ""
+    if fits(usage.lasting * half, usage.activations * half):
+        total = (usage.lasting + usage.activations) * half
+        ways.append(f"tp={2 * now.tp} instead of {now.tp}{of}, on twice the ranks (about {_bytes(total)} each)")
+    if 2 * now.pp <= now.layers and fits(usage.lasting * half, usage.activations):
+        total = usage.lasting * half + usage.activations
+        ways.append(f"pp={2 * now.pp} instead of {now.pp}{of}, on twice the ranks (about {_bytes(total)} each)")
     lower, lasting = _lower(usage.lasting, now)
-    if lower and fits(lasting, usage.activations / 2):
-        ways.append(f"--precision {lower} (about {_bytes(lasting + usage.activations / 2)})")
+    if lower and fits(lasting, usage.activations * half):
+        ways.append(f"--precision {lower}{of} (about {_bytes(lasting + usage.activations * half)})")
     if ways:
         return "; or ".join(ways)
     for times in (2, 4, 8, 16, 32, 64):
-        if fits(usage.lasting / times, row / times):
-            return f"{one}tp={times * now.tp} instead of {now.tp} (about {_bytes((usage.lasting + row) / times)} each)"
+        left = 1 - now.share * (1 - 1 / times)
+        if fits(usage.lasting * left, row * left):
+            return f"{one}tp={times * now.tp} instead of {now.tp}{of} (about {_bytes((usage.lasting + row) * left)} each)"
     return "none of fewer rows, recompute, shorter rows, more tp or lower precision is enough; take a smaller model or more memory"
 
 
-def _setting(layout: Layout, micro_batch: int, seq_len: int, ctx: Any, again: bool) -> Setting:
-    dtypes, mesh = ctx.precision, layout.mesh
-    whole = 0 if again else sum(len(layout.layers(stage)) for stage in layout.on(ctx.axes.coords["pp"]))
-    return Setting(micro_batch, seq_len, mesh.tp, dtypes.compute, dtypes.master, mesh.pp, len(layout.model.layers()), whole)
+def _setting(layouts: Layouts, micro_batch: int, seq_len: int, ctx: Any, again: bool, each: dict[str, int]) -> Setting:
+    """What there is to change, where this rank keeps so many bytes of `each` parameter."""
+    here = {chain: coords for chain in layouts.chains if (coords := layouts.coords(chain, ctx.axes.rank))}
+    sizes = {chain: sum(n for path, n in each.items() if layouts.chain_of[path] == chain) for chain in here}
+    chain = max(sizes, key=lambda chain: sizes[chain])
+    where, compute = layouts.chains[chain], ctx.of(chain).precision.compute
+    whole = 0 if again else sum(len(layouts.chains[c].layers(stage)) for c, at in here.items() for stage in layouts.chains[c].on(at["pp"]))
+    share = sizes[chain] / total if (total := sum(sizes.values())) else 1.0
+    layers = len(where.model.layers())
+    return Setting(micro_batch, seq_len, where.mesh.tp, compute, ctx.precision.master, where.mesh.pp, layers, whole, chain, share)
+
+
+def _copied(chain: str, ctx: Any) -> int:
+    """Bytes of the compute copy of one element of a chain; 0 where that is the master itself."""
+    compute = ctx.of(chain).precision.compute
+    return 0 if compute == ctx.precision.master else compute.itemsize
+
+
+def _each(layouts: Layouts, optimizer: Tree, sizes: dict[str, int], ctx: Any) -> dict[str, int]:
+    """Bytes that last of each parameter of this rank: the compute copy, the gradient, and all trees of the optimizer, of which a tensor stands for
+    one with `sizes` elements."""
+    master = ctx.precision.master.itemsize
+    kept = {path: n * (_copied(layouts.chain_of[path], ctx) + master * (path not in layouts.frozen)) for path, n in sizes.items()}
+    for branch in optimizer.values():
+        for path, x in tree.items(branch):
+            if path in sizes:
+                kept[path] += sizes[path] * x.element_size()
+    return kept
 
 
 def _lower(lasting: int, now: Setting) -> tuple[str, float]:
@@ -157,19 +191,19 @@ def _lower(lasting: int, now: Setting) -> tuple[str, float]:
     if now.master == torch.float64:
         return "fp32", lasting / 2
     if now.compute == torch.float32:  # a copy in bf16 comes beside master, gradients and moments, which stay
-        return "bf16", lasting * (1 + 2 / 16)
+        return "bf16", lasting * (1 + now.share * 2 / 16)
     return "", lasting
 
 
-def _largest(layout: Layout, state: State, ctx: Any) -> list[tuple[int, str, list[int]]]:
+def _largest(layouts: Layouts, state: State, ctx: Any) -> list[tuple[int, str, list[int]]]:
     """(bytes in all trees, path, local shape) of the largest parameters of this rank."""
     sizes: dict[str, int] = {}
     for leaf, x in tree.items(state.optimizer):
         path = leaf.partition("/")[2]
-        if path in layout.specs:
+        if path in layouts.specs:
             sizes[path] = sizes.get(path, 0) + _size(x)
     top = sorted(sizes, key=lambda path: -sizes[path])[:LARGEST]
-    return [(sizes[path], path, [*layout.specs[path].local_shape(ctx.axes.coords)]) for path in top]
+    return [(sizes[path], path, [*layouts.local_shape(path, ctx.axes.rank)]) for path in top]
 
 
 def _size(x: torch.Tensor) -> int:

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from lf.chain_layouts import Joint, Layouts, runs
 from lf.console import console, table
 from lf.layouts import Layout
 from lf.schedule import Program, cost
@@ -19,26 +20,75 @@ from lf.schedule.draw import COLOURS, MEANING, OTHER
 from lf.segment import path_of
 
 
-def show(layout: Layout, png: str | Path | None = None, rank: int = 0) -> None:
+def show(layout: Layout | Layouts, png: str | Path | None = None, rank: int = 0) -> None:
     """Prints who holds what, a line a parameter, and draws it to `png` if one is named. `rank`: whose local shapes are shown.
 
     Parameters of several layers that are laid out alike share a line: layers.*.attn/qkv ×28. Of several stages each has its own lines, and a
-    parameter that several of them use stands in each.
+    parameter that several of them use stands in each. Of several chains the chains, what joins them and the rows of a program come first, then
+    each chain by itself; where `rank` is not on one, the first rank that is speaks for it.
     """
-    staged = len(layout.stages) > 1
-    rows = [(s, name, paths[0]) for s in range(len(layout.stages)) for name, paths in alike(layout, rank, s).items()]
-    if staged:
-        title = f"{len(layout.stages)} stages on mesh {layout.mesh}"
-        console().print(table(title, ("stage", "pipeline rank", "layers", "parameters"), [_stage_row(layout, s) for s in range(len(layout.stages))]))
-    columns = (*["stage"] * staged, "parameter", "logical shape", "axes", f"on rank {rank}", "summed over", "counted by")
-    title = f"{len(layout.specs)} parameters on mesh {layout.mesh}"
-    console().print(table(title, columns, [(*[str(s)] * staged, name, *_row(layout, path, rank)) for s, name, path in rows]))
+    if isinstance(layout, Layouts) and layout.model is not None:
+        _show_chains(layout)
+    chains = layout.chains if isinstance(layout, Layouts) else {"": layout}
+    drawn = []
+    for name, where in chains.items():
+        ranks = layout.ranks[name] if isinstance(layout, Layouts) else (*range(where.mesh.size),)
+        local = ranks.index(rank) if rank in ranks or not name else 0
+        drawn.append((name, where, _show_chain(name, where, local, ranks[local])))
     if png is not None:
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(9, 1.2 + 0.28 * len(rows)), layout="constrained")
-        draw_layout(figure.subplots(), layout, [path for *_, path in rows], [name for _, name, _ in rows], [s for s, *_ in rows] if staged else None)
+        heights = [0.2 + len(rows) for *_, rows in drawn]  # so that all bars are of one height
+        figure = Figure(figsize=(9, sum(1.2 + 0.28 * len(rows) for *_, rows in drawn)), layout="constrained")
+        for ax, (name, where, rows) in zip(figure.subplots(len(drawn), squeeze=False, height_ratios=heights)[:, 0], drawn):
+            stages = [s for s, *_ in rows] if len(where.stages) > 1 else None
+            draw_layout(ax, where, [path for *_, path in rows], [label for _, label, _ in rows], stages, name)
         figure.savefig(png, dpi=110)
+
+
+def _show_chain(name: str, layout: Layout, local: int, rank: int) -> list[tuple[int, str, str]]:
+    """Prints a chain as rank `local` of its mesh has it, which is `rank` of all; (stage, what to call it, path) of each line."""
+    staged, of = len(layout.stages) > 1, f"{name}: " if name else ""
+    rows = [(s, label, paths[0]) for s in range(len(layout.stages)) for label, paths in alike(layout, local, s).items()]
+    if staged:
+        title = f"{of}{len(layout.stages)} stages on mesh {layout.mesh}"
+        console().print(table(title, ("stage", "pipeline rank", "layers", "parameters"), [_stage_row(layout, s) for s in range(len(layout.stages))]))
+    columns = (*["stage"] * staged, "parameter", "logical shape", "axes", f"on rank {rank}", "summed over", "counted by")
+    title = f"{of}{len(layout.specs)} parameters on mesh {layout.mesh}"
+    console().print(table(title, columns, [(*[str(s)] * staged, label, *_row(layout, path, local)) for s, label, path in rows]))
+    return rows
+
+
+def _show_chains(layouts: Layouts) -> None:
+    """Prints the chains, what joins them, and who does what in a program."""
+    columns = ("chain", "mesh", "ranks", "stages", "parameters", "not trained", "runs")
+    console().print(table(f"{len(layouts.chains)} chains on {layouts.world} ranks", columns, [_chain_row(layouts, c) for c in layouts.chains]))
+    if layouts.joints:
+        columns = ("from", "stage", "in rows", "into", "stage", "in rows", "of segments")
+        console().print(table(f"{len(layouts.joints)} joints", columns, [_joint_row(layouts, j) for j in layouts.joints]))
+    rows = [(str(r), runs(ranks), *_stages_of(layouts, r)) for r, ranks in enumerate(layouts.rows)]
+    console().print(table(f"{len(rows)} rows of a program", ("row", "ranks", *(f"{c} stages" for c in layouts.chains)), rows))
+
+
+def _chain_row(layouts: Layouts, chain: str) -> tuple[str, ...]:
+    where = layouts.chains[chain]
+    sizes = {path: math.prod(spec.param.shape) for path, spec in where.specs.items()}
+    frozen = sum(sizes[path] for path in where.frozen)
+    how = "the data" if chain == layouts.main else "items"
+    return chain, str(where.mesh), runs(layouts.ranks[chain]), str(len(where.stages)), f"{sum(sizes.values()):,}", f"{frozen:,}", how
+
+
+def _joint_row(layouts: Layouts, joint: Joint) -> tuple[str, ...]:
+    ends = (joint.source, joint.source_stage), (joint.target, joint.target_stage)
+    given, taken = (runs(layouts.homes(*end)) for end in ends)
+    into = ", ".join(dict.fromkeys(edge.segment for edge in joint.edges))
+    return joint.name, str(joint.source_stage), given, joint.target, str(joint.target_stage), taken, into
+
+
+def _stages_of(layouts: Layouts, row: int) -> list[str]:
+    """Of each chain the stages of a row."""
+    at = {chain: layouts.coords(chain, layouts.rows[row][0]) for chain in layouts.chains}
+    return [", ".join(map(str, layouts.chains[chain].on(c["pp"]))) if c else "—" for chain, c in at.items()]
 
 
 def alike(layout: Layout, rank: int = 0, stage: int = 0) -> dict[str, list[str]]:
@@ -71,24 +121,29 @@ def _row(layout: Layout, path: str, rank: int) -> tuple[str, ...]:
     counted = ", ".join(first + [f"{a}=0" for a in summed] + [f"each {a} its own" for a in split]) or "the one rank"
     if shared:
         counted += f" ({', '.join(shared)}: first holder)"
-    summed += [f"{spec.names[spec.param.part_dim]} for {', '.join(shared)}"] * bool(shared)
+        summed.append(f"{spec.names[spec.param.part_dim]} for {', '.join(shared)}")
     summed += [f"pp={' and '.join(map(str, holders))}"] * (len(holders) > 1)
     frozen = path in layout.frozen
     return (
-        "×".join(map(str, spec.param.shape)),
-        axes,
-        "×".join(map(str, spec.local_shape(coords))) if coords["pp"] in holders else "—",
+        _shape(spec.param.shape),
+        axes or "—",
+        _shape(spec.local_shape(coords)) if coords["pp"] in holders else "—",
         "—" if frozen else ", ".join(summed) or "—",
         "not trained" if frozen else counted,
     )
 
 
+def _shape(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape)) or "scalar"
+
+
 def draw_layout(
-    ax: Any, layout: Layout, paths: Sequence[str], names: Sequence[str] | None = None, stages: Sequence[int] | None = None
+    ax: Any, layout: Layout, paths: Sequence[str], names: Sequence[str] | None = None, stages: Sequence[int] | None = None, chain: str = ""
 ) -> None:
     """Each parameter as a bar, laid out along the dim that is split; each rank of tp has a colour, several where several hold a row.
 
-    `names`: what to write beside the bars instead of the paths · `stages`: the stage of each bar, ascending, to draw them apart.
+    `names`: what to write beside the bars instead of the paths · `stages`: the stage of each bar, ascending, to draw them apart · `chain`: its
+    name, where there are several.
     """
     from matplotlib import colormaps
     from matplotlib.patches import Patch, Rectangle
@@ -97,9 +152,11 @@ def draw_layout(
     colours = colormaps["tab10"] if ranks <= 10 else colormaps["turbo"].resampled(ranks)
     for y, path in enumerate(paths):
         spec = layout.specs[path]
-        at, total = 0.0, spec.param.shape[spec.param.part_dim]
+        d = spec.param.part_dim
+        at, total = 0.0, spec.param.shape[d] if spec.param.shape else 1
         for i, part in enumerate(spec.parts()):
-            held = [spec.pieces(layout.mesh.coords(layout.mesh.rank(tp=r)))[i].box[spec.param.part_dim] for r in range(ranks)]
+            boxes = [spec.pieces(layout.mesh.coords(layout.mesh.rank(tp=r)))[i].box for r in range(ranks)]
+            held = [box[d] if box else (0, 1) for box in boxes]  # a scalar is drawn as one row
             edges = sorted({edge for bounds in held for edge in bounds})
             for lo, hi in pairwise(edges):  # a row that several ranks hold is divided in height among them
                 holders = [r for r, (first, last) in enumerate(held) if first <= lo and hi <= last]
@@ -111,7 +168,7 @@ def draw_layout(
                 ax.text(at / total + 0.01, y, part.name, ha="left", va="center", fontsize=8, color="white", weight="bold")
             at += part.rows
     ax.set(xlim=(0, 1), ylim=(len(paths) - 0.4, -0.6), xticks=[], yticks=range(len(paths)))
-    shapes = ["×".join(map(str, layout.specs[p].param.shape)) for p in paths]
+    shapes = [_shape(layout.specs[p].param.shape) for p in paths]
     ax.set_yticklabels([f"{name}  {shape}" for name, shape in zip(names or paths, shapes)], fontsize=8)
     ax.spines[:].set_visible(False)
     for stage in dict.fromkeys(stages or ()):
@@ -122,7 +179,7 @@ def draw_layout(
         words = f"stage {stage}" + (f"\non pp={layout.placement[stage]}" if layout.mesh.pp > 1 else "")
         ax.text(1.01, (lo + hi - 1) / 2, words, ha="left", va="center", fontsize=8, transform=ax.get_yaxis_transform())
     copies = f", each on {layout.mesh['dp']} data ranks" if layout.mesh["dp"] > 1 else ""
-    ax.set_title(f"who holds which slice: {layout.mesh}{copies}", fontsize=9, loc="left")
+    ax.set_title(f"{chain}{': ' * bool(chain)}who holds which slice: {layout.mesh}{copies}", fontsize=9, loc="left")
     ax.tick_params(length=0)
     ax.legend(handles=[Patch(color=colours(r), label=f"tp={r}") for r in range(ranks)], fontsize=8, ncols=min(ranks, 8), loc="upper right",
               bbox_to_anchor=(1, 0), frameon=False)  # fmt: skip

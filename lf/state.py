@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lf import rng, tree
 from lf.batch import Batch
+from lf.chain_layouts import Layouts, joined
 from lf.layouts import Layout
 from lf.schedule.run import run_forward
 from lf.segment import Model, Terms
@@ -34,12 +35,12 @@ def device_of(ctx: Any) -> torch.device:
     return ctx.device.torch_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def init(layout: Layout, ctx: Any, seed: int) -> Tree:
-    """Fresh parameters of this rank in the master dtype: the same logical model for the same seed under any layout."""
-    pairs = []
-    for path, spec in layout.held(ctx.axes.coords).items():
-        local = torch.empty(spec.local_shape(ctx.axes.coords), dtype=ctx.precision.master)
-        for piece in spec.pieces(ctx.axes.coords):
+def init(layout: Layout | Layouts, ctx: Any, seed: int) -> Tree:
+    """Fresh parameters of this rank in the master dtype, of all chains that it is on: the same logical model for the same seed under any layout."""
+    pairs, layouts, rank = [], joined(layout), ctx.axes.rank
+    for path, spec in layouts.held(rank).items():
+        local = torch.empty(layouts.local_shape(path, rank), dtype=ctx.precision.master)
+        for piece in layouts.pieces(path, rank):
             piece.view(local).copy_(rng.draw(seed, piece.key, piece.shape, spec.param.init, piece.box, local.dtype))
         pairs.append((path, local.to(device_of(ctx))))
     return tree.build(pairs)
@@ -51,19 +52,23 @@ def shard_batch(batch: Batch, model: Model, ctx: Any) -> Batch:
     return model.prepare(Batch({k: v.to(device, non_blocking=True) for k, v in batch.plan.items()}, batch.payload), ctx)
 
 
-def compute_copy(master: Tree, ctx: Any) -> Tree:
-    """The parameters in the compute dtype; the very same tensors where the dtypes agree."""
-    return tree.map(lambda w: w.to(ctx.precision.compute), master)
+def compute_copy(layout: Layout | Layouts, master: Tree, ctx: Any) -> Tree:
+    """The parameters, each in the compute dtype of its chain; the very same tensors where the dtypes agree."""
+    layouts = joined(layout)
+    return tree.build([(path, w.to(ctx.of(layouts.chain_of[path]).precision.compute)) for path, w in tree.items(master)])
 
 
 def forward(model: Model, params: Tree, batch: Batch, ctx: Any) -> Tensor | Terms:
     """The model without gradients: logits (tokens, vocabulary) for a batch without labels, terms (this rank's sums) for one with.
 
-    Raises LayoutError on a mesh with pp > 1: there a program runs it, lf.schedule.run.
+    Raises LayoutError on a mesh with pp > 1, and for several chains: those a program runs, lf.schedule.run.
     """
+    if ctx.chains:
+        raise LayoutError(f"lf.forward runs one chain; this context has {', '.join(ctx.chains)}: run a program with lf.schedule.run")
     if ctx.axes.mesh.pp > 1:
         raise LayoutError(f"lf.forward runs one stage; mesh {ctx.axes.mesh} has pp={ctx.axes.mesh.pp}: run a program with lf.schedule.run")
     model.accepts(batch)
-    x, terms = run_forward(model.segments, compute_copy(params, ctx), shard_batch(batch, model, ctx), ctx)
+    compute = tree.map(lambda w: w.to(ctx.precision.compute), params)
+    x, terms = run_forward(model.segments, compute, shard_batch(batch, model, ctx), ctx)
     return terms or x
 

@@ -71,7 +71,7 @@ def gradients(layout: Layout, program: Program | Sequence[Program], ctx: Any, co
         norms = dict(zip(objectives, counts.clamp_min(1)))  # no label at all: the sum is 0 and so is the loss
         seeds = {k: o.weight / norms[k] for k, o in objectives.items()}
         if layout.mesh.pp > 1:  # before anything is sent, and on all ranks alike: only some stages give losses
-            _losses_agree(set().union(*bound[len(batches)].shapes(batches[0], ctx).losses), objectives)
+            _losses_agree(set().union(*bound[len(batches)].chains[""].shapes(batches[0], {}).losses), objectives)
         grads, terms, finite = run(bound[len(batches)], params, batches, seeds, ctx, clock)
         losses = terms.get("losses", {})
         if layout.mesh.pp == 1:
@@ -138,7 +138,7 @@ def make(
             raise ValueError(f"parameters are missing: {', '.join(missing)}")
         state = optimizer.init(tree.build([(path, tree.get(master, path)) for path in params]), device_of(ctx))
         state["master"] = tree.build([(path, tree.get(state["master"] if path in params else master, path)) for path in held])
-        return State(compute_copy(state["master"], ctx), state, torch.zeros((), dtype=torch.int64, device=device_of(ctx)))
+        return State(compute_copy(layout, state["master"], ctx), state, torch.zeros((), dtype=torch.int64, device=device_of(ctx)))
 
     def step(state: State, batches: Sequence[Batch], clock: Clock | None = None) -> tuple[State, Metrics]:
         with torch.no_grad():
@@ -149,7 +149,7 @@ def make(
             scale = torch.ones_like(norm) if clip is None else (clip / (norm + 1e-6)).clamp_max(1.0)
             with memory_at("the update of the parameters", 1.0, dict(tree.items(grads))):
                 state_of = optimizer.update(state.optimizer, grads, params, lr, scale, state.step, ok, ctx.ops)
-                new = State(compute_copy(state_of["master"], ctx), state_of, state.step + 1)
+                new = State(compute_copy(layout, state_of["master"], ctx), state_of, state.step + 1)
         return new, {**metrics, "lr": lr, "skipped": ~ok}
 
     return init, step

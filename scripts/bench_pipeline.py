@@ -231,7 +231,7 @@ def overhead(loops: int, device: Any, stages: int = 4, microbatches: int = 4) ->
 
 def loop(bound: Bound, params: Any, batches: Sequence[lf.Batch], seeds: dict[str, Tensor], ctx: Any) -> dict[str, Tensor]:
     """What a hand would write for this program: every piece's forward, autograd, sums; nothing that is watched, checked or described."""
-    leaves = {path: lf.tree.get(params, path).detach().requires_grad_() for path in bound.trained}
+    leaves = {path: lf.tree.get(params, path).detach().requires_grad_() for path in bound.chains[""].trained}
     sums: dict[str, Tensor] = {}
     kept: dict[tuple[int, int | None], list[Any]] = {}
     between: dict[tuple[str, int, int | None], Any] = {}
@@ -249,9 +249,10 @@ def loop(bound: Bound, params: Any, batches: Sequence[lf.Batch], seeds: dict[str
         if a.op == "F":
             assert m is not None
             x = between.pop(("F", s, m), {})
-            for piece in bound.pieces[s, None]:
+            for piece in bound.chains[""].pieces[s, None]:
                 x = x.detach().requires_grad_() if isinstance(x, Tensor) else x
-                y, losses = piece.fn["acc"](tuple({n: value(p, w) for n, p, w in names} for _, names in piece.names), x, batches[m], ctx)
+                weights = tuple({n: value(p, w) for n, p, w in names} for _, names in piece.names)
+                y, losses, _ = piece.fn["acc"](weights, x, batches[m], ctx, ())
                 kept.setdefault(at, []).append((piece, x, y, losses))
                 for each in losses.values():
                     total = total + each.detach()

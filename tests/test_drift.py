@@ -5,8 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import chained
 import pytest
 import torch
+from chained import at, laid_out
 from helpers import context, draw
 
 import lf
@@ -82,6 +84,48 @@ ALONE = [("pp=2", "master/head/norm", 1), ("tp=3", "master/layers.0.mlp/down", 1
 @pytest.mark.parametrize(("mesh", "leaf", "rank"), ALONE)
 def test_what_one_rank_holds_alone_is_its_own(mesh: str, leaf: str, rank: int) -> None:
     assert set(lf.sim.spmd(lf.Mesh.parse(mesh), checked, leaf, rank, 0)) == {""}
+
+
+PLACES = {  # eyes over the pipeline of words, whose two stages share a table; hand has ranks of its own
+    "joined": laid_out(at("tp=4", "pp=2,dp=2", "dp=2", {"eyes": (3, 1, 0, 2), "words": range(4), "hand": (4, 5)})),
+    "frozen": laid_out(at("dp=2", "tp=3", "pp=2", {"eyes": (4, 1), "words": (0, 2, 3), "hand": (2, 1)}, eyes_frozen=("*",)), 5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("places", "leaf", "rank", "place", "words"),
+    [
+        ("joined", "v/eyes.0/norm", 2, 4, "v/eyes.0/norm [(0, 5)] of [5]: rank 2 against ranks 0, 1, 3"),
+        # eyes' tp coordinates 0 and 1 lie on ranks 3 and 1, and both hold kv head 0
+        ("joined", "m/eyes.1/qkv", 3, 5 * 2, "m/eyes.1/qkv/k [(0, 2), (0, 5)] of [6, 5]: rank 1 and rank 3 differ"),
+        ("joined", "master/embed/table", 3, 0, "master/embed/table [(0, 37), (0, 6)] of [37, 6]: rank 3 against ranks 0, 1, 2"),
+        ("joined", "m/hand.1/up", 5, 0, "m/hand.1/up [(0, 3), (0, 6)] of [3, 6]: rank 4 and rank 5 differ"),
+        ("joined", "t/t", 4, 0, "t/t: rank 4 against ranks 0, 1, 2, 3, 5"),
+        ("frozen", "master/eyes.out/scale", 4, 0, "master/eyes.out/scale: rank 1 and rank 4 differ"),
+        ("frozen", "master/words.1/norm", 3, 1, "master/words.1/norm [(0, 6)] of [6]: rank 3 against ranks 0, 2"),
+        ("frozen", "master/hand.0/up", 2, 1, ""),  # a rank's own
+        ("joined", "m/eyes.1/down", 0, 1, ""),
+    ],
+)
+def test_one_bit_is_found_over_chains(places: str, leaf: str, rank: int, place: int, words: str) -> None:
+    layouts = PLACES[places]
+
+    def look(axes: Any) -> str:
+        ctx = chained.context(axes, layouts, {"eyes": "fp32"})
+        state = chained.some_state(layouts, ctx)
+        drift.check(layouts, state, ctx)
+        if axes.rank == rank:
+            x = tree.get(state.optimizer, leaf)
+            x.reshape(-1).view(torch.int32)[place] ^= 1
+        try:
+            drift.check(layouts, state, ctx)
+        except RunError as error:
+            return str(error)
+        return ""
+
+    said = chained.world(layouts, look)
+    assert len(set(said)) == 1
+    assert said[0].splitlines()[1:] == ([f"  {words}"] if words else [])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64])

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import attrs
+import chained
 import pytest
 import torch
+from chained import at, laid_out
 from helpers import context, processes
 
 import lf
@@ -44,6 +46,11 @@ GIB = 1 << 30
         (100, 20, {"micro_batch": 1, "seq_len": 128, "layers": 5, "pp": 3}, "(about 60.0 GiB each)"),  # pp=6 would have nothing to do
         (200, 96, {}, "--micro-batch 1 and tp=8 instead of 2 (about 53.0 GiB each)"),
         (99999, 1, {}, "none of fewer rows"),
+        # of several chains a larger mesh of the largest leaves the rest as it is
+        (100, 0, {"chain": "vision", "share": 0.8}, "tp=4 instead of 2 in chain 'vision', on twice the ranks (about 60.0 GiB each)"),
+        (100, 0, {"chain": "vision", "share": 0.5}, "tp=4 instead of 2 in chain 'vision', on twice the ranks (about 75.0 GiB each)"),
+        (100, 0, {"chain": "vision", "share": 0.4}, "--micro-batch 1 and tp=8 instead of 2 in chain 'vision' (about 70.0 GiB each)"),
+        (100, 4, {"chain": "vision", "share": 0.2}, "none of fewer rows"),
     ],
 )
 def test_the_smallest_change_that_fits(lasting: int, activations: int, change: dict[str, Any], words: str) -> None:
@@ -162,3 +169,46 @@ def test_a_state_that_cannot_fit_is_refused_before_anything_is_made(monkeypatch:
         assert line in words
     monkeypatch.setattr(lf.devices.get("cpu"), "memory_total", lambda: 140 << 30)
     lf.train.make(layout, lf.optim.adamw(0.1), lf.schedule.one_f_one_b(1, 1), ctx)
+
+
+def test_several_chains_are_measured_by_what_each_rank_has_of_them() -> None:
+    """Each chain in its own precision, the frozen one without moments; what is said before anything is made is what is there afterwards."""
+    layouts = laid_out(at("tp=2", "pp=2,dp=2", "", {"eyes": (0, 1), "hand": (3,)}, eyes_frozen=("*",)))
+    optimizer, seen = lf.optim.adamw(1e-3), dict[int, int]()
+
+    def rank(axes: Any) -> str:
+        ctx = chained.tiny_device(chained.context(axes, layouts, {"words": "fp32"}), memory_total=-1, memory_peak=0)
+        with pytest.raises(OutOfMemory) as caught:
+            memory.refuse_what_cannot_fit(layouts, optimizer.init, ctx)
+        state = chained.some_state(layouts, ctx)
+        usage = memory.measure(OutOfMemory("full"), layouts, state, 0, ctx)
+        assert f"rank {axes.rank} needs {memory._bytes(usage.lasting)} besides activations" in str(caught.value)
+        seen[axes.rank] = usage.lasting
+        sizes = {path: math.prod(layouts.local_shape(path, axes.rank)) for path in layouts.held(axes.rank)}
+        assert sum(memory._each(layouts, state.optimizer, sizes, ctx).values()) == usage.lasting - 8  # but for the count of updates
+        return str(memory.explained(OutOfMemory("full", "here"), layouts, state, [], 16, ctx))
+
+    said = chained.world(layouts, rank)
+    # 2 bytes for the copy in bf16 of eyes and hand, none in fp32; 4 for each master, and 12 for gradient and moments of what trains
+    sizes = [{path: math.prod(layouts.local_shape(path, r)) for path in layouts.held(r)} for r in range(4)]
+    held = [{chain: sum(n for path, n in of.items() if layouts.chain_of[path] == chain) for chain in layouts.chains} for of in sizes]
+    assert [seen[r] for r in range(4)] == [6 * n["eyes"] + 16 * n["words"] + 18 * n["hand"] + 8 for n in held]
+    assert "largest parameters, with all that is kept for each:\n     2.6 KiB  embed/table [37, 6]" in said[0]
+
+
+@pytest.mark.parametrize(("frozen", "words"), [((), "tp=32 instead of 1 in chain 'words'"), (("*",), "tp=2 instead of 1 in chain 'eyes', on twice")])
+def test_the_chain_that_takes_the_most_is_named(frozen: tuple[str, ...], words: str) -> None:
+    """Rank 1 has 281 elements of eyes and 330 of words, of 18 bytes where they train and 6 where not."""
+    layouts = laid_out(at("", "pp=2", "tp=2", {"eyes": (1,)}, words_frozen=frozen))
+
+    def rank(axes: Any) -> str:
+        ctx = chained.tiny_device(chained.context(axes, layouts), memory_total=6000)
+        try:
+            memory.refuse_what_cannot_fit(layouts, lf.optim.adamw(1e-3).init, ctx)
+        except OutOfMemory as error:
+            return str(error).splitlines()[-1]
+        return ""
+
+    fits, said = chained.world(layouts, rank)
+    assert fits == ""
+    assert said.startswith(f"The smallest change that should fit, without activations: {words}")

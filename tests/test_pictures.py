@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from chained import at, laid_out
 from helpers import ROOT
 from matplotlib.image import imread
 
@@ -73,3 +74,50 @@ def test_layers_of_a_stage_that_are_alike_share_a_line() -> None:
     assert "layers.0.mlp/down" in lf.pictures.alike(layout, 0, 0)
     both = lf.layout(tiny(), lf.Mesh(pp=2), split="e,2+h")
     assert lf.pictures.alike(both, 0, 1)["layers.*.mlp/down ×2"] == ["layers.0.mlp/down", "layers.1.mlp/down"]
+
+
+def test_several_chains_are_shown_with_what_joins_them(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    layouts = laid_out(at("tp=4", "pp=2,dp=2", "dp=2", {"eyes": range(4), "words": range(4), "hand": (4, 5)}, eyes_frozen=("eyes.0",)))
+    lf.show(layouts, png=tmp_path / "chains.png", rank=2)
+    out = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    assert rows[:9] == [
+        ["eyes", "tp=4", "0–3", "1", "281", "125", "items"],
+        ["words", "pp=2,dp=2", "0–3", "2", "426", "0", "the data"],
+        ["hand", "dp=2", "4, 5", "1", "36", "0", "items"],
+        ["eyes.late", "0", "0, 1", "words", "0", "0", "embed"],
+        ["eyes.early", "0", "0, 1", "words", "1", "1", "words.1"],
+        ["words.said.0", "0", "0", "hand", "0", "2", "hand.0, hand.1"],
+        ["0", "0, 1", "0", "0", "—"],
+        ["1", "2, 3", "0", "1", "—"],
+        ["2", "4, 5", "—", "—", "0"],
+    ]
+    fused = ["eyes.1/qkv", "24×5", "heads→tp, embed", "6×5", "tp for k, v", "each tp its own (k, v: first holder)"]
+    assert fused in rows
+    assert ["eyes.out/scale", "scalar", "—", "scalar", "tp", "tp=0"] in rows
+    assert [row[4] for row in rows if row[1:2] == ["words.0/qkv"]] == ["—"], "rank 2 is on the second stage of words"
+    assert "eyes: 5 parameters on mesh tp=4" in out
+    assert "on rank 4" in out, "of hand rank 2 has nothing, so its first rank is shown"
+    lf.show(layouts.chains["eyes"], png=tmp_path / "eyes.png")
+    assert imread(tmp_path / "chains.png").shape[0] > 2 * imread(tmp_path / "eyes.png").shape[0], "each chain is drawn"
+
+
+def test_one_chain_as_several_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    from lf.chain_layouts import joined
+
+    layout = lf.layout(tiny(), lf.Mesh(pp=2, tp=2))
+    lf.show(layout, rank=3)
+    alone = capsys.readouterr().out
+    lf.show(joined(layout), rank=3)
+    assert capsys.readouterr().out == alone
+
+
+def test_a_bar_names_its_chain() -> None:
+    from matplotlib.figure import Figure
+
+    layout = laid_out(at("tp=2", "tp=2", "tp=2")).chains["eyes"]
+    ax = Figure().subplots()
+    lf.pictures.draw_layout(ax, layout, list(layout.specs), chain="eyes")
+    assert ax.get_title("left") == "eyes: who holds which slice: tp=2"
+    assert sum(p.get_width() * p.get_height() for p in ax.patches) == pytest.approx(0.8 * len(layout.specs))  # a scalar's bar as well

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lf import tree
 from lf.box import shape
+from lf.chain_layouts import Layouts
 from lf.checkpoint.atomic import CheckpointError, agree, attempt, publish, sync, write_json, write_tensors
 from lf.checkpoint.files import FLOATS, float_dtype
 from lf.layouts import Layout
@@ -75,6 +76,7 @@ def save(
     one is complete; a folder with anything else in it is refused. Raises CheckpointError or ConfigError on every rank, and leaves nothing
     half-written under the name.
     """
+    refuse_several(layout)
     params = state.optimizer["master"] if isinstance(state, State) else state
     get = params if callable(params) else partial(tree.get, params)
     asked = float_dtype("dtype", dtype)
@@ -130,6 +132,15 @@ def save(
             sync(partial / path.name)
 
     return publish(folder, ctx, _ours, write, finish)
+
+
+def refuse_several(layout: Layout | Layouts) -> None:
+    """Raises CheckpointError for the layouts of several chains: a Hugging Face folder is laid out for one."""
+    if isinstance(layout, Layouts):
+        raise CheckpointError(
+            f"a Hugging Face folder is of one chain, and there are {', '.join(layout.chains)}: take one of them, as layouts.chains[NAME] "
+            "with ctx.of(NAME) on its ranks; lf.checkpoint.save and load keep all of them"
+        )
 
 
 def deal(layout: Layout, names: dict[str, str | Place], dtype: torch.dtype, limit: int) -> list[list[Entry]]:

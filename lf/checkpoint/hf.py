@@ -17,7 +17,7 @@ import torch
 from lf import box as boxes
 from lf import tree
 from lf.checkpoint.atomic import CheckpointError, agree, attempt, listing
-from lf.checkpoint.export import INDEX, SINGLE, save
+from lf.checkpoint.export import INDEX, SINGLE, refuse_several, save
 from lf.checkpoint.files import DTYPES, FLOATS, dtype_of, flat, float_dtype, opened, read_box, shape_of
 from lf.checkpoint.sources import Source, folder, meaning
 from lf.config import ConfigError, differing, one_of, parse, to_dict
@@ -82,6 +82,7 @@ def load(source: Source, layout: Layout, ctx: Any, dtype: str | torch.dtype | No
     than the layout's model, tensors that are missing, too many, of another shape or dtype, shards that are missing or cut short. A tied tensor
     that is on disk twice must be the same both times.
     """
+    refuse_several(layout)
     dtype, where, errors = _rounded(dtype, ctx), folder(source, ctx.axes), list[Exception]()
     with ExitStack() as stack:
         found = attempt(errors, _inspect, where, layout, ctx, dtype, stack)
@@ -97,6 +98,7 @@ def load(source: Source, layout: Layout, ctx: Any, dtype: str | torch.dtype | No
 
 def check(source: Source, layout: Layout, ctx: Any, dtype: str | torch.dtype | None = None) -> None:
     """Raises what `load` would find in the config and in the headers of the files, and reads no weights. Collective."""
+    refuse_several(layout)
     dtype, where, errors = _rounded(dtype, ctx), folder(source, ctx.axes), list[Exception]()
     with ExitStack() as stack:
         attempt(errors, _inspect, where, layout, ctx, dtype, stack)

@@ -22,6 +22,8 @@ from torch import Tensor
 from lf import box as boxes
 from lf import tree
 from lf.box import Box
+from lf.chain_layouts import Layouts, joined, runs
+from lf.chains import Chains
 from lf.checkpoint.atomic import CheckpointError, agree, attempt, listing, publish, write_json, write_tensors
 from lf.checkpoint.files import CODES, DTYPES, dtype_of, flat, opened, read_box, shape_of
 from lf.checkpoint.manifests import FORMAT, MANIFEST, VERSION, Manifest, Stored, manifest
@@ -36,54 +38,53 @@ STEP = "step"
 RANK = re.compile(r"rank-\d{5,}\.safetensors")
 
 
-def save(folder: str | os.PathLike[str], layout: Layout, state: State, ctx: Any, extra: dict[str, Any]) -> Path:
+def save(folder: str | os.PathLike[str], layout: Layout | Layouts, state: State, ctx: Any, extra: dict[str, Any]) -> Path:
     """Writes the state and `extra` (JSON: the position in the data, …; rank 0's counts) and returns the full path. Collective.
 
     Raises CheckpointError on every rank, and leaves nothing half-written under the name.
     """
-    coords, rank = ctx.axes.coords, ctx.axes.rank
+    layouts, rank = joined(layout), ctx.axes.rank
     leaves = {**dict(tree.items(state.optimizer)), STEP: state.step}
     errors: list[Exception] = []
-    attempt(errors, _refuse, leaves, layout, coords, extra)
+    attempt(errors, _refuse, leaves, layouts, rank, extra)
     agree(errors, f"saving {folder}", ctx)
-    dtypes = _all_leaves(layout, state, ctx)
+    dtypes = _all_leaves(layouts, state, ctx)
 
     def write(partial: Path, errors: list[Exception]) -> None:
-        owned = _owned(layout, coords)
-        pieces = [(p, x) for leaf, x in leaves.items() for p in _written(layout, leaf, owned, rank)]
+        owned = _owned(layouts, rank)
+        pieces = [(p, x) for leaf, x in leaves.items() for p in _written(layouts, leaf, owned, rank)]
         mine = {p.key: p.view(x).contiguous().cpu() if p.shape else x.cpu() for p, x in pieces}
         if mine:
             attempt(errors, write_tensors, partial / _file(rank), mine)
 
     def finish(partial: Path) -> None:
         tensors: dict[str, dict[str, Any]] = {}
-        for r in range(layout.mesh.size):
-            owned = _owned(layout, layout.mesh.coords(r))
+        for r in range(layouts.world):
+            owned = _owned(layouts, r)
             for leaf, dtype in dtypes.items() if owned or not r else ():  # there may be many ranks, and most own nothing
-                for p in _written(layout, leaf, owned, r):
+                for p in _written(layouts, leaf, owned, r):
                     entry = tensors.setdefault(p.key, {"shape": p.shape, "dtype": CODES[dtype], "boxes": []})
                     entry["boxes"].append({"file": _file(r), "box": p.box})
-        config = layout.model.config
-        about = {"format": FORMAT, "version": VERSION, "mesh": str(layout.mesh), "step": int(state.step)}
-        about |= {"kind": type(config).__name__, "config": to_dict(config), "extra": extra, "leaves": [k for k in dtypes if k != STEP]}
-        about["frozen"] = [path for path in layout.specs if path in layout.frozen]
+        about = {"format": FORMAT, "version": VERSION, "mesh": str(layouts), "step": int(state.step)}
+        about |= {**_ours(layouts), "extra": extra, "leaves": [k for k in dtypes if k != STEP]}
+        about["frozen"] = [path for path in layouts.specs if path in layouts.frozen]
         sizes = {p.name: p.stat().st_size for p in sorted(partial.iterdir())}
         write_json(partial / MANIFEST, {**about, "files": sizes, "tensors": tensors})
 
     return publish(folder, ctx, lambda name: name == MANIFEST or bool(RANK.fullmatch(name)), write, finish)
 
 
-def load(folder: str | os.PathLike[str], layout: Layout, ctx: Any) -> tuple[State, dict[str, Any]]:
-    """(state, extra) as they were saved, laid out anew: any mesh, split and placement loads what any other has saved. Collective.
+def load(folder: str | os.PathLike[str], layout: Layout | Layouts, ctx: Any) -> tuple[State, dict[str, Any]]:
+    """(state, extra) as they were saved, laid out anew: any meshes, splits and placements load what any others have saved. Collective.
 
     Of a parameter that is frozen now and was not then, the moments are left alone. Raises CheckpointError that lists everything that is wrong:
     another model, tensors that are missing or not covered, a parameter that was frozen and now is not, files that are missing or cut short.
     """
-    folder, errors = Path(folder).expanduser(), list[Exception]()
+    folder, errors, layouts = Path(folder).expanduser(), list[Exception](), joined(layout)
     doing = f"loading {folder}"
     with ExitStack() as stack:
         about = attempt(errors, manifest, folder)
-        found = attempt(errors, lambda: _inspect(folder, about, layout, ctx, stack, None, ctx.precision.master))  # type: ignore[arg-type]
+        found = attempt(errors, lambda: _inspect(folder, about, layouts, ctx, stack, None, ctx.precision.master))  # type: ignore[arg-type]
         agree(errors, doing, ctx)
         assert about is not None
         assert found is not None
@@ -91,14 +92,14 @@ def load(folder: str | os.PathLike[str], layout: Layout, ctx: Any) -> tuple[Stat
         span = ctx.axes.world.max(torch.tensor([about.step, -about.step], device=device_of(ctx))).tolist()
         if span != [about.step, -about.step]:
             raise CheckpointError(f"{doing}: this rank reads step {about.step}, others read {-span[1]} to {span[0]}; give all ranks one folder")
-        values = attempt(errors, lambda: {leaf: _leaf(found, leaf, layout, ctx) for leaf in found[1]})
+        values = attempt(errors, lambda: {leaf: _leaf(found, leaf, layouts, ctx) for leaf in found[1]})
         agree(errors, doing, ctx)
     assert values is not None
     step = values.pop(STEP)
     built = tree.build(list(values.items()))
     # a rank that holds nothing of a kind has it all the same, empty
     optimizer = {kind: built.get(kind, {}) for kind in dict.fromkeys(leaf.partition("/")[0] for leaf in about.leaves)}
-    return State(compute_copy(optimizer["master"], ctx), optimizer, step), about.extra
+    return State(compute_copy(layouts, optimizer["master"], ctx), optimizer, step), about.extra
 
 
 def model(folder: str | os.PathLike[str]) -> Model:
@@ -110,53 +111,66 @@ def model(folder: str | os.PathLike[str]) -> Model:
 
 
 @contextmanager
-def masters(folder: str | os.PathLike[str], layout: Layout, ctx: Any) -> Iterator[Callable[[str], Tensor]]:
+def masters(folder: str | os.PathLike[str], layout: Layout | Layouts, ctx: Any) -> Iterator[Callable[[str], Tensor]]:
     """A function that reads what this rank holds of the parameter at a path, in the dtype that was saved, each time it is asked. Collective.
 
     The moments of the optimizer are neither needed nor read, and no more than one parameter is held here: `lf.hf.save` takes the function.
     Raises CheckpointError as `load` does.
     """
-    folder, errors = Path(folder).expanduser(), list[Exception]()
+    folder, errors, layouts = Path(folder).expanduser(), list[Exception](), joined(layout)
     with ExitStack() as stack:
         about = attempt(errors, manifest, folder)
-        wanted = [f"master/{path}" for path in layout.held(ctx.axes.coords)]
-        found = attempt(errors, lambda: _inspect(folder, about, layout, ctx, stack, wanted, None))  # type: ignore[arg-type]
+        wanted = [f"master/{path}" for path in layouts.held(ctx.axes.rank)]
+        found = attempt(errors, lambda: _inspect(folder, about, layouts, ctx, stack, wanted, None))  # type: ignore[arg-type]
         agree(errors, f"loading {folder}", ctx)
         assert found is not None
-        yield lambda path: _leaf(found, f"master/{path}", layout, ctx)
+        yield lambda path: _leaf(found, f"master/{path}", layouts, ctx)
 
 
 def _file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def _spec(layout: Layout, leaf: str) -> Spec | None:
+def _described(model: Model | Chains) -> dict[str, Any]:
+    """What a manifest says of a model: the kind of its config and the config. Chains without a config of their own are described one by one."""
+    if isinstance(model, Chains) and model.config is None:
+        return {"kind": Chains.__name__, "config": {name: _described(chain.model) for name, chain in model.chains.items()}}
+    config = {} if model.config is None else to_dict(model.config)
+    return json.loads(json.dumps({"kind": type(model.config).__name__, "config": config}))
+
+
+def _ours(layouts: Layouts) -> dict[str, Any]:
+    return _described(layouts.model or layouts.chains[layouts.main].model)
+
+
+def _spec(layouts: Layouts, leaf: str) -> Spec | None:
     """The spec of a leaf that is shaped like a parameter (master/PATH, m/PATH); None for the others, which are scalars, the same on all ranks."""
-    return layout.specs.get(leaf.partition("/")[2])
+    return layouts.specs.get(leaf.partition("/")[2])
 
 
-def _pieces(leaf: str, spec: Spec | None, coords: dict[str, int]) -> tuple[Piece, ...]:
-    return _keyed(leaf, spec.pieces(coords)) if spec else (Piece(leaf, (), (), 0, 0),)
+def _pieces(layouts: Layouts, leaf: str, rank: int) -> tuple[Piece, ...]:
+    spec = _spec(layouts, leaf)
+    return _keyed(leaf, layouts.pieces(spec.path, rank)) if spec else (Piece(leaf, (), (), 0, 0),)
 
 
-def _owned(layout: Layout, coords: dict[str, int]) -> dict[str, tuple[Piece, ...]]:
-    """By path what the rank at `coords` owns: worked out once for masters and moments."""
+def _owned(layouts: Layouts, rank: int) -> dict[str, tuple[Piece, ...]]:
+    """By path what a rank owns: worked out once for masters and moments."""
     owned: dict[str, tuple[Piece, ...]] = {}
-    for path, piece in layout.owned(coords):
+    for path, piece in layouts.owned(rank):
         owned[path] = (*owned.get(path, ()), piece)
     return owned
 
 
-def _written(layout: Layout, leaf: str, owned: dict[str, tuple[Piece, ...]], rank: int) -> tuple[Piece, ...]:
+def _written(layouts: Layouts, leaf: str, owned: dict[str, tuple[Piece, ...]], rank: int) -> tuple[Piece, ...]:
     """What a rank that owns `owned` writes of a leaf, any leaf of the state."""
-    if _spec(layout, leaf) is None:
+    if _spec(layouts, leaf) is None:
         return (Piece(leaf, (), (), 0, 0),) if rank == 0 else ()
     return _keyed(leaf, owned.get(leaf.partition("/")[2], ()))
 
 
-def _all_leaves(layout: Layout, state: State, ctx: Any) -> dict[str, torch.dtype]:
+def _all_leaves(layouts: Layouts, state: State, ctx: Any) -> dict[str, torch.dtype]:
     """The leaves of the state over all ranks with their dtypes, in the order that one rank has. Collective: a rank holds those of its stages only."""
-    codes, paths = [*CODES], [*layout.specs]
+    codes, paths = [*CODES], [*layouts.specs]
     table = torch.zeros(len(state.optimizer), len(paths), dtype=torch.int64)
     for row, branch in zip(table, state.optimizer.values()):
         mine = dict(tree.items(branch))
@@ -165,7 +179,7 @@ def _all_leaves(layout: Layout, state: State, ctx: Any) -> dict[str, torch.dtype
     out = {}
     for kind, row in zip(state.optimizer, table.tolist()):
         out.update({f"{kind}/{path}": codes[code - 1] for path, code in zip(paths, row) if code})
-        out.update({f"{kind}/{path}": x.dtype for path, x in tree.items(state.optimizer[kind]) if path not in layout.specs})
+        out.update({f"{kind}/{path}": x.dtype for path, x in tree.items(state.optimizer[kind]) if path not in layouts.specs})
     return {**out, STEP: state.step.dtype}
 
 
@@ -174,14 +188,14 @@ def _keyed(leaf: str, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
     return tuple(attrs.evolve(p, key=f"{kind}/{p.key}") for p in pieces)
 
 
-def _refuse(leaves: dict[str, Tensor], layout: Layout, coords: dict[str, int], extra: dict[str, Any]) -> None:
-    problems, held = [], layout.held(coords)
+def _refuse(leaves: dict[str, Tensor], layouts: Layouts, rank: int, extra: dict[str, Any]) -> None:
+    problems, held = [], layouts.held(rank)
     for leaf, x in leaves.items():
-        spec = _spec(layout, leaf)
+        spec = _spec(layouts, leaf)
         if spec and spec.path not in held:
-            problems.append(f"{leaf} is of a stage on pipeline rank {layout.holders(spec.path)[0]}, not on {coords['pp']}")
+            problems.append(f"{leaf} {_elsewhere(layouts, spec.path, rank)}")
             continue
-        want = spec.local_shape(coords) if spec else ()
+        want = layouts.local_shape(spec.path, rank) if spec else ()
         if tuple(x.shape) != want:
             what = "the shape of its parameter" if spec else "a scalar, because no parameter has its path"
             problems.append(f"{leaf} has shape {list(x.shape)} and should have {list(want)}: {what}")
@@ -198,32 +212,40 @@ def _refuse(leaves: dict[str, Tensor], layout: Layout, coords: dict[str, int], e
     listing("the state cannot be saved", problems)
 
 
+def _elsewhere(layouts: Layouts, path: str, rank: int) -> str:
+    """Where a parameter lies that this rank does not hold."""
+    chain = layouts.chain_of[path]
+    coords, of = layouts.coords(chain, rank), f" of chain {chain!r}" if chain else ""
+    if coords is None:
+        return f"is{of}, which lies on ranks {runs(layouts.ranks[chain])}, not on {rank}"
+    return f"is of a stage{of} on pipeline rank {layouts.chains[chain].holders(path)[0]}, not on {coords['pp']}"
+
+
 Reads = dict[str, list[tuple[Any, str, Box, Box, Piece]]]
 
 
 def _inspect(
-    folder: Path, about: Manifest, layout: Layout, ctx: Any, stack: ExitStack, wanted: list[str] | None, master: torch.dtype | None
+    folder: Path, about: Manifest, layouts: Layouts, ctx: Any, stack: ExitStack, wanted: list[str] | None, master: torch.dtype | None
 ) -> tuple[Manifest, Reads]:
     """What to read for each leaf (None: all): (file, tensor, box to read, box that the file has, the piece it goes to).
 
     Raises with all problems. `master`: the dtype that masters must have (None: any).
     """
-    config, problems = layout.model.config, list[str]()
-    ours = json.loads(json.dumps({"kind": type(config).__name__, "config": to_dict(config)}))
+    ours, problems = _ours(layouts), list[str]()
     changed = differing(dict(flat({"kind": about.kind, "config": about.config})), dict(flat(ours)))
     problems += [f"the model differs: {k} was {old!r}, is {new!r}" for k, (old, new) in changed.items()]
     if not changed:
-        problems += [f"master/{path} is missing" for path in layout.specs if f"master/{path}" not in about.leaves]
-        problems += _thawed(about, layout) if wanted is None else []
+        problems += [f"master/{path} is missing" for path in layouts.specs if f"master/{path}" not in about.leaves]
+        problems += _thawed(about, layouts) if wanted is None else []
     files: dict[str, Any] = {}
     reads: Reads = {}
-    mine = layout.held(ctx.axes.coords)
+    mine = layouts.held(ctx.axes.rank)
     for leaf in ((*about.leaves, STEP) if wanted is None else wanted) if not changed else ():
-        spec = _spec(layout, leaf)
-        if spec and (spec.path not in mine or (spec.path in layout.frozen and not leaf.startswith("master/"))):
+        spec = _spec(layouts, leaf)
+        if spec and (spec.path not in mine or (spec.path in layouts.frozen and not leaf.startswith("master/"))):
             continue
         reads[leaf] = []
-        for piece in _pieces(leaf, spec, ctx.axes.coords):
+        for piece in _pieces(layouts, leaf, ctx.axes.rank):
             if (stored := about.tensors.get(piece.key)) is None:
                 problems.append(f"{piece.key} is missing")
                 continue
@@ -249,11 +271,11 @@ def _inspect(
     return about, reads
 
 
-def _thawed(about: Manifest, layout: Layout) -> Iterator[str]:
+def _thawed(about: Manifest, layouts: Layouts) -> Iterator[str]:
     """Parameters that have no moments because they were not trained."""
-    kinds = {leaf.partition("/")[0] for leaf in about.leaves if _spec(layout, leaf)} - {"master"}
+    kinds = {leaf.partition("/")[0] for leaf in about.leaves if _spec(layouts, leaf)} - {"master"}
     for path in about.frozen if kinds else ():
-        if path not in layout.frozen:
+        if path not in layouts.frozen:
             yield f"{path} was frozen and has no {', '.join(sorted(kinds))}; freeze it again, or begin a run from an export of these weights"
 
 
@@ -274,12 +296,12 @@ def _other(file: Any, key: str, box: Box, dtype: str) -> str:
     return "" if have == (boxes.shape(box), dtype) else f"{key} is {have[1]} {list(have[0])}, {MANIFEST} has {dtype} {list(boxes.shape(box))}"
 
 
-def _leaf(found: tuple[Manifest, Reads], leaf: str, layout: Layout, ctx: Any) -> Tensor:
+def _leaf(found: tuple[Manifest, Reads], leaf: str, layouts: Layouts, ctx: Any) -> Tensor:
     """What this rank holds of a leaf, on its device."""
     about, reads = found
-    spec, coords = _spec(layout, leaf), ctx.axes.coords
-    dtype = DTYPES[about.tensors[_pieces(leaf, spec, coords)[0].key].dtype]
-    local = torch.empty(spec.local_shape(coords) if spec else (), dtype=dtype)
+    spec, rank = _spec(layouts, leaf), ctx.axes.rank
+    dtype = DTYPES[about.tensors[_pieces(layouts, leaf, rank)[0].key].dtype]
+    local = torch.empty(layouts.local_shape(spec.path, rank) if spec else (), dtype=dtype)
     for file, key, common, origin, piece in reads[leaf]:
         target = piece.view(local)[boxes.slices(common, piece.box)] if piece.shape else local
         target.copy_(read_box(file, key, common, origin))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
@@ -10,10 +10,11 @@ import attrs
 from lf.config import one_of
 from lf.layouts import Layout
 from lf.schedule.compiled import LayerFn, compiled, layer_fn
+from lf.schedule.ground import Ground, Where, ground
 from lf.schedule.ir import BACKWARD, Action, Program, ProgramError, flat
 from lf.schedule.lower import reduced_layers, tied_paths
-from lf.schedule.pieces import Stage, stages
-from lf.schedule.shapes import Shapes, key, trace
+from lf.schedule.pieces import Stage
+from lf.schedule.shapes import Brought, Shapes, key, trace
 from lf.segment import Segment, path_of
 from lf.spec import Spec
 
@@ -23,12 +24,28 @@ KINDS = ("plain", "acc", "probe")
 
 
 @attrs.frozen
+class Fed:
+    """What an edge brings to a piece: to its segment number `segment` as `input`, over joint number `joint`. `live`: its gradient is wanted."""
+
+    segment: int
+    input: str
+    joint: int
+    live: bool
+
+    @property
+    def name(self) -> str:
+        """What it is called beside the carry, which has no such names."""
+        return f"{self.segment}<{self.input}"
+
+
+@attrs.frozen
 class Piece:
     """A layer, or a segment of one: what a forward runs between two cuts of autograd.
 
-    fn[kind](values, x, batch, ctx) -> (y, losses), for each of KINDS · `names`: of each segment its name, and (name, path, is it a product) of
-    each of its parameters · `leaves`: paths whose gradients autograd returns · `products`: (segment, name, path) of those that come through a W ·
-    `upstream`: whether anything before it trains, so that its input has a gradient · `back`: whether it has a backward.
+    fn[kind](values, x, batch, ctx, fed) -> (y, losses, outputs), for each of KINDS · `names`: of each segment its name, and (name, path, is it a
+    product) of each of its parameters · `leaves`: paths whose gradients autograd returns · `products`: (segment, name, path) of those that come
+    through a W · `upstream`: whether anything before it trains, so that its input has a gradient · `back`: whether it has a backward · `fed`: what
+    edges bring to it · `outputs`: what edges take from it.
     """
 
     stage: int
@@ -39,20 +56,21 @@ class Piece:
     products: tuple[tuple[str, str, str], ...]
     upstream: bool
     back: bool
+    fed: tuple[Fed, ...]
+    outputs: tuple[str, ...]
 
 
 @attrs.frozen
-class Bound:
-    """`actions` of one rank · `pieces`: of each stage and `segment` of a forward, what it runs · `spans`: of each other compute action's
+class BoundChain:
+    """Of a chain, on one of its ranks. `pieces`: of each stage and `segment` of a forward, what it runs · `spans`: of each other compute action's
     (stage, segment), the names of the pieces that it covers · `final`: the (stage, segment)s of forwards that end their stage · `split`: (stage,
-    microbatch, piece)s whose weight gradients a W makes · `again`: of each (stage, microbatch, piece) that is made again, which ops (none named:
-    all) · `away`: those that are offloaded · `trained`: each path here, and whether it trains · `reduced`: of each (stage, layer), the paths whose
-    sum is then complete on this rank, and the specs of those that other ranks have a part in · `tied`: the pipeline ranks of each path that has
-    several."""
+    unit, piece)s whose weight gradients a W makes · `again`: of each (stage, unit, piece) that is made again, which ops (none named: all) ·
+    `away`: those that are offloaded · `trained`: each path here, and whether it trains · `reduced`: of each (stage, layer), the paths whose sum is
+    then complete on this rank, and the specs of those that other ranks have a part in · `tied`: the pipeline ranks of each path that has several."""
 
-    actions: tuple[Action, ...]
+    layout: Layout
+    ctx: Any
     rank: int
-    placement: tuple[int, ...]
     known: tuple[Stage, ...]
     pieces: dict[tuple[int, str | None], tuple[Piece, ...]]
     spans: dict[tuple[int, str | None], frozenset[str]]
@@ -63,48 +81,74 @@ class Bound:
     trained: dict[str, bool]
     reduced: dict[tuple[int, str], tuple[tuple[str, ...], tuple[Spec, ...]]]
     tied: dict[str, tuple[int, ...]]
-    shapes: Callable[[Any, Any], Shapes]
+    shapes: Callable[[Any, Mapping[str, Brought]], Shapes]
     compiled: bool
+    trains: bool  # whether there is any backward in the program
+
+    @property
+    def placement(self) -> tuple[int, ...]:
+        return self.layout.placement
+
+
+@attrs.frozen
+class Bound:
+    """`actions` of one rank, in row `row` of the program · `chains`: those that this rank is on."""
+
+    actions: tuple[Action, ...]
+    row: int
+    ground: Ground
+    chains: dict[str, BoundChain]
     number: int  # under which `axes.position` knows the program
-    trains: bool  # whether there is any backward
+    trains: bool
 
 
-def bind(program: Program, layout: Layout, ctx: Any, compile: bool | str = False, name: str = "step") -> Bound:
+def bind(program: Program, where: Where, ctx: Any, compile: bool | str = False, name: str = "step") -> Bound:
     """The actions of this rank. `compile`: each distinct layer by torch.compile, as a full graph, for this backend (True: inductor). `name`:
-    what one run of it is called, where a rank says how far it is. Collective over pp the first time."""
-    rank = ctx.axes.coords["pp"]
-    ctx.axes.pipe()
-    actions, known = program[rank], stages(program, layout)
-    fns: dict[Any, LayerFn] = {}
-    pieces: dict[tuple[int, str | None], tuple[Piece, ...]] = {}
-    spans: dict[tuple[int, str | None], frozenset[str]] = {}
-    for a in flat(actions):
-        where = a.stage, a.segment
-        if a.op == "F" and where not in pieces:
-            segments = {s.name: s for s in layout.stages[a.stage]}
-            names = known[a.stage].pieces(a.segment) if segments else ()
-            pieces[where] = tuple(_piece(a.stage, name, known[a.stage], segments, layout, fns, ctx, compile) for name in names)
-        elif a.op in SPANNING and where not in spans:
-            lo, hi = known[a.stage].span(a.segment) or (0, 0)
-            spans[where] = frozenset((*known[a.stage].atoms[lo:hi], *known[a.stage].layers[lo:hi]))
+    what one run of it is called, where a rank says how far it is. Collective over the pipeline of each chain the first time."""
+    on = ground(program, where)
+    assert on.layouts is not None
     named = sorted({op for row in program for a in flat(row) for op in a.ops})  # of all ranks: one alone that refused would leave the others waiting
     for op in named:
         one_of("op to run again", op, vars(ctx.ops))
     if compile and named:
         raise ProgramError(f"ops {', '.join(named)} are to be run again: a compiler decides itself what it keeps; leave out compile, or these ops")
-    again = {(a.stage, a.microbatch, p): a.ops for a in flat(actions) if a.op == "REMAT" for p in spans[a.stage, a.segment]}
-    away = {(a.stage, a.microbatch, p) for a in flat(actions) if a.op == "OFFLOAD" for p in spans[a.stage, a.segment]}
+    row = on.layouts.row(ctx.axes.rank)
+    chains = {c: _chain(c, on, program[row], own, compile) for c in on.layouts.chains if (own := ctx.of(c)) is not None}
+    if on.joints:
+        ctx.axes.links()
+    number = ctx.axes.position.program([str(a) for a in program[row]], name)
+    return Bound(program[row], row, on, chains, number, any(a.op in BACKWARD for a in flat(program[row])))
+
+
+def _chain(chain: str, on: Ground, actions: tuple[Action, ...], ctx: Any, compile: bool | str) -> BoundChain:
+    assert on.layouts is not None
+    layout, known, rank = on.layouts.chains[chain], on.known[chain], ctx.axes.coords["pp"]
+    ctx.axes.pipe()
+    mine = [a for a in flat(actions) if a.chain == chain]
+    fns: dict[Any, LayerFn] = {}
+    pieces: dict[tuple[int, str | None], tuple[Piece, ...]] = {}
+    spans: dict[tuple[int, str | None], frozenset[str]] = {}
+    for a in mine:
+        at = a.stage, a.segment
+        if a.op == "F" and at not in pieces:
+            segments = {s.name: s for s in layout.stages[a.stage]}
+            names = known[a.stage].pieces(a.segment) if segments else ()
+            pieces[at] = tuple(_piece(chain, a.stage, name, on, segments, fns, ctx, compile) for name in names)
+        elif a.op in SPANNING and at not in spans:
+            lo, hi = known[a.stage].span(a.segment) or (0, 0)
+            spans[at] = frozenset((*known[a.stage].atoms[lo:hi], *known[a.stage].layers[lo:hi]))
+    again = {(a.stage, a.microbatch, p): a.ops for a in mine if a.op == "REMAT" for p in spans[a.stage, a.segment]}
+    away = {(a.stage, a.microbatch, p) for a in mine if a.op == "OFFLOAD" for p in spans[a.stage, a.segment]}
     final = {(s, segment) for s, segment in pieces if (known[s].span(segment) or (0, 0))[1] == len(known[s].atoms)}
-    return Bound(
-        actions, rank, layout.placement, known, pieces, spans, frozenset(final),
-        frozenset((a.stage, a.microbatch, p) for a in flat(actions) if a.op == "I" for p in spans[a.stage, a.segment]),
+    return BoundChain(
+        layout, ctx, rank, known, pieces, spans, frozenset(final),
+        frozenset((a.stage, a.microbatch, p) for a in mine if a.op == "I" for p in spans[a.stage, a.segment]),
         again, frozenset(away),
         {path: path not in layout.frozen for path in layout.held(ctx.axes.coords)},
-        {where: (paths, tuple(s for p in paths if _summed(s := layout.specs[p]))) for where, paths in reduced_layers(layout, rank).items()},
+        {at: (paths, tuple(s for p in paths if _summed(s := layout.specs[p]))) for at, paths in reduced_layers(layout, rank).items()},
         {path: layout.holders(path) for path in tied_paths(layout, rank)},
-        _traced(layout),
+        _traced(layout, ctx),
         bool(compile),
-        ctx.axes.position.program([str(a) for a in actions], name),
         any(a.op in BACKWARD for a in flat(actions)),
     )  # fmt: skip
 
@@ -115,13 +159,15 @@ def _summed(spec: Spec) -> bool:
 
 
 def _piece(
-    index: int, name: str, stage: Stage, segments: dict[str, Segment], layout: Layout, fns: dict[Any, LayerFn], ctx: Any, compile: bool | str
+    chain: str, index: int, name: str, on: Ground, segments: dict[str, Segment], fns: dict[Any, LayerFn], ctx: Any, compile: bool | str
 ) -> Piece:
+    assert on.layouts is not None
+    layout, stage = on.layouts.chains[chain], on.known[chain][index]
     lo, hi = stage.span(name) or (0, 0)
     mine = [segments[atom] for atom in stage.atoms[lo:hi]]
     names = tuple((s.name, tuple((n, path_of(s, n), n in s.products) for n in s.params)) for s in mine)
     trained = [(s, n, path, w) for s, params in names for n, path, w in params if path not in layout.frozen]
-    upstream = stage.upstream or any(stage.inside[:lo])
+    upstream = stage.upstream or any(stage.inside[:lo]) or any(stage.fed[:lo])
     key = tuple(s.apply for s in mine)
     for kind in KINDS:
         if (key, kind) not in fns:  # equal layers share one function, and so one compilation for each kind of weight
@@ -129,16 +175,21 @@ def _piece(
     kinds = {kind: fns[key, kind] for kind in KINDS}
     leaves = tuple(dict.fromkeys(path for _, _, path, w in trained if not w))
     products = tuple((s, n, path) for s, n, path, w in trained if w)
-    return Piece(index, name, kinds, names, leaves, products, upstream, hi > stage.stop)
+    into = [(e, k) for k in on.into(chain, index) for e in on.joints[k].edges]
+    fed = tuple(Fed(i, e.input, k, on.live[k]) for i, s in enumerate(mine) for e, k in into if e.segment == s.name)
+    taken = {on.joints[k].name.partition(".")[2] for k in on.out(chain, index)}
+    outputs = tuple(o for s in mine for o in s.outputs if o in taken)
+    return Piece(index, name, kinds, names, leaves, products, upstream, hi > stage.stop, fed, outputs)
 
 
-def _traced(layout: Layout) -> Callable[[Any, Any], Shapes]:
-    """shapes(batch, ctx), worked out once for each shape of batch."""
+def _traced(layout: Layout, ctx: Any) -> Callable[[Any, Mapping[str, Brought]], Shapes]:
+    """shapes(batch, brought), worked out once for each shape of batch and of what edges bring; like segments once for all of these."""
     known: dict[Any, Shapes] = {}
+    done: dict[Any, Any] = {}
 
-    def shapes(batch: Any, ctx: Any) -> Shapes:
-        if (k := key(batch)) not in known:
-            known[k] = trace(layout, batch, ctx)
+    def shapes(batch: Any, brought: Mapping[str, Brought]) -> Shapes:
+        if (k := (key(batch), tuple(sorted((s, tuple(x.items())) for s, x in brought.items())))) not in known:
+            known[k] = trace(layout, batch, ctx, brought, done)
         return known[k]
 
     return shapes

@@ -19,18 +19,26 @@ from lf.mesh import Mesh
 from lf.parallel.product import W
 from lf.segment import Apply
 
-LayerFn = Callable[[Sequence[dict[str, Tensor | W]], Any, Any, Any], tuple[Any, dict[str, Tensor]]]
+Fed = tuple[dict[str, Tensor], ...]
+"""Of each segment, what edges bring to it, by name; () where they bring nothing to the layer."""
+LayerFn = Callable[[Sequence[dict[str, Tensor | W]], Any, Any, Any, Fed], tuple[Any, dict[str, Tensor], dict[str, Tensor]]]
 
 
 def layer_fn(applies: tuple[Apply, ...]) -> LayerFn:
-    """The segments of a layer one after another: (parameters of each segment by name, x, batch, ctx) → (x, losses)."""
+    """The segments of a layer one after another: (parameters of each segment by name, x, batch, ctx, fed) → (x, losses, outputs for edges)."""
 
-    def layer(values: Sequence[dict[str, Tensor | W]], x: Any, batch: Any, ctx: Any) -> tuple[Any, dict[str, Tensor]]:
+    def layer(
+        values: Sequence[dict[str, Tensor | W]], x: Any, batch: Any, ctx: Any, fed: Fed
+    ) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
         losses: dict[str, Tensor] = {}
-        for apply, mine in zip(applies, values):
+        outputs: dict[str, Tensor] = {}
+        for i, (apply, mine) in enumerate(zip(applies, values)):
+            if fed and fed[i]:
+                x = {**(x if isinstance(x, dict) else {"x": x}), **fed[i]}
             x, terms = apply(mine, x, batch, ctx)  # type: ignore[arg-type]
             losses.update(terms.get("losses", {}))
-        return x, losses
+            outputs.update(terms.get("outputs", {}))
+        return x, losses, outputs
 
     return layer
 

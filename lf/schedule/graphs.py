@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from lf.batch import Batch
 from lf.parallel.product import W, probe_of
-from lf.schedule.bind import Bound, Piece
-from lf.schedule.shapes import Shapes
+from lf.schedule.bind import BoundChain, Piece
+from lf.schedule.compiled import Fed, LayerFn
+from lf.schedule.shapes import Brought, Shapes
 from lf.schedule.slots import Slots, entry
 from lf.schedule.vjp import ends, vjp
 
@@ -28,8 +29,8 @@ Values = tuple[dict[str, Tensor | W], ...]  # of each segment, its parameters by
 @attrs.define
 class Kept:
     """What the forward of a piece leaves for its backward. `x`: where it is to be made again, its input, or the slots of that · `inputs`: what the
-    gradients of its input are those of · `ends`: where the gradients of its outputs and then of its losses come in; none where it has not run or
-    leads to nothing that trains · `slots`: where a later action moves or makes again what the graph keeps."""
+    gradients of its input are those of, with what edges have brought · `ends`: where the gradients of its outputs and then of its losses come in;
+    none where it has not run or leads to nothing that trains · `slots`: where a later action moves or makes again what the graph keeps."""
 
     piece: Piece
     x: dict[str, Any] = attrs.field(factory=dict)
@@ -42,14 +43,40 @@ class Kept:
 
 
 class Graphs:
-    """The graphs of one rank in one step, with the parameters that they begin at (`leaves`, by path) and the sums of their gradients (`grads`)."""
+    """The graphs of one rank and chain in one step, with the parameters that they begin at (`leaves`, by path) and the sums of their gradients
+    (`grads`). `batches`: of the units that this rank has a part in. `brought(stage, unit)`: what edges bring, joint number → Tensor; `widths(unit)`:
+    the shapes of that throughout the chain, by segment.
 
-    def __init__(self, bound: Bound, params: dict[str, Any], batches: Sequence[Batch], seeds: Mapping[str, Tensor], ctx: Any, device: torch.device):
-        self.bound, self.batches, self.seeds, self.ctx, self.device = bound, batches, seeds, ctx, device
+    The input of a piece is the carry, and under names of their own what edges bring to its segments; its output the carry and what edges take.
+    """
+
+    def __init__(
+        self, bound: BoundChain, params: dict[str, Any], batches: Mapping[int, Batch], seeds: Mapping[str, Tensor], device: torch.device,
+        brought: Callable[[int, int], Mapping[int, Tensor]], widths: Callable[[int], Mapping[str, Brought]],
+    ):  # fmt: skip
+        self.bound, self.batches, self.seeds, self.ctx, self.device = bound, batches, seeds, bound.ctx, device
+        self.brought, self.widths = brought, widths
         self.leaves = {path: lookup(params, path).detach().requires_grad_(bound.trains and t) for path, t in bound.trained.items()}
         self.grads: dict[str, Tensor] = {}
         self.given: dict[tuple[int, str], Values] = {}
         self.known: dict[int, Shapes] = {}
+
+    def run(self, fn: LayerFn, values: Values, piece: Piece, x: dict[str, Tensor], m: int, ctx: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(what leaves the piece, its losses)"""
+        fed: Fed = ()
+        if piece.fed:
+            names = {f.name for f in piece.fed}
+            fed = tuple({f.input: x[f.name] for f in piece.fed if f.segment == i} for i in range(len(piece.names)))
+            x = {k: v for k, v in x.items() if k not in names}
+        y, losses, outputs = fn(values, _unwrap(x), self.batches[m], ctx, fed)
+        return {**_wrap(y), **{tap(name): outputs[name] for name in piece.outputs}}, losses
+
+    def fed(self, piece: Piece, carry: dict[str, Tensor], m: int) -> dict[str, Tensor]:
+        """The input of a piece."""
+        if not piece.fed:
+            return carry
+        brought = self.brought(piece.stage, m)
+        return {**carry, **{f.name: brought[f.joint] for f in piece.fed}}
 
     def make(self, piece: Piece, carry: dict[str, Tensor], m: int, again: Sequence[str] = ()) -> tuple[Kept, dict[str, Tensor], dict[str, Tensor]]:
         """Runs a piece from a cut: its input is a leaf of a graph of its own. `again`: ops that a REMAT will run again."""
@@ -57,18 +84,18 @@ class Graphs:
         split = (piece.stage, m, piece.name) in self.bound.split
         values, kept.probes = self.probed(piece, m) if split else (self.summed(piece), ())
         fn, x = piece.fn["probe" if split else "acc"], {k: v.detach() for k, v in carry.items()}
-        wanted = [k for k, v in x.items() if piece.upstream and v.is_floating_point()]
+        live = {f.name: f.live for f in piece.fed}
+        wanted = [k for k, v in x.items() if live.get(k, piece.upstream) and v.is_floating_point()]
         if again or away:
             slots = kept.slots = Slots(self.storages(m), again)
             ctx = attrs.evolve(ctx, ops=slots.table(ctx.ops)) if again else ctx
             for k in wanted:
                 kept.inputs[k], x[k] = entry(x[k])
             with slots.filing():
-                y, losses = fn(values, _unwrap(x), self.batches[m], ctx)
+                y, losses = self.run(fn, values, piece, x, m, ctx)
         else:
             kept.inputs = {k: x[k].requires_grad_() for k in wanted}
-            y, losses = fn(values, _unwrap(x), self.batches[m], ctx)
-        y = _wrap(y)
+            y, losses = self.run(fn, values, piece, x, m, ctx)
         outputs = [(k, v) for k, v in y.items() if v.requires_grad]
         weighed = [(k, v) for k, v in losses.items() if v.requires_grad]
         kept.outputs, kept.losses = [k for k, _ in outputs], [k for k, _ in weighed]
@@ -83,8 +110,8 @@ class Graphs:
             kept.x = {k: kept.slots.file(v) for k, v in carry.items()}
         with torch.no_grad():
             values: Values = tuple({n: self.leaves[path] for n, path, _ in params} for _, params in piece.names)
-            y, losses = piece.fn["plain"](values, _unwrap(carry), self.batches[m], self.ctx)
-        return kept, _wrap(y), losses
+            y, losses = self.run(piece.fn["plain"], values, piece, carry, m, self.ctx)
+        return kept, y, losses
 
     def storages(self, m: int) -> frozenset[int]:
         """What never leaves the device: the parameters, and what many layers use of a batch."""
@@ -120,7 +147,7 @@ class Graphs:
     def shapes(self, m: int) -> Shapes:
         """Of what travels and of what products see, for this microbatch."""
         if m not in self.known:
-            self.known[m] = self.bound.shapes(self.batches[m], self.ctx)
+            self.known[m] = self.bound.shapes(self.batches[m], self.widths(m))
         return self.known[m]
 
     def back(self, kept: Kept, dy: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[tuple[str, Tensor, Tensor]]]:
@@ -165,6 +192,11 @@ def _wrap(x: Any) -> dict[str, Tensor]:
 
 def _unwrap(x: dict[str, Tensor]) -> Any:
     return x[_ONLY] if len(x) == 1 and _ONLY in x else x
+
+
+def tap(name: str) -> str:
+    """What a piece's output for edges is called beside the carry, which has no such names."""
+    return f">{name}"
 
 
 def lookup(params: dict[str, Any], path: str) -> Tensor:

@@ -110,7 +110,8 @@ def chains(program: Program) -> tuple[str, ...]:
 
 def units(program: Program, chain: str) -> int:
     """How many units of a chain a step has: one more than the largest that an action of compute names."""
-    return 1 + max((a.microbatch for row in program for a in flat(row) if a.chain == chain and a.op in COMPUTE and a.microbatch is not None), default=-1)
+    mine = (a for row in program for a in flat(row) if a.chain == chain and a.op in COMPUTE)
+    return 1 + max((a.microbatch for a in mine if a.microbatch is not None), default=-1)
 
 
 def microbatches(program: Program) -> int:

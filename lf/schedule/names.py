@@ -1,63 +1,122 @@
-"""What a program names is there: ops, stages, microbatches, layers; the part of `check` that looks at each action alone."""
+"""What a program names is there: ops, chains, stages, microbatches, layers; the part of `check` that looks at each action alone."""
 
 from __future__ import annotations
 
-from lf.layouts import Layout
 from lf.schedule.draw import WIDTH, draw
-from lf.schedule.ir import COMPUTE, MOVES, OPS, PARAMETERS, Action, Program, ProgramError, flat, microbatches, placement
-from lf.schedule.pieces import stages
+from lf.schedule.ground import Ground
+from lf.schedule.ir import BACKWARD, BRIDGES, COMPUTE, MOVES, OPS, PARAMETERS, Action, ProgramError, chains, flat, placement
 
 
-def check_names(program: Program, layout: Layout | None = None, count: int | None = None) -> None:
-    """Raises ProgramError for an action that names what is not there, and for an OVERLAP whose two cannot interleave. `count`: the microbatches."""
-    total = microbatches(program) if count is None else count
-    known = stages(program, layout) if layout else ()
-    every = len(layout.stages) if layout else 1 + max((a.stage for row in program for a in flat(row)), default=-1)
-    for rank, actions in enumerate(program):
+def check_names(on: Ground) -> None:
+    """Raises ProgramError for an action that names what is not there, and for an OVERLAP whose two cannot interleave."""
+    look = _Look(on)
+    for rank, actions in enumerate(on.program):
         for i, whole in enumerate(actions):
-
-            def fail(why: str, a: Action, at: tuple[int, int] = (rank, i)) -> ProgramError:
-                return ProgramError(f"{a} on rank {at[0]}: {why}\n{draw(program, at)}")
-
+            look.at = rank, i
             if whole.op == "OVERLAP":
                 if len(whole.pair) != 2 or any(a.op not in COMPUTE for a in whole.pair):
-                    raise fail(f"an OVERLAP is of two actions of compute, {', '.join(COMPUTE)}", whole)
+                    raise look.fail(f"an OVERLAP is of two actions of compute, {', '.join(COMPUTE)}", whole)
                 if _follow(*whole.pair):
-                    raise fail("one of the two needs what the other makes: write them one after the other, or pair two microbatches", whole)
+                    raise look.fail("one of the two needs what the other makes: write them one after the other, or pair two microbatches", whole)
+                if any((a.chain, a.stage, rank) in on.together for a in whole.pair if on.layouts):
+                    raise look.fail("one of the two is computed together with other rows: write them one after the other", whole)
             for a in flat((whole,)):
-                if a.op in PARAMETERS:
-                    words = ", ".join((*PARAMETERS, "UNSHARD and RESHARD in torch's CSV"))
-                    raise fail(f"parameters that are gathered for an action are not built yet; leave out {words}", a)
-                if a.op not in OPS:
-                    raise fail(f"unknown op {a.op!r}; there are {', '.join(OPS)}", a)
-                if a.chain:
-                    raise fail(f"it is of chain {a.chain!r}; models of several chains are not built yet", a)
-                if not 0 <= a.stage < every:
-                    raise fail(f"there are {every} stages, 0 to {every - 1}", a)
-                if a.op != "REDUCE" and (a.microbatch is None or not 0 <= a.microbatch < total):
-                    raise fail(f"there are {total} microbatches, 0 to {total - 1}", a)
-                if a.op == "REDUCE" and a.microbatch is not None:
-                    raise fail("a REDUCE is of all microbatches: leave the number out", a)
-                if a.op in MOVES and a.segment is not None:
-                    raise fail(f"a message is of a whole stage: leave out {a.segment!r}", a)
-                if a.ops and a.op != "REMAT":
-                    raise fail(f"only a REMAT names ops, not a {a.op}: leave out {', '.join(a.ops)}", a)
-                if layout and layout.placement[a.stage] != rank:
-                    raise fail(f"stage {a.stage} lies on rank {layout.placement[a.stage]}", a)
-                if a.op == "FREE":
-                    if a.segment not in ("SEND_F", "SEND_B"):
-                        raise fail(f"a FREE names what was sent, SEND_F or SEND_B, not {a.segment!r}", a)
-                elif known and a.op != "REDUCE" and known[a.stage].span(a.segment) is None:
-                    raise fail(f"stage {a.stage} has no layer or segment {a.segment!r}; it has {', '.join(dict.fromkeys(known[a.stage].layers))}", a)
-    try:
-        placement(program)
-    except ProgramError as error:
-        raise ProgramError(f"{error}\n{draw(program, width=WIDTH)}") from None
+                look.action(a)
+    look.rows()
+
+
+class _Look:
+    def __init__(self, on: Ground):
+        self.on, self.at = on, (0, 0)
+        self.every = {c: len(stages) for c, stages in on.known.items()}
+        if on.layouts is None:  # a stage without a forward is said so below
+            for a in (a for row in on.program for a in flat(row)):
+                self.every[a.chain] = max(self.every.get(a.chain, 0), 1 + a.stage)
+        self.total = {c: on.units.get(c, 0) if c != on.main else on.count for c in self.every}
+
+    def fail(self, why: str, a: Action) -> ProgramError:
+        return ProgramError(f"{a} on rank {self.at[0]}: {why}\n{draw(self.on.program, self.at)}")
+
+    def action(self, a: Action) -> None:
+        if a.op in PARAMETERS:
+            words = ", ".join((*PARAMETERS, "UNSHARD and RESHARD in torch's CSV"))
+            raise self.fail(f"parameters that are gathered for an action are not built yet; leave out {words}", a)
+        if a.op not in OPS:
+            raise self.fail(f"unknown op {a.op!r}; there are {', '.join(OPS)}", a)
+        if a.chain not in self.every:
+            there = "the model has one chain, which has no name" if [*self.every] == [""] else f"the model has chains {', '.join(self.every)}"
+            raise self.fail(f"it is of chain {a.chain!r}; {there}", a)
+        if not 0 <= a.stage < self.every[a.chain]:
+            raise self.fail(f"there are {self.every[a.chain]} stages, 0 to {self.every[a.chain] - 1}", a)
+        total = self.on.count if a.op in BRIDGES else self.total[a.chain]
+        what = "microbatches" if a.chain == self.on.main or a.op in BRIDGES else f"units of chain {a.chain}"
+        if a.op != "REDUCE" and (a.microbatch is None or not 0 <= a.microbatch < total):
+            raise self.fail(f"there are {total} {what}, 0 to {total - 1}", a)
+        if a.op == "REDUCE" and a.microbatch is not None:
+            raise self.fail("a REDUCE is of all microbatches: leave the number out", a)
+        if a.op in MOVES and a.segment is not None:
+            raise self.fail(f"a message is of a whole stage: leave out {a.segment!r}", a)
+        if a.ops and a.op != "REMAT":
+            raise self.fail(f"only a REMAT names ops, not a {a.op}: leave out {', '.join(a.ops)}", a)
+        if a.op in BRIDGES:
+            self.bridge(a)
+        else:
+            self.place(a)
+
+    def place(self, a: Action) -> None:
+        """It stands where its stage lies, and names a part of it."""
+        rank, layouts = self.at[0], self.on.layouts
+        if layouts is not None and rank not in (homes := self.on.homes[a.chain, a.stage]):
+            raise self.fail(f"stage {a.stage} lies on rank{'s' * (len(homes) > 1)} {', '.join(map(str, homes))}", a)
+        if a.op in (*BACKWARD, "W", "REMAT") and rank not in (rows := self.on.rows.get((a.chain, a.stage, a.microbatch), (rank,))):
+            raise self.fail(f"its forward stands on rank{'s' * (len(rows) > 1)} {', '.join(map(str, rows))}", a)
+        if a.op == "FREE":
+            if a.segment not in ("SEND_F", "SEND_B"):
+                raise self.fail(f"a FREE names what was sent, SEND_F or SEND_B, not {a.segment!r}", a)
+        elif layouts is not None and a.op != "REDUCE" and (stage := self.on.known[a.chain][a.stage]).span(a.segment) is None:
+            raise self.fail(f"stage {a.stage} has no layer or segment {a.segment!r}; it has {', '.join(dict.fromkeys(stage.layers))}", a)
+
+    def bridge(self, a: Action) -> None:
+        k = self.on.bridge(a)
+        if k is None:
+            there = ", ".join(f"{j.target}:{j.target_stage} {j.name}" for j in self.on.joints) or "none"
+            raise self.fail(f"no edge brings {a.segment!r} into stage {a.stage} of chain {a.chain!r}; edges bring {there}", a)
+        assert a.microbatch is not None
+        if self.at[0] not in (rows := self.on.bridged(k, a.microbatch)):
+            raise self.fail(f"this rank neither gives nor takes it; those that do are {', '.join(map(str, rows)) or 'none'}", a)
+
+    def rows(self) -> None:
+        """Each unit stands on rows that it can stand on."""
+        on = self.on
+        try:
+            if on.layouts is None:
+                names = [c for c in chains(on.program) if c == on.main or not on.joints]
+                for chain in names if len(names) == 1 else ():
+                    placement(on.program, chain)
+        except ProgramError as error:
+            raise ProgramError(f"{error}\n{draw(on.program, width=WIDTH)}") from None
+        if on.layouts is None:
+            return
+        for (chain, s, u), rows in on.rows.items():
+            if chain == on.main and rows != on.homes[chain, s]:
+                absent = ", ".join(str(r) for r in on.homes[chain, s] if r not in rows)
+                raise self.off(chain, s, u, f"it stands on ranks {', '.join(map(str, rows))} and not on {absent}, which hold the stage, too")
+            for r in rows:
+                if missing := [str(b) for b in on.together.get((chain, s, r), ()) if b not in rows]:
+                    raise self.off(chain, s, u, f"ranks {r} and {', '.join(missing)} compute it together, and it does not stand on all of these")
+            each = [on.rows[chain, t, u] for t in (s, s + 1) if (chain, t, u) in on.rows]
+            places = [on.layouts.places(chain, t, stood) for t, stood in zip((s, s + 1), each)]
+            if len(set(places)) > 1:
+                words = f"it stands on the data-parallel ranks {list(places[0])}, in stage {s + 1} on {list(places[1])}; they must be the same"
+                raise self.off(chain, s, u, words)
+
+    def off(self, chain: str, stage: int, unit: int | None, why: str) -> ProgramError:
+        return ProgramError(f"{Action('F', stage, unit, chain=chain)}: {why}\n{draw(self.on.program, width=WIDTH)}")
 
 
 def _follow(a: Action, b: Action) -> bool:
     """Whether two actions of one rank work on the same: a stage and microbatch, or two stages of which one hands on to the other."""
-    if a.microbatch != b.microbatch:
+    if a.microbatch != b.microbatch or a.chain != b.chain:
         return False
     hands_on = (a.op == "F") == (b.op == "F") and {a.op, b.op} <= {"F", "B", "I"}
     return a.stage == b.stage or (abs(a.stage - b.stage) == 1 and hands_on)

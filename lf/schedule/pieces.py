@@ -6,11 +6,10 @@ a program itself uses are all that is known of a stage.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import attrs
 
-from lf.layouts import Layout
+from lf.chain_layouts import Layouts
+from lf.chains import order
 from lf.schedule.ir import Program, flat
 from lf.segment import path_of
 
@@ -20,12 +19,17 @@ WHOLE = ""  # the only piece of a stage whose layers have no names here, or that
 @attrs.frozen
 class Stage:
     """`atoms`: the smallest pieces, in order · `layers`: the layer of each · `inside`: whether it has something that trains · `upstream`: whether
-    anything before this stage does."""
+    anything before this stage does · `fed`: whether an edge brings it something whose gradient is wanted."""
 
     atoms: tuple[str, ...]
     layers: tuple[str, ...]
     inside: tuple[bool, ...]
     upstream: bool
+    fed: tuple[bool, ...] = attrs.field()
+
+    @fed.default
+    def _nothing(self) -> tuple[bool, ...]:
+        return (False,) * len(self.atoms)
 
     def span(self, segment: str | None) -> tuple[int, int] | None:
         """Atoms [start, stop) of an action with this `segment`; None when there is no such layer or segment."""
@@ -52,30 +56,62 @@ class Stage:
         """The first atom that has a backward; len(atoms) where none has: nothing before it or in it trains."""
         if self.upstream:
             return 0
-        return self.inside.index(True) if True in self.inside else len(self.atoms)
+        return next((i for i, wants in enumerate(zip(self.inside, self.fed)) if any(wants)), len(self.atoms))
+
+    @property
+    def live(self) -> bool:
+        """Whether what leaves the stage has a gradient that is wanted."""
+        return self.stop < len(self.atoms)
 
 
-def stages(program: Program, layout: Layout | None) -> tuple[Stage, ...]:
-    """Of a layout, or of the names in a program: then everything trains."""
-    if layout is not None:
-        out, upstream = [], False
+def stages(program: Program, layouts: Layouts | None) -> dict[str, tuple[Stage, ...]]:
+    """Of each chain, its stages: of a layout, or of the names in a program; then everything trains."""
+    return _named(program) if layouts is None else _laid_out(layouts)
+
+
+def live_outputs(layouts: Layouts) -> dict[tuple[str, str], bool]:
+    """(chain, output) → whether its gradient is wanted: something trains where it is made, or before."""
+    return _walked(layouts)[1]
+
+
+def _laid_out(layouts: Layouts) -> dict[str, tuple[Stage, ...]]:
+    return _walked(layouts)[0]
+
+
+def _walked(layouts: Layouts) -> tuple[dict[str, tuple[Stage, ...]], dict[tuple[str, str], bool]]:
+    model, known, wanted = layouts.model, dict[str, tuple[Stage, ...]](), dict[tuple[str, str], bool]()
+    for chain in order(model) if model else layouts.chains:
+        layout, out, live = layouts.chains[chain], [], False
+        brought: dict[str, bool] = {}  # segment → whether an edge brings something that is wanted
+        for edge in model.edges if model else ():
+            if edge.target == chain:
+                brought[edge.segment] = brought.get(edge.segment, False) or wanted[edge.source, edge.output]
         for segments in layout.stages:
-            inside = tuple(any(path_of(segment, n) not in layout.frozen for n in segment.params) for segment in segments)
-            atoms = tuple(segment.name for segment in segments) or (WHOLE,)
-            out.append(Stage(atoms, tuple(segment.layer for segment in segments) or (WHOLE,), inside or (False,), upstream))
-            upstream = upstream or any(inside)
-        return tuple(out)
-    forward: dict[int, list[str]] = {}
-    back: dict[int, list[str]] = {}
+            upstream, inside, fed = live, [], []
+            for segment in segments:
+                inside.append(any(path_of(segment, n) not in layout.frozen for n in segment.params))
+                fed.append(brought.get(segment.name, False))
+                live = live or inside[-1] or fed[-1]
+                wanted.update(((chain, output), live) for output in segment.outputs)
+            atoms = tuple(s.name for s in segments) or (WHOLE,)
+            layers = tuple(s.layer for s in segments) or (WHOLE,)
+            out.append(Stage(atoms, layers, tuple(inside) or (False,), upstream, tuple(fed) or (False,)))
+        known[chain] = tuple(out)
+    return {chain: known[chain] for chain in layouts.chains}, wanted
+
+
+def _named(program: Program) -> dict[str, tuple[Stage, ...]]:
+    forward: dict[tuple[str, int], list[str]] = {}
+    back: dict[tuple[str, int], list[str]] = {}
     for row in program:
         for a in flat(row):
             for names, ops in ((forward, ("F",)), (back, ("B", "I", "W"))):
-                seen = names.setdefault(a.stage, [])
+                seen = names.setdefault((a.chain, a.stage), [])
                 if a.op in ops and a.segment is not None and a.segment not in seen:
                     seen.append(a.segment)
-    # a stage that is forwarded whole may still go back by its layers, the last one first
-    return tuple(_named(forward[s] or back[s][::-1] or [WHOLE], s) for s in sorted(forward))
-
-
-def _named(names: Sequence[str], stage: int) -> Stage:
-    return Stage(tuple(names), tuple(names), (True,) * len(names), stage > 0)
+    out: dict[str, tuple[Stage, ...]] = {}
+    for chain, s in sorted(forward):
+        # a stage that is forwarded whole may still go back by its layers, the last one first
+        atoms = tuple(forward[chain, s] or back[chain, s][::-1] or [WHOLE])
+        out[chain] = (*out.get(chain, ()), Stage(atoms, atoms, (True,) * len(atoms), s > 0))
+    return out

@@ -19,7 +19,9 @@ from torch import Tensor
 from lf.batch import Batch
 from lf.parallel.product import weight_gradient
 from lf.parallel.reduce import reduce_gradients
-from lf.schedule.bind import Bound
+from lf.schedule.bind import Bound, BoundChain
+from lf.schedule.edges import Edges
+from lf.schedule.feed import Feed
 from lf.schedule.graphs import Graphs, Kept, lookup
 from lf.schedule.ir import Action, ProgramError, flat
 from lf.schedule.memory import memory_is_full, out_of_memory
@@ -27,20 +29,22 @@ from lf.schedule.slots import got
 from lf.segment import Segment, Terms, path_of
 
 Carry = dict[str, Any]  # name → Tensor, or a function that waits for one
+At = tuple[str, int, int]  # chain, stage, unit
 
 
 def run(
-    bound: Bound, params: dict[str, Any], batches: Sequence[Batch], seeds: Mapping[str, Tensor], ctx: Any, clock: Any = None
+    bound: Bound, params: dict[str, Any], feed: Feed | Sequence[Batch], seeds: Mapping[str, Tensor], ctx: Any, clock: Any = None
 ) -> tuple[dict[str, Tensor], Terms, Tensor]:
     """(gradients of Σ_k seeds[k] · Σ losses_k by path, reduced over the ranks that hold them; terms summed over microbatches; finite).
 
-    params: {segment: {name: Tensor}}, the compute copy. seeds: objective → λ_k / N_k, a scalar. Gradients come in the master dtype, terms as
-    this rank's own sums (P over all ranks). finite, (microbatches,) bool: whether the losses of each microbatch on this rank, and the gradient
-    at the first layer of its stages, were finite. `clock`: takes down when each action begins and ends. Without any backward in the program
-    nothing is kept and there are no gradients.
+    params: {segment: {name: Tensor}}, the compute copy. feed: what this rank's units work at; of a model of one chain, its microbatches, as
+    `shard_batch` leaves them. seeds: objective → λ_k / N_k, a scalar. Gradients come in the master dtype, terms as this rank's own sums (P over all
+    ranks). finite, (microbatches,) bool: whether the losses of each microbatch on this rank, and the gradient at the first layer of its stages, were
+    finite. `clock`: takes down when each action begins and ends. Without any backward in the program nothing is kept and there are no gradients.
     """
+    feed = feed if isinstance(feed, Feed) else Feed.of(feed)
     with torch.set_grad_enabled(bound.trains):
-        return _interpret(_Rank(bound, params, batches, seeds, ctx), clock)
+        return _interpret(_Rank(bound, params, feed, seeds, ctx), clock)
 
 
 def _interpret(rank: _Rank, clock: Any) -> tuple[dict[str, Tensor], Terms, Tensor]:
@@ -59,7 +63,7 @@ def _interpret(rank: _Rank, clock: Any) -> tuple[dict[str, Tensor], Terms, Tenso
         except RuntimeError as error:
             if memory_is_full(error):
                 what, name, share = rank.doing
-                raise out_of_memory(error, f"{what} {name}, action {a}", share, rank.graphs.grads) from error
+                raise out_of_memory(error, f"{what} {name}, action {a}", share, rank.gradients()) from error
             raise
     position.done()
     return rank.results()
@@ -68,19 +72,22 @@ def _interpret(rank: _Rank, clock: Any) -> tuple[dict[str, Tensor], Terms, Tenso
 class _Rank:
     """One rank's run of one program."""
 
-    def __init__(self, bound: Bound, params: dict[str, Any], batches: Sequence[Batch], seeds: Mapping[str, Tensor], ctx: Any):
-        self.device = next(iter(batches[0].plan.values())).device
-        self.bound, self.seeds, self.ctx, self.pipe = bound, seeds, ctx, ctx.axes.pipe()
-        self.graphs = Graphs(bound, params, batches, seeds, ctx, self.device)
+    def __init__(self, bound: Bound, params: dict[str, Any], feed: Feed, seeds: Mapping[str, Tensor], ctx: Any):
+        self.device, self.bound, self.seeds, self.ctx, self.feed = feed.device, bound, seeds, ctx, feed
+        self.edges = Edges(bound, feed, ctx)
+        self.graphs = {
+            c: Graphs(of, params, feed.batches[c], seeds, feed.device, self.edges.brought(c), self.edges.widths(c)) for c, of in bound.chains.items()
+        }  # fmt: skip
+        self.pipes = {c: of.ctx.axes.pipe() for c, of in bound.chains.items()}
         self.terms: Terms = {}
-        self.kept: dict[tuple[int, int | None], list[Kept]] = {}
-        self.owed: dict[tuple[int, int | None], list[tuple[str, list[tuple[str, Tensor, Tensor]]]]] = {}  # piece, (path, rows, dy) of its products
-        self.values: dict[tuple[str, int, int | None], Carry] = {}
-        self.sent: dict[tuple[str, int, int | None], list[Callable[[], None]]] = {}
+        self.kept: dict[At, list[Kept]] = {}
+        self.owed: dict[At, list[tuple[str, list[tuple[str, Tensor, Tensor]]]]] = {}  # piece, (path, rows, dy) of its products
+        self.values: dict[tuple[str, At], Carry] = {}
+        self.sent: dict[tuple[str, At], list[Callable[[], None]]] = {}
         self.waits: list[Callable[[], None]] = []
         self.doing = ("the start of", "the program", 0.0)  # what with which piece, and the share of the stage's layers whose forward has begun
-        self.streams = ctx.device.copy_streams() if bound.away else None
-        self.seen: list[list[Tensor]] = [[] for _ in batches]  # of each microbatch, numbers that are finite if it is
+        self.streams = ctx.device.copy_streams() if any(of.away for of in bound.chains.values()) else None
+        self.seen: dict[tuple[str, int], list[Tensor]] = {}  # of each unit, numbers that are finite if it is
 
     def handlers(self) -> dict[str, Callable[[Action], None]]:
         compute = {"F": self.forward, "B": self.backward, "I": self.backward, "W": self.weights, "REMAT": self.remat}
@@ -95,33 +102,48 @@ class _Rank:
                     turns.append(turn)
 
         do |= {"SEND_F": self.send, "SEND_B": self.send, "RECV_F": self.recv, "RECV_B": self.recv, "FREE": self.free, "REDUCE": self.reduce}
+        do |= {"BRIDGE_F": self.edges.forward, "BRIDGE_B": self.edges.backward}
         return do | {"OVERLAP": overlap, "OFFLOAD": self.copy, "FETCH": self.copy}
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {path: g for graphs in self.graphs.values() for path, g in graphs.grads.items()}
 
     def results(self) -> tuple[dict[str, Tensor], Terms, Tensor]:
         self.finish_sums()
-        if left := [*self.kept, *self.owed, *self.values, *self.sent]:
+        self.edges.finish()
+        if left := [*self.kept, *self.owed, *self.values, *self.sent, *self.edges.left()]:
             raise AssertionError(f"the program left values alive: {left}")  # `check` proves that this cannot be
-        return self.graphs.grads, self.terms, self.finite()
+        return self.gradients(), self.terms, self.finite()
 
     def finite(self) -> Tensor:
         """Whether all that was seen of each microbatch is."""
-        width, zero = max(1, *map(len, self.seen)), torch.zeros((), dtype=self.ctx.precision.master, device=self.device)
-        numbers = [x.to(self.ctx.precision.master) for row in self.seen for x in (*row, *[zero] * (width - len(row)))]
+        on = self.bound.ground
+        rows: list[list[Tensor]] = [[] for _ in range(on.count)]
+        for (chain, unit), numbers in self.seen.items():
+            for m in on.group(chain, unit):
+                rows[m] += numbers
+        width, zero = max(1, *map(len, rows)), torch.zeros((), dtype=self.ctx.precision.master, device=self.device)
+        numbers = [x.to(self.ctx.precision.master) for row in rows for x in (*row, *[zero] * (width - len(row)))]
         return torch.isfinite(torch.stack(numbers).view(-1, width)).all(1)
 
+    def note(self, at: At, numbers: Sequence[Tensor]) -> None:
+        self.seen.setdefault((at[0], at[2]), []).extend(numbers)
+
     def forward(self, a: Action) -> Iterator[None]:
-        s, m = at = a.stage, a.microbatch
-        assert m is not None
-        pieces = self.bound.pieces[s, a.segment]
-        carry = _here(self.values.pop(("F", s, m), {}))
+        at, chain, graphs = _at(a), self.bound.chains[a.chain], self.graphs[a.chain]
+        c, s, m = at
+        pieces = chain.pieces[s, a.segment]
+        carry = _here(self.values.pop(("F", at), {}))
         for i, piece in enumerate(pieces):
             self.doing = "the forward of", piece.name, (i + 1) / len(pieces)
             keeps = self.bound.trains and piece.back
-            again = self.bound.again.get((s, m, piece.name)) if keeps else None
+            again = chain.again.get((s, m, piece.name)) if keeps else None
+            x = graphs.fed(piece, carry, m)
             if keeps and again != ():
-                kept, carry, losses = self.graphs.make(piece, carry, m, again or ())
+                kept, carry, losses = graphs.make(piece, x, m, again or ())
             else:
-                kept, carry, losses = self.graphs.pass_by(piece, carry, m, keeps)
+                kept, carry, losses = graphs.pass_by(piece, x, m, keeps)
+            carry = self.edges.take(at, piece, carry)
             if losses and self.bound.trains and (unknown := losses.keys() - self.seeds.keys()):
                 names = f"{', '.join(sorted(unknown))}, which no objective weighs; there are {', '.join(self.seeds) or 'none'}"
                 raise ProgramError(f"{piece.name} gives the loss {names}")
@@ -129,46 +151,52 @@ class _Rank:
                 self.kept.setdefault(at, []).append(kept)
             if losses:
                 _add_terms(self.terms, {"losses": losses})
-                self.seen[m] += losses.values()
+                self.note(at, [*losses.values()])
             yield
-        where, to = self.bound.placement, s + 1
-        if (s, a.segment) not in self.bound.final:
-            self.values["F", s, m] = carry  # the next piece of this stage takes it
-        elif to < len(where):
-            self.values[("F", to, m) if where[to] == self.bound.rank else ("out F", s, m)] = carry
+        where, to = chain.placement, s + 1
+        if (s, a.segment) not in chain.final:
+            self.values["F", at] = carry  # the next piece of this stage takes it
+            return
+        self.edges.done(at)
+        if to < len(where):
+            self.values[("F", (c, to, m)) if where[to] == chain.rank else ("out F", at)] = carry
 
     def settle(self, a: Action) -> None:
         """Waits for what the action takes, so that what is measured is the action."""
         for part in flat((a,)):
-            where = ("F" if part.op == "F" else "B", part.stage, part.microbatch)
-            if part.op in ("F", "B", "I") and where in self.values:
-                self.values[where] = _here(self.values[where])
+            if part.op in ("F", "B", "I"):
+                where = ("F" if part.op == "F" else "B", _at(part))
+                if where in self.values:
+                    self.values[where] = _here(self.values[where])
+                self.edges.settle(part)
 
     def backward(self, a: Action) -> Iterator[None]:
         """B, and I, which leaves the factors of the products' weight gradients to W."""
-        s, m = at = a.stage, a.microbatch
-        assert m is not None
-        covered, pieces = self.bound.spans[s, a.segment], self.kept.get(at, [])
-        dy = _here(self.values.pop(("B", s, m), {}))
+        at, chain, graphs = _at(a), self.bound.chains[a.chain], self.graphs[a.chain]
+        c, s, m = at
+        covered, pieces = chain.spans[s, a.segment], self.kept.get(at, [])
+        dy = _here(self.values.pop(("B", at), {}))
         while pieces and pieces[-1].piece.name in covered:  # a piece's activations go as soon as its backward is done
             kept = pieces.pop()
             self.doing = "the backward of", kept.piece.name, 1.0
-            dy, factors = self.graphs.back(kept, dy)
+            dy, factors = graphs.back(kept, dy | self.edges.returned(at, kept.piece))
             if factors:
                 self.owed.setdefault(at, []).append((kept.piece.name, factors))
             if not (pieces and pieces[-1].piece.upstream):  # as far back as a gradient comes
-                self.seen[m] += [x for g in dy.values() if g.numel() for x in torch.aminmax(g)]  # one kernel; NaN is both
+                self.note(at, [x for g in dy.values() if g.numel() for x in torch.aminmax(g)])  # one kernel; NaN is both
+            dy = self.edges.give_back(at, kept.piece, dy)
             yield
         if pieces:
-            self.values["B", s, m] = dy  # the piece before takes it
+            self.values["B", at] = dy  # the piece before takes it
             return
         self.kept.pop(at, None)
-        known, where, to = self.bound.known, self.bound.placement, s - 1
-        if known[s].upstream:
-            self.values[("B", to, m) if where[to] == self.bound.rank else ("out B", s, m)] = dy
+        self.edges.gone_back(at)
+        where, to = chain.placement, s - 1
+        if chain.known[s].upstream:
+            self.values[("B", (c, to, m)) if where[to] == chain.rank else ("out B", at)] = dy
 
     def weights(self, a: Action) -> Iterator[None]:
-        at, covered = (a.stage, a.microbatch), self.bound.spans[a.stage, a.segment]
+        at, covered, graphs = _at(a), self.bound.chains[a.chain].spans[a.stage, a.segment], self.graphs[a.chain]
         left = []
         for name, factors in self.owed.pop(at, []):
             if name not in covered:
@@ -176,15 +204,14 @@ class _Rank:
                 continue
             self.doing = "the weight gradients of", name, 1.0
             for path, rows, dy in factors:
-                weight_gradient(self.graphs.sum_of(path), rows, dy)
+                weight_gradient(graphs.sum_of(path), rows, dy)
             yield
         if left:
             self.owed[at] = left
 
     def remat(self, a: Action) -> Iterator[None]:
-        """The forward of what was not kept, once more; its losses have been counted."""
-        at, covered = (a.stage, a.microbatch), self.bound.spans[a.stage, a.segment]
-        assert a.microbatch is not None
+        """The forward of what was not kept, once more; its losses have been counted, and its outputs have gone."""
+        at, covered = _at(a), self.bound.chains[a.chain].spans[a.stage, a.segment]
         pieces = self.kept[at]
         for i, kept in enumerate(pieces):
             if kept.piece.name in covered:
@@ -192,60 +219,60 @@ class _Rank:
                 if a.ops and kept.slots is not None:
                     kept.slots.remat()
                 else:
-                    pieces[i], _, _ = self.graphs.make(kept.piece, {k: got(v) for k, v in kept.x.items()}, a.microbatch)
+                    pieces[i], _, _ = self.graphs[a.chain].make(kept.piece, {k: got(v) for k, v in kept.x.items()}, at[2])
                 yield
 
     def copy(self, a: Action) -> None:
         """OFFLOAD and FETCH: they start copies; who needs one waits."""
-        covered = self.bound.spans[a.stage, a.segment]
-        for kept in self.kept[a.stage, a.microbatch]:
+        covered = self.bound.chains[a.chain].spans[a.stage, a.segment]
+        for kept in self.kept[_at(a)]:
             self.doing = "the copy of", kept.piece.name, 1.0
             if kept.piece.name in covered and kept.slots is not None:
                 (kept.slots.offload if a.op == "OFFLOAD" else kept.slots.fetch)(self.ctx.device, self.streams)
 
     def send(self, a: Action) -> None:
-        kind, s, m = a.op[-1], a.stage, a.microbatch
+        kind, (c, s, m) = a.op[-1], _at(a)
         self.doing = "the message of", f"stage {s}", 1.0
-        to = self.bound.placement[s + 1 if kind == "F" else s - 1]
-        carry = self.values.pop((f"out {kind}", s, m))
-        self.sent[a.op, s, m] = [self.pipe.send(carry[k], to, f"{s}{kind}{m} {k}") for k in sorted(carry)]
+        to, pipe = self.bound.chains[c].placement[s + 1 if kind == "F" else s - 1], self.pipes[c]
+        carry = self.values.pop((f"out {kind}", (c, s, m)))
+        self.sent[a.op, (c, s, m)] = [pipe.send(carry[k], to, f"{s}{kind}{m} {k}") for k in sorted(carry)]
 
     def recv(self, a: Action) -> None:
         """Shapes do not travel: they follow from the config and the batch."""
-        kind, s, m = a.op[-1], a.stage, a.microbatch
-        assert m is not None
+        kind, (c, s, m) = a.op[-1], _at(a)
         at, source = (s, s - 1) if kind == "F" else (s + 1, s + 1)
         self.doing = "the message to", f"stage {s}", 1.0
-        like = self.graphs.shapes(m).inputs[at]
+        like = self.graphs[c].shapes(m).inputs[at]
         if kind == "B":
             like = {k: (shape, dtype) for k, (shape, dtype) in like.items() if dtype.is_floating_point}
-        place, device = self.bound.placement[source], self.device
-        self.values[kind, s, m] = {k: self.pipe.recv(*like[k], device, place, f"{source}{kind}{m} {k}") for k in sorted(like)}
+        place, device, pipe = self.bound.chains[c].placement[source], self.device, self.pipes[c]
+        self.values[kind, (c, s, m)] = {k: pipe.recv(*like[k], device, place, f"{source}{kind}{m} {k}") for k in sorted(like)}
 
     def free(self, a: Action) -> None:
         assert a.segment is not None
-        for wait in self.sent.pop((a.segment, a.stage, a.microbatch)):
+        for wait in self.sent.pop((a.segment, _at(a))):
             wait()
 
     def reduce(self, a: Action) -> None:
         assert a.segment is not None
-        if a.segment in self.bound.tied:
+        chain, graphs = self.bound.chains[a.chain], self.graphs[a.chain]
+        if a.segment in chain.tied:
             self.finish_sums()
-            self.graphs.grads[a.segment] = self.sum_over(self.bound.tied[a.segment], a.segment)
+            graphs.grads[a.segment] = self.sum_over(chain, a.segment, graphs.grads[a.segment], self.pipes[a.chain])
             return
-        paths, specs = self.bound.reduced[a.stage, a.segment]
+        paths, specs = chain.reduced[a.stage, a.segment]
         self.doing = "the sum of gradients of", a.segment, 1.0
         for path in paths:  # a parameter that no loss reached: its sum over the holders is still a collective that all must join
-            self.graphs.sum_of(path)
+            graphs.sum_of(path)
         if specs:
-            self.waits.append(reduce_gradients(specs, self.graphs.grads, self.ctx.axes))
+            self.waits.append(reduce_gradients(specs, graphs.grads, chain.ctx.axes))
 
-    def sum_over(self, holders: tuple[int, ...], path: str) -> Tensor:
+    def sum_over(self, chain: BoundChain, path: str, mine: Tensor, pipe: Any) -> Tensor:
         """The sum of a gradient over the pipeline ranks that hold it, by messages to the first of them and back: a group of processes for each such
         set would have to be made by all ranks in one order."""
-        mine, first, pipe = self.graphs.grads[path], holders[0], self.pipe
-        like = (mine.shape, mine.dtype, self.device)
-        if self.bound.rank != first:
+        holders = chain.tied[path]
+        first, like = holders[0], (mine.shape, mine.dtype, self.device)
+        if chain.rank != first:
             sent = pipe.send(mine, first, f"{path} part")
             total = pipe.recv(*like, first, f"{path} sum")()
             sent()
@@ -290,3 +317,8 @@ def _add_terms(total: Terms, new: Terms) -> None:
         for name, value in values.items():
             sums = total.setdefault(kind, {})
             sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+
+
+def _at(a: Action) -> At:
+    assert a.microbatch is not None
+    return a.chain, a.stage, a.microbatch

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +25,10 @@ from lf.segment import Segment, path_of
 
 Carry = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """The shape and dtype of each tensor of a carry, by name; one that has no name is "x"."""
+
+
+Brought = Carry
+"""The same of what edges bring to a segment, by input."""
 
 
 class ShapeError(ValueError):
@@ -48,15 +52,16 @@ def key(batch: Batch) -> tuple[Any, ...]:
     return tuple((kind, name, tuple(v.shape), v.dtype) for kind, values in kinds.items() for name, v in sorted(values.items()))
 
 
-def trace(layout: Layout, batch: Batch, ctx: Any) -> Shapes:
-    """The shapes on the rank of `ctx`, for a batch as it is given (its data is not read). No tensor is allocated, no rank is asked.
+def trace(layout: Layout, batch: Batch, ctx: Any, brought: Mapping[str, Brought] | None = None, done: dict[Any, Any] | None = None) -> Shapes:
+    """The shapes on the rank of `ctx`, for a batch as it is given (its data is not read). No tensor is allocated, no rank is asked. `brought`: to
+    each segment that edges bring something to. `done`: what earlier traces of the same layout and context have found of single segments.
 
     Raises ShapeError that names the segment which reads data on the host, or uses one of its `products` otherwise than as the weight of one
     column_linear or row_linear.
     """
     table = SimpleNamespace(**{**vars(ctx.ops), **vars(op_table(ops))})
     ctx = attrs.evolve(ctx, axes=MetaAxes(layout.mesh, ctx.axes.rank), ops=table)
-    done: dict[Any, tuple[Any, dict[str, Seen], frozenset[str]]] = {}
+    done, of_batch = {} if done is None else done, key(batch)
     inputs: list[Carry] = []
     products: dict[str, dict[str, Seen]] = {}
     losses: list[frozenset[str]] = []
@@ -70,12 +75,15 @@ def trace(layout: Layout, batch: Batch, ctx: Any) -> Shapes:
             inputs.append(_carry(x))
             found: set[str] = set()
             for segment in stage:
+                if new := (brought or {}).get(segment.name):
+                    here = {n: torch.empty(shape, dtype=dtype, device="meta") for n, (shape, dtype) in new.items()}
+                    x = {**(x if isinstance(x, dict) else {"x": x}), **here}
                 shapes = {name: layout.specs[path_of(segment, name)].local_shape(ctx.axes.coords) for name in segment.params}
-                like = (segment.apply, segment.products, tuple(shapes.items()), tuple(_carry(x).items()))
+                like = (of_batch, segment.apply, segment.products, tuple(shapes.items()), tuple(_carry(x).items()))
                 if like not in done:
                     done[like] = _segment(segment, shapes, x, batch, ctx)
-                x, products[segment.name], new = done[like]
-                found |= new
+                x, products[segment.name], objectives = done[like]
+                found |= objectives
             losses.append(frozenset(found))
     return Shapes(tuple(inputs), _carry(x), products, tuple(losses))
 

@@ -9,7 +9,7 @@ import attrs
 from mutation import Mutation, rewritten, stale, words
 from schedule_mutations import SCHEDULE
 
-from lf import axes, axes_sim, drift, evaluate, layouts, loop, ramp, record, rng, split, state, train
+from lf import axes, axes_sim, chain_layouts, drift, evaluate, layouts, loop, ramp, record, rng, split, state, train
 from lf.checkpoint import export, native
 from lf.kernels import adamw as fused
 from lf.kernels import norm, rope, swiglu
@@ -228,7 +228,8 @@ STEPS = [
     words("gate: always open", TRAIN, (train.make, "torch.isfinite(norm) &", "torch.ones_like(norm, dtype=torch.bool) |")),
     words("gate: the host asks", LAWS, (train.make, "torch.isfinite(norm) &", "torch.isfinite(norm) & bool(norm > 0) &")),
     words("the step's count stands still", TRAIN, (train.make, "state.step + 1", "state.step")),
-    words("compute copy of the old master", TRAIN, (train.make, 'compute_copy(state_of["master"], ctx)', "tree.map(torch.zeros_like, state.params)")),
+    words("compute copy of the old master", TRAIN, (
+        train.make, 'compute_copy(layout, state_of["master"], ctx)', "tree.map(torch.zeros_like, state.params)")),
     words("sgd: no clip factor", OPTIM, (sgd, "(lr * scale)", "lr")),
     words("sgd: not gated", OPTIM, (sgd, "torch.where(ok, ", "torch.where(ok | True, ")),
     words("adamw: no clip factor", OPTIM, (update, "grad * scale.to(grad.dtype)", "grad")),
@@ -289,22 +290,28 @@ RUNS = [
 ]
 
 LAYOUT, PIPELINE, SPLIT = "tests/test_layout.py", "tests/checkpoint/test_checkpoint_pipeline.py", "tests/test_split.py"
+CHAINS, CHAIN_FILES = "tests/test_chain_layouts.py", "tests/checkpoint/test_checkpoint_chains.py"
 HOLDS = 'self._holders[p][0] == coords["pp"]'
 STAGES = [
     words("norm owner: every stage that holds it counts", (LAYOUT, PIPELINE), (layouts.Layout.owned, HOLDS, 'coords["pp"] in self._holders[p]')),
     words("norm owner: the last stage that holds it", LAYOUT, (layouts.Layout.owned, HOLDS, HOLDS.replace("[0]", "[-1]"))),
     words("frozen: a tied parameter in one place alone", LAYOUT, (layouts._frozen, "add(path_of(segment, name))", 'add(f"{segment.name}/{name}")')),
     words("frozen: has moments all the same", TRAIN, (layouts.Layout.trained, "if path not in self.frozen", "")),
-    words("init: every stage's parameters on every rank", LAYOUT, (state.init, "layout.held(ctx.axes.coords)", "layout.specs")),
+    words("init: every stage's parameters on every rank", LAYOUT, (state.init, "layouts.held(rank)", "layouts.specs")),
     words(
         "checkpoint: the leaves of rank 0's stages alone",
         PIPELINE,
         (native._all_leaves, "ctx.axes.world.max(table.to(device_of(ctx))).cpu()", "table"),
     ),
-    words("checkpoint: a thawed parameter has no moments", PIPELINE, (native._thawed, "if path not in layout.frozen:", "if False:")),
+    words("checkpoint: a thawed parameter has no moments", PIPELINE, (native._thawed, "if path not in layouts.frozen:", "if False:")),
     words("export: what other stages hold is left out", PIPELINE, (export.assemble, "if owner and speaks:", "if False:")),
-    words("drift: stages are not compared", DRIFT, (drift._atoms, " * len(layout.holders(spec.path))", "")),
+    words("drift: stages are not compared", DRIFT, (drift._atoms, " * len(layouts.chains[chain].holders(spec.path))", "")),
     words("drift: numbered by what a rank holds", DRIFT, (drift._atoms, "first += sum(_places(spec))\n", "pass\n")),
+    words("chains: a mesh is numbered by ranks of the world", CHAINS, (chain_layouts.Layouts.coords, "mesh.coords(local)", "mesh.coords(rank)")),
+    words("chains: a place on rows of other stages", CHAINS, (chain_layouts.Layouts.places, "set(self.homes(chain, stage)) & ", "")),
+    words("chains: all in one compute dtype", CHAINS, (state.compute_copy, "ctx.of(layouts.chain_of[path]).precision", "ctx.precision")),
+    words("checkpoint: as many ranks as the main chain", CHAIN_FILES, (native.save, "layouts.world", "layouts.chains[layouts.main].mesh.size")),
+    words("drift: coordinates of the main chain", DRIFT, (drift._atoms, "at_of[chain]", "at_of[layouts.main] or at_of[chain]")),
     words("split: the largest stage may be larger", SPLIT, (split.partition, "<= limit", "<= 2 * limit")),
     words("split: stages in between uneven", SPLIT, (split._joined, "cost**2", "cost")),
 ]
