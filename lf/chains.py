@@ -68,8 +68,8 @@ class Edge:
     """`output` of chain `source` becomes `x[input]` of a segment of chain `target`.
 
     `takes(batch)`: of the target's batch, for each of its rows (tokens) whether it takes a row of the edge, in order: a rank then gets exactly the
-    rows for its own tokens. None: the rows of the items are cut over the target's cp and tp ranks in equal shares, the last ones padded by zeros.
-    A target that is dealt gets the rows of its own items: item j of a data batch those of the source's item j.
+    rows for its own tokens; only into the main chain. None: the rows of the items are cut over the target's cp and tp ranks in equal shares, the
+    last ones padded by zeros. A target that is dealt gets the rows of its own items: item j of a data batch those of the source's item j.
     """
 
     source: str
@@ -158,6 +158,9 @@ def _refuse_edge(model: Chains, edge: Edge) -> None:
         names = [s.name for s in model.chains[edge.target].model.segments]
         near = difflib.get_close_matches(edge.segment, names, 3, 0.4) or names[:3]
         raise LayoutError(f"edge {edge}: chain {edge.target!r} has no segment {edge.segment!r}; near: {', '.join(near)}")
+    if edge.takes is not None and edge.target != model.main:
+        why = f"chain {edge.target!r} is dealt its items, and only the ranks that have them know its tokens"
+        raise LayoutError(f"edge {edge}: `takes` is for edges into the main chain; {why}. Leave it out: the rows come in the order of its items")
     if edge.input not in segment.inputs:
         raise LayoutError(f"edge {edge}: the segment takes no input {edge.input!r}; it takes {', '.join(segment.inputs) or 'none'}")
 

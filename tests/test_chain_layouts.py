@@ -314,7 +314,8 @@ def test_a_chain_may_be_frozen_whole() -> None:
 
 
 def test_edges_that_travel_together_take_the_same_rows() -> None:
-    model = three(edges=changed(3, takes=lambda batch: None))
+    chains = {"eyes": EYES, "words": attrs.evolve(WORDS, collate=chained.never), "hand": attrs.evolve(HAND, collate=None)}
+    model = three(chains=chains, edges=changed(3, takes=lambda batch: None), main="hand")  # only the main chain may pick rows
     with pytest.raises(LayoutError, match=re.escape("edges words.said.0 → hand/hand.0 and words.said.0 → hand/hand.1 carry one output to one stage")):
         chain_layouts(model, at())
     chain_layouts(model, at("dp=2", "dp=2", "pp=2"))  # apart they travel each for itself
