@@ -20,6 +20,17 @@ def made(move: str, chain: str, stage: int, unit: int | None, there: Mapping[Key
     return [key for key in keys if key in there] or keys[:1]
 
 
+def data_of(unit: int, units: int, microbatches: int) -> range:
+    """The microbatches of the data that a unit has: one of `lf.chains.groups`."""
+    return range(unit * microbatches // units, (unit + 1) * microbatches // units)
+
+
+def units_of(data: range, units: int, microbatches: int) -> range:
+    """The units that have one of these microbatches, the inverse of `data_of`."""
+    first, last = (((m + 1) * units - 1) // microbatches for m in (data[0], data[-1]))
+    return range(first, last + 1)
+
+
 class Joined:
     """there: the actions that are in the program · rows: of each (chain, stage, unit) the rows on which its F stands.
 
@@ -45,32 +56,22 @@ class Joined:
         self.names = {(joint.name, joint.target, joint.target_stage): joint for joint in joints}
 
     def unit(self, chain: str, microbatch: int) -> int:
-        """The unit of a chain that has a microbatch of the data: that u of which `lf.chains.groups` gives a range with it."""
-        return ((microbatch + 1) * self.units[chain] - 1) // self.microbatches
-
-    def data(self, chain: str, unit: int) -> range:
-        """The microbatches of the data that a unit has."""
-        n, m = self.units[chain], self.microbatches
-        return range(unit * m // n, (unit + 1) * m // n)
-
-    def sharing(self, chain: str, unit: int, other: str) -> range:
-        """The units of another chain that have a microbatch of this unit."""
-        data = self.data(chain, unit)
-        return range(self.unit(other, data[0]), self.unit(other, data[-1]) + 1)
+        return units_of(range(microbatch, microbatch + 1), self.units[chain], self.microbatches)[0]
 
     def needs(self, a: Action, link: Link) -> Iterator[tuple[Key, float]]:
         """What an F, B or I waits for in other chains, each with what is added to its end."""
         forward, unit = a.op == "F", a.microbatch
         for joint in (self.into if forward else self.out).get((a.chain, a.stage), ()):
             assert unit is not None
+            data = data_of(unit, self.units[a.chain], self.microbatches)
             op, other, stage = ("F", joint.source, joint.source_stage) if forward else ("B", joint.target, joint.target_stage)
             if not forward and (other, stage) not in self.backward:
                 continue  # nothing comes back from it
-            bridges: list[Key] = [(f"BRIDGE_{op}", joint.target, joint.target_stage, m) for m in self.data(a.chain, unit)]
+            bridges: list[Key] = [(f"BRIDGE_{op}", joint.target, joint.target_stage, m) for m in data]
             moved = [(key, 0.0) for key in bridges if key in self.there]
             yield from moved
-            for u in self.sharing(a.chain, unit, other):
-                delay = 0.0 if moved else self.delay(joint, op, self.data(a.chain, unit)[0], *((u, unit) if forward else (unit, u)), link)
+            for u in units_of(data, self.units[other], self.microbatches):
+                delay = 0.0 if moved else self.delay(joint, op, data[0], *((u, unit) if forward else (unit, u)), link)
                 yield from ((key, delay) for key in made(op, other, stage, u, self.there))
 
     def bridge(self, a: Action, row: int, link: Link) -> float:
