@@ -20,7 +20,7 @@ from lf.config import one_of
 from lf.schedule.cost import Link, Times, cost, durations, held
 from lf.schedule.generate import alternate
 from lf.schedule.ir import COMPUTE, Action, Program, ProgramError, flat, microbatches, some
-from lf.schedule.nest import Block, Nested, least_in_flight, nest
+from lf.schedule.nest import Block, Nested, least_in_flight, nest, refuse_few
 from lf.schedule.plan import Plan, plan
 
 KINDS = ("inline", "decoupled", "nested", "dedicated")
@@ -32,12 +32,12 @@ class Beside:
     """Where a chain goes.
 
     units: how many a step has; each microbatch is one, but of `decoupled`, where all are one. in_flight: of `nested` and `dedicated`, the most units
-    that are between F and B at a time, a unit on one of n rows counted as 1/n. Default of `nested`: for each of its blocks as many as the program
-    needs at least, which is what one row would hold `inline`; so no row holds more than that one does, however many microbatches there are. Of
-    `dedicated`: twice as many as the program needs.
+    that are between F and B at a time, a unit on one of n rows counted as 1/n. Default of `nested`: four times as many
+    as the program needs at least, which one row would hold `inline`, or that for each block where there are fewer than four: so no row holds more
+    than about four units of a pipeline that needs one a row, however many microbatches there are. Of `dedicated`: twice as many as needed.
     blocks: for each stage of the chain the sets of rows that a unit can stand on, as `lf.chain_layouts.Layouts.blocks`; the k-th ones of all stages
-    belong together. Default: one stage; each row of the main program is a block, of `dedicated` one row behind all others. Rows are those of the
-    whole program: the rows of dedicated chains, and the main program's in their order on those that are left.
+    belong together. Default: one stage; each row of the main program is a block, of `inline` each row at all, of `dedicated` one row behind all
+    others. Rows are those of the whole program: the rows of dedicated chains, and the main program's in their order on those that are left.
     """
 
     kind: str
@@ -141,10 +141,12 @@ def _decoupled(laid: Plan, chain: str, place: Beside) -> Program:
     assert place.blocks is not None
     rows = [list(row) for row in laid.program]
     stages, units = range(len(place.blocks)), range(laid.units[chain])
-    for r in range(len(rows)):
-        before = [_action("F", chain, s, u) for u in units for s in stages if r in _rows(place, s)]
-        after = [_action("B", chain, s, u) for u in units for s in reversed(stages) if r in _rows(place, s) and _backward(laid, chain)]
-        rows[r] = [*before, *rows[r], *after]
+    for s in stages:
+        for r in _rows(place, s):
+            mine = [t for t in stages if r in _rows(place, t)]
+            if s == mine[0]:
+                after = [_action("B", chain, t, u) for u in units for t in reversed(mine)] if _backward(laid, chain) else []
+                rows[r] = [*(_action("F", chain, t, u) for u in units for t in mine), *rows[r], *after]
     return tuple(map(tuple, rows))
 
 
@@ -153,15 +155,15 @@ def _dedicated(laid: Plan, chain: str, place: Beside) -> Program:
     assert place.blocks is not None
     least = least_in_flight(laid, chain)
     limit = 2 * least if place.in_flight is None else place.in_flight
-    _refuse_few(chain, limit, least)
+    refuse_few(chain, limit, least)
     wanted = [laid.wanted(chain, u) for u in range(laid.units[chain])]
     order = sorted(range(len(wanted)), key=lambda u: wanted[u])
     back = sorted(range(len(wanted)), key=lambda u: wanted[u][1])
-    rows = list(laid.program)
+    rows, trained = list(laid.program), _backward(laid, chain)
     for s in range(len(place.blocks)):
         ahead = max(least, limit - s) - 1
         made = alternate([(s, u) for u in order], [(s, u) for u in back], ahead)
-        kept = [attrs.evolve(a, chain=chain) for a in made if a.op == "F" or _backward(laid, chain)]
+        kept = [attrs.evolve(a, chain=chain) for a in made if a.op == "F" or trained]
         for r in _rows(place, s):
             rows[r] = (*rows[r], *kept)
     return tuple(rows)
@@ -171,28 +173,20 @@ def _nested(laid: Plan, chain: str, place: Beside, times: Times, link: Link) -> 
     """The quickest of a few: whole units to rows, as many in flight as may be or a few less, and all units shared by all rows."""
     assert place.blocks is not None
     blocks, least = place.blocks[0], least_in_flight(laid, chain)
-    limit = least * len(blocks) if place.in_flight is None else place.in_flight
-    _refuse_few(chain, limit, least)
+    limit = least * min(4, len(blocks)) if place.in_flight is None else place.in_flight
+    refuse_few(chain, limit, least)
     time = times if callable(times) else durations(times)
     forward, backward = (time(_action(op, chain, 0, 0)) for op in "FB")
     joints = [j for j in laid.joints if {j.source, j.target} <= {*laid.placed, chain}]
-    best: tuple[float, Program] | None = None
+    best, back = None, _backward(laid, chain)
     for whole, few in ((True, limit), (True, max(least, limit - len(blocks))), (False, limit)):
         added = nest(laid, Nested(chain, blocks, forward, backward, few, whole))
-        program = laid.with_([entry for entry in added if entry[2].op == "F" or _backward(laid, chain)])
+        program = laid.with_(added if back else [entry for entry in added if entry[2].op == "F"])
         timeline = cost(program, times, link, joints=joints)
         if (not whole or held(timeline, chain)[1] <= limit + 1e-9) and (best is None or timeline.makespan < best[0]):
             best = (timeline.makespan, program)
     assert best is not None
     return best[1]
-
-
-def _refuse_few(chain: str, limit: int, least: int) -> None:
-    if limit < least:
-        raise ProgramError(
-            f"chain {chain!r}: with in_flight={limit} the program cannot go on: {least} units are wanted before the first is given back; "
-            f"use in_flight={least} or more"
-        )
 
 
 def _widened(main: Program, where: Mapping[str, Beside], name: str) -> Program:
@@ -255,9 +249,14 @@ def _filled(main: Program, joints: Sequence[Joint], placements: Mapping[str, Bes
         elif kind == "dedicated":
             blocks = (((free[len(main) + extra.index(chain)],),),)
         else:
-            blocks = (tuple((r,) for r in free[: len(main)]),)
+            blocks = (tuple((r,) for r in (range(total) if kind == "inline" else free[: len(main)])),)
         _refuse_blocks(chain, kind, blocks, total)
         out[chain] = attrs.evolve(place, units=units, blocks=blocks)
+    stages = {name: len({a.stage for row in main for a in flat(row)}), **{chain: len(place.blocks or ()) for chain, place in out.items()}}
+    for joint in joints:
+        for chain, stage in ((joint.source, joint.source_stage), (joint.target, joint.target_stage)):
+            if not 0 <= stage < stages[chain]:
+                raise ProgramError(f"joint {joint.name} → {joint.target}: chain {chain!r} has no stage {stage}, but {stages[chain]} of them")
     return out
 
 

@@ -83,7 +83,7 @@ class _Rank:
     stuck: Key | None = None
 
 
-class Simulation:
+class _Simulation:
     def __init__(
         self, program: Program, times: Times | None, link: Link, memory: Callable[[Action], float] | None = None, joints: Sequence[Joint] = ()
     ):

@@ -41,13 +41,17 @@ def least_in_flight(plan: Plan, chain: str) -> int:
     return max(bisect_left(starts, s + plan.tiny) - bisect_left(ends, s + plan.tiny) for s in starts)
 
 
+def refuse_few(chain: str, in_flight: int, least: int) -> None:
+    if in_flight < least:
+        raise ProgramError(
+            f"chain {chain!r}: with in_flight={in_flight} the program cannot go on: {least} of its units are wanted before the first is given back; "
+            f"use in_flight={least} or more"
+        )
+
+
 def nest(plan: Plan, what: Nested) -> list[tuple[int, float, Action]]:
     """(row, time, action) of each F and B, for `Plan.with_`. Raises ProgramError where in_flight is too small."""
-    if what.in_flight < (least := least_in_flight(plan, what.chain)):
-        raise ProgramError(
-            f"chain {what.chain!r}: with in_flight={what.in_flight} the program cannot go on: {least} units are needed before the first is given "
-            f"back; use in_flight={least} or more"
-        )
+    refuse_few(what.chain, what.in_flight, least_in_flight(plan, what.chain))
     return _Nest(plan, what).run()
 
 
@@ -73,7 +77,7 @@ class _Nest:
         self.most = what.in_flight / len(what.blocks)  # on a block, where that can be had
         self.since = 0.0  # since when there is room for what is held
         n = len(what.blocks)
-        self.counts = [*(k for k in range(1, n) if what.whole and k & (k - 1) == 0), n]  # on how many blocks a unit may stand
+        self.counts = range(1, n + 1) if what.whole else (n,)  # on how many blocks a unit may stand
         self.added: list[tuple[int, float, Action]] = []
 
     def run(self) -> list[tuple[int, float, Action]]:
@@ -118,6 +122,7 @@ class _Nest:
             block = self.what.blocks[b]
             for r in block:
                 start = self.take(r, self.length(block, n, self.what.forward), self.since, self.due[u]) if time is None else time
+                assert start is not None  # `fits` has seen it
                 self.added.append((r, start, Action("F", 0, u, chain=self.what.chain)))
             self.load[b] += 1 / n
             if self.stays(i):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import attrs
 
@@ -17,7 +18,7 @@ TINY = 1e-12  # of the whole: times that differ by less are one moment
 LEAST = 1e-6  # of the longest action: what one that takes no time takes here, so that what begins later in the plan is never before
 
 
-@attrs.frozen
+@attrs.frozen(slots=False)
 class Plan:
     """`starts`, `ends`: of each action of each row, in the order of the program · `at`: of each (op, chain,
     stage, microbatch) the rows and places of its actions · `joints`: of all chains, placed or not · `units`: how many of each chain."""
@@ -29,15 +30,15 @@ class Plan:
     joints: tuple[Joint, ...]
     units: Mapping[str, int]
 
-    @property
+    @cached_property
     def end(self) -> float:
         return max((end for row in self.ends for end in row), default=0.0)
 
-    @property
+    @cached_property
     def tiny(self) -> float:
         return TINY * self.end
 
-    @property
+    @cached_property
     def placed(self) -> set[str]:
         return {chain for _, chain, _, _ in self.at}
 
@@ -45,6 +46,10 @@ class Plan:
         """Where a row is idle; the last gap has no end."""
         edges = (0.0, *self.ends[row])
         return [(a, b) for a, b in (*zip(edges, self.starts[row]), (edges[-1], float("inf"))) if b - a > self.tiny]
+
+    def idle(self, row: int, low: float, high: float) -> float:
+        """For how long a row is idle between two times."""
+        return sum(max(0.0, min(b, high) - max(a, low)) for a, b in self.gaps(row))
 
     def data(self, chain: str, unit: int) -> range:
         """The microbatches of the data that a unit has."""
