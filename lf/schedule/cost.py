@@ -89,15 +89,18 @@ class _Simulation:
     ):
         self.program, self.ranks = program, [_Rank() for _ in program]
         self.parts: Counter[Key] = Counter()
-        self.home: dict[tuple[str, int, int | None], list[int]] = {}
+        self.home: dict[tuple[str, int, int | None], tuple[int, ...]] = {}
         for rank, actions in enumerate(program):
             for a in flat(actions):
                 self.parts[a.op, a.chain, a.stage, a.microbatch] += 1
-                if a.op == "F" and (homes := self.home.setdefault((a.chain, a.stage, a.microbatch), [rank]))[-1] != rank:
-                    homes.append(rank)
+                if a.op == "F":
+                    homes = self.home.get((a.chain, a.stage, a.microbatch), ())
+                    if rank not in homes:
+                        self.home[a.chain, a.stage, a.microbatch] = (*homes, rank)
         self.last: dict[str, int] = {}
         for chain, stage, _ in self.home:
             self.last[chain] = max(stage, self.last.get(chain, 0))
+        self.joints = len(joints)
         self.joined = Joined(program, joints, self.parts, self.home)
         self.left = dict(self.parts)
         self.ready: dict[Key, float] = {}  # when the last part of (op, chain, stage, microbatch) ends
@@ -171,7 +174,7 @@ class _Simulation:
         if a.op in ("W", "REMAT"):
             return [(("I" if a.op == "W" else "F", chain, s, m), 0.0)]
         needs: list[tuple[Key, float]] = [] if a.op == "F" else [(("F", chain, s, m), 0.0)]
-        if self.joined.names:
+        if self.joints:
             needs += self.joined.needs(a, self.given_link)
         move, source = ("F", s - 1) if a.op == "F" else ("B", s + 1)
         if not 0 <= source <= self.last.get(chain, s):
@@ -180,14 +183,14 @@ class _Simulation:
             return [*needs, ((f"RECV_{move}", chain, s, m), 0.0), ((f"SEND_{move}", chain, source, m), 0.0)]
         home = self.partner(r, chain, s, source, m)
         delay = 0.0 if home == r else self.link(Action(f"SEND_{move}", source, m, chain=chain), home, r)
-        return [*needs, *((key, delay) for key in made(move, chain, source, m, self.parts))]
+        return needs + [(key, delay) for key in made(move, chain, source, m, self.parts)]
 
     def partner(self, r: int, chain: str, stage: int, other: int, unit: int | None) -> int:
         """The row of another stage of a unit that has what row r needs, or needs what it has: of several rows the one at the same place."""
-        theirs = self.home.get((chain, other, unit)) or [r]
+        theirs = self.home.get((chain, other, unit), (r,))
         if len(theirs) == 1:
             return theirs[0]
-        mine = self.home.get((chain, stage, unit), [])
+        mine = self.home.get((chain, stage, unit), ())
         return theirs[mine.index(r)] if r in mine and len(mine) == len(theirs) else theirs[0]
 
     def move(self, r: int, rank: _Rank, a: Action) -> bool:
