@@ -5,7 +5,11 @@
               none waits for the stage itself, plus `link` where that is on another rank: so a program without movement is timed as well
     OFFLOAD   one at a time beside the compute
     FETCH     likewise, after the OFFLOAD of the same; the B, I, W or REMAT of that microbatch and segment waits for it
+    BRIDGE    leaves a row that gives like a SEND, and is through once the rows that take have got to it as well; what has one waits for it, what
+              has none for the other chain's units themselves, plus `link` unless both are on one row
     REDUCE, FREE and others   one at a time of each beside the compute; nothing waits for them
+
+A unit of a chain may stand on several rows: each does an equal share of it, and it is done when the last one is.
 
 Times are in whatever unit they are given in.
 """
@@ -13,35 +17,57 @@ Times are in whatever unit they are given in.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 
+from lf.chain_layouts import Joint
 from lf.config import one_of
-from lf.schedule.ir import BACKWARD, COMPUTE, OPS, Action, Program, ProgramError, flat
+from lf.schedule.ir import BRIDGES, COMPUTE, MOVES, OPS, Action, Program, ProgramError, flat
+from lf.schedule.joined import Joined, Key, Link, made
 from lf.schedule.timeline import Span, Timeline
 
 Times = Mapping[str, float] | Callable[[Action], float]
-Link = float | Callable[[Action, int, int], float]
-Key = tuple[str, str, int, int | None]
 
 UNIT = {"F": 1.0, "I": 1.0, "W": 1.0}
 _COMPUTE = (*COMPUTE, "OVERLAP")
 _COPY = ("OFFLOAD", "FETCH")
 
 
-def cost(program: Program, times: Times | None = None, link: Link = 0.0, memory: Callable[[Action], float] | None = None) -> Timeline:
+def cost(
+    program: Program,
+    times: Times | None = None,
+    link: Link = 0.0,
+    memory: Callable[[Action], float] | None = None,
+    joints: Sequence[Joint] = (),
+) -> Timeline:
     """Simulates one step.
 
     times: op → duration of a stage and microbatch, which actions of its segments share equally; F, I and W take 1 where it is silent, B what I
-    and W do, REMAT what F does, OVERLAP what its two do, others 0. Or a function of the action, called with all but SEND and RECV, and with an
-    OVERLAP as it is. link: duration of a SEND, or a function (the SEND, rank that sends, rank that receives). memory: what an action adds to what
-    its rank holds: from its start on if positive, from its end on if negative. Default: a microbatch of a stage counts as 1 from its F to its B or
-    W (to its I if there is neither, not at all without a backward), but before a REMAT of all of it and while it is offloaded.
+    and W do, REMAT what F does, OVERLAP what its two do, others 0. 'vision:F' is of one chain; where it is silent of an op, the others' holds. Or a
+    function of the action, called with all but SEND, RECV and BRIDGE, and with an OVERLAP as it is. Both are of a unit whole, as one row would do
+    it: where it stands on n rows, each takes an n-th of that. link: duration of a SEND or BRIDGE, or a function (the action, rank that sends, rank
+    that receives), of which a BRIDGE takes the longest. memory: what an action adds to what its rank holds: from its start on if positive, from its
+    end on if negative. Default: a microbatch of a stage counts as 1 from its F to its B or W (to its I if there is neither, not at all without a
+    backward), but before a REMAT of all of it and while it is offloaded; on each of n rows as 1/n. joints: how the chains wait for each other.
 
     Raises ProgramError for a program that cannot go on, with the action that each rank is stuck at and what that waits for.
     """
-    return _Simulation(program, times, link, memory).run()
+    return _Simulation(program, times, link, memory, joints).run()
+
+
+def held(timeline: Timeline, chain: str) -> tuple[tuple[float, ...], float]:
+    """The most units of one chain that each row holds at a time, counted as the default `memory` of `cost`, and the most that all hold together.
+    Where the chain has several stages, each of them counts."""
+    program = tuple(tuple(span.action for span in row) for row in timeline.rows)
+    change = _activations(program, Counter((a.op, a.chain, a.stage, a.microbatch) for row in program for a in flat(row)))
+    changes: list[list[tuple[float, float]]] = [
+        [(span.start if by > 0 else span.end, by) for span in row for a in flat((span.action,)) if a.chain == chain and (by := change(a))]
+        for row in timeline.rows
+    ]
+    together = [pair for row in changes for pair in row]
+    *each, whole = (max(level for _, level in _levels(some)) for some in (*changes, together))
+    return tuple(each), whole
 
 
 @attrs.define
@@ -58,24 +84,46 @@ class _Rank:
 
 
 class _Simulation:
-    def __init__(self, program: Program, times: Times | None, link: Link, memory: Callable[[Action], float] | None):
+    def __init__(
+        self, program: Program, times: Times | None, link: Link, memory: Callable[[Action], float] | None = None, joints: Sequence[Joint] = ()
+    ):
         self.program, self.ranks = program, [_Rank() for _ in program]
         self.parts: Counter[Key] = Counter()
-        self.home: dict[tuple[str, int], int] = {}
+        self.home: dict[tuple[str, int, int | None], tuple[int, ...]] = {}
         for rank, actions in enumerate(program):
             for a in flat(actions):
                 self.parts[a.op, a.chain, a.stage, a.microbatch] += 1
                 if a.op == "F":
-                    self.home.setdefault((a.chain, a.stage), rank)
-        self.last = {chain: max(s for c, s in self.home if c == chain) for chain, _ in self.home}
+                    homes = self.home.get((a.chain, a.stage, a.microbatch), ())
+                    if rank not in homes:
+                        self.home[a.chain, a.stage, a.microbatch] = (*homes, rank)
+        self.last: dict[str, int] = {}
+        for chain, stage, _ in self.home:
+            self.last[chain] = max(stage, self.last.get(chain, 0))
+        self.joints = len(joints)
+        self.joined = Joined(program, joints, self.parts, self.home)
         self.left = dict(self.parts)
         self.ready: dict[Key, float] = {}  # when the last part of (op, chain, stage, microbatch) ends
         self.waiting: dict[Key, list[int]] = {}
-        self.time = times if callable(times) else durations(times or {}, self.parts)
+        self.shared = {at: len(rows) for at, rows in self.home.items() if len(rows) > 1}
+        whole = times if callable(times) else durations(times or {}, self.on_a_row() if self.shared else self.parts)
+        self.time = self.share_of(whole) if self.shared else whole
         if not callable(link) and not link >= 0:
             raise ProgramError(f"link={link} must be at least 0")
+        self.given_link = link
         self.link: Callable[[Action, int, int], float] = link if callable(link) else lambda action, source, target: link
         self.memory = memory or _activations(program, self.parts)
+
+    def share_of(self, whole: Callable[[Action], float]) -> Callable[[Action], float]:
+        """What each row takes where several share a unit."""
+        return lambda a: whole(a) / self.shared.get((a.chain, a.stage, a.microbatch), 1)
+
+    def on_a_row(self) -> Counter[Key]:
+        """How many actions there are of each key on a row that has some."""
+        most: Counter[Key] = Counter()
+        for actions in self.program:
+            most |= Counter((a.op, a.chain, a.stage, a.microbatch) for a in flat(actions))
+        return most
 
     def run(self) -> Timeline:
         todo = [*range(len(self.program))]
@@ -126,32 +174,36 @@ class _Simulation:
         if a.op in ("W", "REMAT"):
             return [(("I" if a.op == "W" else "F", chain, s, m), 0.0)]
         needs: list[tuple[Key, float]] = [] if a.op == "F" else [(("F", chain, s, m), 0.0)]
+        if self.joints:
+            needs += self.joined.needs(a, self.given_link)
         move, source = ("F", s - 1) if a.op == "F" else ("B", s + 1)
         if not 0 <= source <= self.last.get(chain, s):
             return needs
         if (f"RECV_{move}", chain, s, m) in self.parts:
             return [*needs, ((f"RECV_{move}", chain, s, m), 0.0), ((f"SEND_{move}", chain, source, m), 0.0)]
-        home = self.home.get((chain, source), r)
+        home = self.partner(r, chain, s, source, m)
         delay = 0.0 if home == r else self.link(Action(f"SEND_{move}", source, m, chain=chain), home, r)
-        return [*needs, *((key, delay) for key in self.made(move, chain, source, m))]
+        return needs + [(key, delay) for key in made(move, chain, source, m, self.parts)]
 
-    def made(self, move: str, chain: str, stage: int, microbatch: int | None) -> list[Key]:
-        """What makes what a stage gives on: its forward, or its backward, be it B, I or some of both."""
-        if move == "F":
-            return [("F", chain, stage, microbatch)]
-        keys = [(op, chain, stage, microbatch) for op in BACKWARD]
-        return [key for key in keys if key in self.parts] or keys[:1]
+    def partner(self, r: int, chain: str, stage: int, other: int, unit: int | None) -> int:
+        """The row of another stage of a unit that has what row r needs, or needs what it has: of several rows the one at the same place."""
+        theirs = self.home.get((chain, other, unit), (r,))
+        if len(theirs) == 1:
+            return theirs[0]
+        mine = self.home.get((chain, stage, unit), ())
+        return theirs[mine.index(r)] if r in mine and len(mine) == len(theirs) else theirs[0]
 
     def move(self, r: int, rank: _Rank, a: Action) -> bool:
         """What stands beside the compute: it starts when the rank gets there, or when its lane is free, and the rank goes on."""
         start, at = rank.now, (a.chain, a.stage, a.microbatch)
         if a.op in ("SEND_F", "SEND_B"):
-            for key in self.made(a.op[-1], *at):
+            for key in made(a.op[-1], *at, self.parts):
                 if self.left.get(key, 1):
                     rank.stuck = key
                     return False
-            target = self.home.get((a.chain, a.stage + (1 if a.op == "SEND_F" else -1)), r)
-            end = start + self.link(a, r, target)
+            end = start + self.link(a, r, self.partner(r, a.chain, a.stage, a.stage + (1 if a.op == "SEND_F" else -1), a.microbatch))
+        elif a.op in BRIDGES:  # whoever waits for it waits until the last row is there
+            end = start + self.joined.bridge(a, r, self.given_link)
         elif a.op in ("RECV_F", "RECV_B"):
             end = start
         else:
@@ -186,27 +238,39 @@ class _Simulation:
 
 
 def durations(times: Mapping[str, float], parts: Mapping[Key, int] | None = None) -> Callable[[Action], float]:
-    """`times` of `cost` as a function. parts: how many actions there are of each (op, chain, stage, microbatch)."""
-    for op in times:
-        if one_of("op in times", op, OPS) in ("SEND_F", "SEND_B", "RECV_F", "RECV_B"):
+    """`times` of `cost` as a function, of units whole. parts: how many actions there are of each (op, chain, stage, microbatch)."""
+    given: dict[str, dict[str, float]] = {"": {}}
+    for name, t in times.items():
+        chain, _, op = name.rpartition(":")
+        if one_of("op in times", op, OPS) in (*MOVES, *BRIDGES):
             raise ProgramError(f"times says how long {op} takes: give link for that")
-    if negative := [f"{op}={t}" for op, t in times.items() if not t >= 0]:
-        raise ProgramError(f"times {', '.join(negative)}: must be at least 0")
-    whole = {**UNIT, **times}
-    if "B" in times:
-        whole |= {op: times["B"] / 2 for op in "IW" if op not in times}
-    whole.setdefault("B", whole["I"] + whole["W"])
-    whole.setdefault("REMAT", whole["F"])
+        if not t >= 0:
+            raise ProgramError(f"times {name}={t}: must be at least 0")
+        given.setdefault(chain, {})[op] = t
+    whole = {chain: _completed(given[""], own if chain else {}) for chain, own in given.items()}
 
     def time(a: Action) -> float:
+        of = whole.get(a.chain, whole[""])
         if a.op == "OVERLAP":
-            return whole["OVERLAP"] if "OVERLAP" in whole else sum(map(time, a.pair))
-        t = whole.get(a.op, 0.0)
+            return of["OVERLAP"] if "OVERLAP" in of else sum(map(time, a.pair))
+        t = of.get(a.op, 0.0)
         if not t or not parts or a.segment is None:
             return t
         return t / (_cuts(a, parts) if a.op in ("REMAT", *_COPY) else parts[a.op, a.chain, a.stage, a.microbatch])
 
     return time
+
+
+def _completed(*given: Mapping[str, float]) -> dict[str, float]:
+    """Later ones go before: what follows from one goes before what an earlier one says."""
+    whole = {**UNIT, "B": UNIT["I"] + UNIT["W"], "REMAT": UNIT["F"]}
+    for own in given:
+        if "B" in own:
+            whole |= dict.fromkeys("IW", own["B"] / 2)
+        whole |= {"REMAT": own.get("F", whole["REMAT"]), **own}
+        if "B" not in own and own.keys() & {"I", "W"}:
+            whole["B"] = whole["I"] + whole["W"]
+    return whole
 
 
 def _cuts(a: Action, parts: Mapping[Key, int]) -> int:

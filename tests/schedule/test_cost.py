@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 
+from lf.chain_layouts import Joint
 from lf.config import ConfigError
 from lf.schedule.check import check
-from lf.schedule.cost import cost
+from lf.schedule.cost import cost, held
 from lf.schedule.generate import interleaved, one_f_one_b
 from lf.schedule.greedy import greedy_zb
 from lf.schedule.ir import OVERLAP, Action, Program, ProgramError
@@ -156,9 +158,67 @@ def test_what_is_given_is_checked() -> None:
         cost(loads(TWO), link=-1)
 
 
-def test_chains_are_apart() -> None:
-    t = cost(loads("vision:0F0 vision:0B0\n0F0 0B0"))
-    assert t.makespan == 3
+VISION = Joint("vision.out", "vision", 0, "", 0)
+
+
+def test_chains_are_apart_but_for_their_joints() -> None:
+    program = loads("vision:0F0 vision:0B0\n0F0 0B0")
+    assert cost(program).makespan == 3
+    joined = cost(loads("vision:0F0 vision:0B0\n0F0 0B0"), joints=[VISION], link=0.5)
+    assert [at(joined, w) for w in ("vision:0F0", "0F0", "0B0", "vision:0B0")] == [(0, 1), (1.5, 2.5), (2.5, 4.5), (5, 7)]
+    assert cost(loads("vision:0F0\n0F0 0B0"), joints=[VISION]).makespan == 4  # frozen
+    with pytest.raises(ProgramError, match=r"joint vision\.out → : stage 1 of chain 'vision' has no forward in the program"):
+        cost(program, joints=[attrs.evolve(VISION, source_stage=1)])
+    with pytest.raises(ProgramError, match="rank 0 is stuck at 0F0: it waits for vision:0F0"):
+        cost(loads("0F0 vision:0F0 vision:0B0 0B0"), joints=[VISION])
+
+
+def test_a_unit_of_several_microbatches_and_rows() -> None:
+    """Two units for three microbatches: the first has microbatch 0, the second 1 and 2; the second is shared by two rows."""
+    t = cost(loads("vision:0F0 vision:0F1 vision:0B0 vision:0B1\nvision:0F1 0F0 0F1 0F2 0B0 0B1 0B2 vision:0B1"), {"vision:F": 4}, joints=[VISION])
+    assert [at(t, w) for w in ("vision:0F0", "0F0", "0F1", "0F2")] == [(0, 4), (4, 5), (6, 7), (7, 8)]
+    assert [at(t, w) for w in ("0B0", "0B2", "vision:0B0")] == [(8, 10), (12, 14), (10, 12)]
+    assert [(s.start, s.end) for row in t.rows for s in row if str(s.action) == "vision:0B1"] == [(14, 15), (14, 15)]
+    assert held(t, "vision") == ((1.5, 0.5), 2.0)
+    assert held(t, "") == ((0, 3), 3)
+    assert t.peak(0) == 1.5
+    cut = loads("vision:0F0[a] vision:0F0[b] vision:0B0\nvision:0F0[a] vision:0F0[b] vision:0B0")
+    assert (cost(cut).makespan, cost(cut, lambda a: 3.0).makespan) == (0.5 + 1, 4.5)  # its segments and rows share a unit
+
+
+def test_bridges_take_what_their_absence_does() -> None:
+    compute = "vision:0F0 vision:0F1 vision:0B0 vision:0B1\n0F0 0F1 0B0 0B1\n1F0 1B0 1F1 1B1"
+    bridged = """
+    vision:0F0 0BRIDGE_F0[vision.out] vision:0F1 0BRIDGE_F1[vision.out] 0BRIDGE_B0[vision.out] vision:0B0 0BRIDGE_B1[vision.out] vision:0B1
+    0BRIDGE_F0[vision.out] 0F0 0BRIDGE_F1[vision.out] 0F1 0B0 0BRIDGE_B0[vision.out] 0B1 0BRIDGE_B1[vision.out]
+    1F0 1B0 1F1 1B1
+    """
+    for link in (0.0, 0.25, 3.0):
+        a, b = (cost(loads(text), link=link, joints=[VISION]) for text in (compute, bridged))
+        assert all(at(a, str(s.action)) == at(b, str(s.action)) for row in a.rows for s in row)
+    far = cost(loads(compute), link=lambda a, source, target: 10.0 * (a.op == "BRIDGE_B") + source, joints=[VISION])
+    assert (at(far, "0F0"), at(far, "0B0"), at(far, "vision:0B0")) == ((1, 2), (8, 10), (21, 23))
+    same = loads("vision:0F0 0BRIDGE_F0[vision.out] 0F0 0B0 0BRIDGE_B0[vision.out] vision:0B0")
+    assert cost(same, link=5, joints=[VISION]).makespan == 6  # nothing leaves the row
+    with pytest.raises(ProgramError, match=r"0BRIDGE_F0\[vision.out\]: no joint is of it; given are none"):
+        cost(same)
+
+
+def test_a_bridge_meets_all_its_rows() -> None:
+    """The third row comes late to the bridge, so the other that takes waits."""
+    text = "vision:0F0 0BRIDGE_F0[vision.out]\n0BRIDGE_F0[vision.out] 0F0\nhead:0F0 0BRIDGE_F0[vision.out]"
+    assert at(cost(loads(text), {"head:F": 7}, link=1, joints=[VISION]), "0F0") == (7, 8)
+
+
+def test_stages_of_a_shared_unit_pass_on_row_by_row() -> None:
+    t = cost(loads("vision:0F0\nvision:0F0\nvision:1F0\nvision:1F0"), {"vision:F": 2}, link=lambda send, source, target: float(target - source))
+    assert [t.rows[r][0].start for r in (2, 3)] == [3, 3]
+
+
+def test_times_of_one_chain() -> None:
+    text = "0F0 0B0\nvision:0F0 vision:0I0 vision:0W0\nhead:0F0 head:0B0"
+    t = cost(loads(text), {"F": 3, "B": 4, "vision:F": 0.5, "vision:B": 2, "head:I": 5})
+    assert [t.busy(r) for r in range(3)] == [7, 2.5, 3 + 5 + 2]
 
 
 def test_the_order_of_ranks_does_not_matter() -> None:
