@@ -401,7 +401,7 @@ class _Proof:
                     rows = [self.rows[r] for r in self.on.rows.get(key, ())]
                     if not rows or any(row.ahead.get(key, 0) < len(stage.atoms) for row in rows):
                         missing.append(f"{_named(c, s)}F{u}")
-                    if self.trains and any(row.behind.get(key, len(stage.atoms)) > stage.stop for row in rows):
+                    if self.trains and stage.live and not (rows and all(row.behind.get(key, len(stage.atoms)) == stage.stop for row in rows)):
                         missing.append(f"{_named(c, s)}B{u}")
             if not self.on.units[c]:
                 missing.append(f"every forward of chain {c!r}")
