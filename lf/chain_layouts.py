@@ -72,6 +72,11 @@ class Layouts:
     @cached_property
     def rows(self) -> tuple[tuple[int, ...], ...]:
         """The ranks of each row, rows in the order of their first rank."""
+        if len(self.chains) == 1:  # pp is the slowest axis
+            ((chain, where),) = self.chains.items()
+            if self.ranks[chain] == tuple(range(self.world)):
+                n = self.world // where.mesh.pp
+                return tuple(tuple(range(pp * n, (pp + 1) * n)) for pp in range(where.mesh.pp))
         found: dict[tuple[int | None, ...], list[int]] = {}
         for rank in range(self.world):
             found.setdefault(tuple(c["pp"] if (c := self.coords(chain, rank)) else None for chain in self.chains), []).append(rank)
@@ -95,13 +100,26 @@ class Layouts:
 
     def pp(self, chain: str, row: int) -> int | None:
         """The pipeline coordinate of a row in the mesh of a chain; None: it is not on it."""
-        coords = self.coords(chain, self.rows[row][0])
-        return None if coords is None else coords["pp"]
+        return self._pp[chain][row]
 
     def homes(self, chain: str, stage: int) -> tuple[int, ...]:
         """The rows that hold a stage."""
-        pp = self.chains[chain].placement[stage]
-        return tuple(r for r in range(len(self.rows)) if self.pp(chain, r) == pp)
+        return self._homes[chain, self.chains[chain].placement[stage]]
+
+    @cached_property
+    def _pp(self) -> dict[str, tuple[int | None, ...]]:
+        return {
+            chain: tuple(c["pp"] if (c := self.coords(chain, ranks[0])) else None for ranks in self.rows) for chain in self.chains
+        }  # fmt: skip
+
+    @cached_property
+    def _homes(self) -> dict[tuple[str, int], tuple[int, ...]]:
+        out: dict[tuple[str, int], tuple[int, ...]] = {}
+        for chain, pps in self._pp.items():
+            for row, pp in enumerate(pps):
+                if pp is not None:
+                    out[chain, pp] = (*out.get((chain, pp), ()), row)
+        return out
 
     def blocks(self, chain: str, stage: int) -> tuple[tuple[int, ...], ...]:
         """The smallest sets of rows of a stage that are whole ranks of data parallelism: what a unit of the chain may stand on. One row each, but

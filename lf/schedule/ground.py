@@ -123,7 +123,7 @@ class Ground:
     @cached_property
     def together(self) -> dict[tuple[str, int, int], tuple[int, ...]]:
         """(chain, stage, row) → the rows that compute it together, where cp or tp of the chain go over several."""
-        if self.layouts is None:
+        if self.layouts is None or len(self.known) == 1:
             return {}
         blocks = ((c, s, block) for c, s in self.homes for block in self.layouts.blocks(c, s))
         return {(c, s, r): block for c, s, block in blocks if len(block) > 1 for r in block}

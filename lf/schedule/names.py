@@ -104,6 +104,8 @@ class _Look:
             for r in rows:
                 if missing := [str(b) for b in on.together.get((chain, s, r), ()) if b not in rows]:
                     raise self.off(chain, s, u, f"ranks {r} and {', '.join(missing)} compute it together, and it does not stand on all of these")
+            if chain == on.main:
+                continue  # on all rows of each stage, so on all data-parallel ranks
             each = [on.rows[chain, t, u] for t in (s, s + 1) if (chain, t, u) in on.rows]
             places = [on.layouts.places(chain, t, stood) for t, stood in zip((s, s + 1), each)]
             if len(set(places)) > 1:
