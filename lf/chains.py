@@ -55,12 +55,14 @@ class Chain:
 
     `items(batch)` of a data batch, from its plan · `collate(items, multiple)` → the chain's batch: the items in this order, packed, padded so that
     each output has `padded(its rows, multiple)` rows; also of no items at all. It alone reads the payload, of these items. None: the main chain.
+    `reads`: of the main chain, what it reads of the payload.
     """
 
     model: Model
     width: dict[str, int] = attrs.field(factory=dict)
     items: Callable[[Batch], Items] = no_items
     collate: Callable[[Sequence[Item], int], Batch] | None = None
+    reads: tuple[str, ...] = ()
 
 
 @attrs.frozen

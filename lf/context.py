@@ -36,16 +36,16 @@ def _precision(value: str | Precision) -> Precision:
 class Context:
     """`axes`: from `lf.connect`, `lf.sim.spmd` or `lf.solo`. `device`: from `lf.devices.get`. `ops`: the device's fast functions, by name.
 
-    `chains`: where a model has several, the context of each, whose axes are those of its own mesh; None: this rank is not on it. The context that
-    has them is that of the world: its axes are those of a mesh of dp alone, over all ranks."""
+    `chains`: where a model has several, the context of each, whose axes are those of its own mesh, None on a rank that is not on it. The context
+    that has them is that of the world: its axes are those of a mesh of dp alone, over all ranks."""
 
     axes: Any
     device: ModuleType
     precision: Precision = attrs.field(default=PRECISIONS["fp32"], converter=_precision)
-    chains: Mapping[str, Context | None] = attrs.field(factory=dict, kw_only=True)
+    chains: Mapping[str, Context] = attrs.field(factory=dict, kw_only=True)
     ops: SimpleNamespace = attrs.field(kw_only=True)
 
-    def of(self, chain: str) -> Context | None:
+    def of(self, chain: str) -> Context:
         """The context of a chain; a model of one chain, which has no name, has this one."""
         return self.chains[chain] if self.chains else self
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lf import tree
+from lf import chain_feed, tree
 from lf.batch import Batch, BatchError
+from lf.chain_layouts import Layouts, joined
 from lf.config import ConfigError
 from lf.layouts import Layout
 from lf.memory import refuse_what_cannot_fit
@@ -28,10 +29,12 @@ from lf.schedule.bind import Bound, bind
 from lf.schedule.build import complete
 from lf.schedule.compiled import refuse_compile
 from lf.schedule.draw import WIDTH
+from lf.schedule.feed import Feed
 from lf.schedule.ir import BACKWARD, flat, microbatches
 from lf.schedule.measured import Clock
 from lf.schedule.memory import memory_at
 from lf.schedule.run import run
+from lf.segment import Objective
 from lf.spec import Piece
 from lf.state import State, compute_copy, device_of, shard_batch
 from lf.tree import Tree
@@ -41,7 +44,9 @@ Gradients = tuple[Tree, Metrics]
 Step = Callable[..., tuple[State, Metrics]]
 
 
-def gradients(layout: Layout, program: Program | Sequence[Program], ctx: Any, compile: bool | str = False) -> Callable[..., Gradients]:
+def gradients(
+    layout: Layout | Layouts, program: Program | Sequence[Program], ctx: Any, compile: bool | str = False
+) -> Callable[..., Gradients]:
     """fn(params, microbatches, clock=None) -> (gradients as a tree like params, metrics): the half of a step before the optimizer.
 
     program: one, or one for each number of microbatches that occurs. params: the compute copy. Gradients come in the master dtype, summed over
@@ -49,42 +54,84 @@ def gradients(layout: Layout, program: Program | Sequence[Program], ctx: Any, co
     (the count of the first objective: tokens with a label); and finite, (microbatches,) bool, this rank's own, as in `lf.schedule.run.run`.
     clock: an `lf.schedule.measured.Clock` that takes the step down. `compile`: each distinct layer by torch.compile, True or
     the name of a backend.
+    Of several chains: ctx is from `lf.chain_context`; each microbatch is a sequence of data batches, one for each dp coordinate of the main chain,
+    all plans on every rank (lf/chain_feed.py); metrics have NAME_imbalance of each chain that is dealt its items, the work of the fullest rank over
+    the mean, and NAME_imbalance_before, had they been cut in order.
     Raises ProgramError, MeshError where programs, layout and ranks do not fit together, ConfigError for a compile that cannot be.
     """
-    if layout.mesh != ctx.axes.mesh:
-        raise MeshError(f"the layout is for mesh {layout.mesh}, the context has mesh {ctx.axes.mesh}")
-    if compile:
-        refuse_compile(layout.mesh, ctx.device, compile)
-    bound = _bound(layout, program, ctx, compile)
-    model, objectives = layout.model, layout.model.objectives
-    owned = [(path, piece) for path, piece in layout.owned(ctx.axes.coords) if path not in layout.frozen]
+    layouts = joined(layout)
+    for chain, where in layouts.chains.items():
+        own = ctx.of(chain)
+        if own.axes is not None and where.mesh != own.axes.mesh:
+            raise MeshError(f"the layout is for mesh {where.mesh}, the context has mesh {own.axes.mesh}")
+        if compile:
+            refuse_compile(where.mesh, ctx.device, compile)
+    bound = _bound(layouts, program, ctx, compile)
+    objectives = objectives_of(layouts)
+    owned = [(path, piece) for path, piece in layouts.owned(ctx.axes.rank) if path not in layouts.frozen]
+    agreed = False  # whether losses and objectives are known to agree: of several chains, only a step shows it
 
-    def fn(params: Tree, batches: Sequence[Batch], clock: Clock | None = None) -> Gradients:
+    def fn(params: Tree, batches: Sequence[Any], clock: Clock | None = None) -> Gradients:
+        nonlocal agreed
         if len(batches) not in bound:
             raise BatchError(f"the program is for {' or '.join(map(str, bound))} microbatches; {len(batches)} were given")
-        for batch in batches:
-            model.accepts(batch)
-        batches = [shard_batch(b, model, ctx) for b in batches]
-        counts = torch.stack([torch.stack([o.count(b) for b in batches]).sum() for o in objectives.values()])
-        # A plan is the same on every rank of its dp coordinate, so each count is summed over dp alone.
-        counts = ctx.axes["dp"].sum(counts).to(ctx.precision.master)
+        now = bound[len(batches)]
+        feed = _single(layouts, batches, ctx) if layouts.model is None else chain_feed.feed(now.ground, batches, ctx)
+        counts = _counts(layouts, feed, ctx)
         norms = dict(zip(objectives, counts.clamp_min(1)))  # no label at all: the sum is 0 and so is the loss
         seeds = {k: o.weight / norms[k] for k, o in objectives.items()}
-        if layout.mesh.pp > 1:  # before anything is sent, and on all ranks alike: only some stages give losses
-            _losses_agree(set().union(*bound[len(batches)].chains[""].shapes(batches[0], {}).losses), objectives)
-        grads, terms, finite = run(bound[len(batches)], params, batches, seeds, ctx, clock)
+        single = now.chains.get("")
+        if single and single.layout.mesh.pp > 1:  # before anything is sent, and on all ranks alike: only some stages give losses
+            _losses_agree(set().union(*single.shapes(feed.batches[""][0], {}).losses), objectives)
+        grads, terms, finite = run(now, params, feed, seeds, ctx, clock)
         losses = terms.get("losses", {})
-        if layout.mesh.pp == 1:
+        if single is None and not agreed:
+            given = ctx.axes.world.sum(torch.tensor([k in losses for k in objectives], device=feed.device, dtype=counts.dtype))
+            _losses_agree([k for k, n in zip(objectives, given.tolist()) if n], objectives)
+            agreed = True
+        elif single and single.layout.mesh.pp == 1:
             _losses_agree(losses, objectives)
         means, norm = _world_sums(losses, norms, grads, owned, ctx)
         loss = torch.stack([o.weight * means[k] for k, o in objectives.items()]).sum()
         metrics = {"loss": loss, **means, "grad_norm": norm, "tokens": counts[0], "finite": finite}
+        for chain, (before, after) in feed.imbalance.items():
+            metrics |= {f"{chain}_imbalance": counts.new_tensor(after), f"{chain}_imbalance_before": counts.new_tensor(before)}
         return tree.build(list(grads.items())), metrics
 
     return fn
 
 
-def _bound(layout: Layout, program: Program | Sequence[Program], ctx: Any, compile: bool | str) -> dict[int, Bound]:
+def objectives_of(layouts: Layouts) -> dict[str, Objective]:
+    """Of all chains, those of the main one first."""
+    names = (layouts.main, *(chain for chain in layouts.chains if chain != layouts.main))
+    return {k: o for chain in names for k, o in layouts.chains[chain].model.objectives.items()}
+
+
+def _single(layouts: Layouts, batches: Sequence[Batch], ctx: Any) -> Feed:
+    model = layouts.chains[""].model
+    for batch in batches:
+        model.accepts(batch)
+    return Feed.of([shard_batch(b, model, ctx) for b in batches])
+
+
+def _counts(layouts: Layouts, feed: Feed, ctx: Any) -> Tensor:
+    """Of each objective over all ranks, in the order of `objectives_of`."""
+    dtype, out = ctx.precision.master, []
+    if layouts.model is None:
+        batches = feed.batches[""].values()
+        # A plan is the same on every rank of its dp coordinate, so each count is summed over dp alone.
+        mine = torch.stack([torch.stack([o.count(b) for b in batches]).sum() for o in objectives_of(layouts).values()])
+        return ctx.axes["dp"].sum(mine).to(dtype)
+    chain_of = {k: chain for chain, where in layouts.chains.items() for k in where.model.objectives}
+    for k, o in objectives_of(layouts).items():
+        axes = ctx.of(chain_of[k]).axes
+        first = axes is not None and not (axes.coords["pp"] or axes.coords["cp"] or axes.coords["tp"])  # of its dp coordinate
+        counts = [o.count(b) for b in feed.batches[chain_of[k]].values()] if first else []
+        out.append(torch.stack(counts).sum().to(dtype) if counts else torch.zeros((), dtype=dtype, device=feed.device))
+    return ctx.axes.world.sum(torch.stack(out))
+
+
+def _bound(layouts: Layouts, program: Program | Sequence[Program], ctx: Any, compile: bool | str) -> dict[int, Bound]:
     """Each program, lowered, checked and bound, by its number of microbatches."""
     # a program is the actions of each rank, several programs are a sequence of those
     programs: Any = [program] if not program or not program[0] or isinstance(program[0][0], Action) else program
@@ -95,7 +142,7 @@ def _bound(layout: Layout, program: Program | Sequence[Program], ctx: Any, compi
             raise ProgramError(f"two programs are for {count} microbatches: a step could not tell which to run")
         if not any(a.op in BACKWARD for row in p for a in flat(row)):
             raise ProgramError(f"the program has no backward, so nothing would be learned:\n{draw(p, width=WIDTH)}")
-        bound[count] = bind(complete(p, layout, count), layout, ctx, compile)
+        bound[count] = bind(complete(p, layouts, count), layouts, ctx, compile)
     return bound
 
 
@@ -117,7 +164,7 @@ def _world_sums(
 
 
 def make(
-    layout: Layout, optimizer: Optimizer, program: Program | Sequence[Program], ctx: Any, clip: float | None = 1.0, compile: bool | str = False
+    layout: Layout | Layouts, optimizer: Optimizer, program: Program | Sequence[Program], ctx: Any, clip: float | None = 1.0, compile: bool | str = False
 ) -> tuple[Callable[[Tree], State], Step]:
     """(init, step): init(master params) -> State; step(state, microbatches, clock=None) -> (state, metrics). Everything refusable is refused here.
 
@@ -131,14 +178,15 @@ def make(
         raise ConfigError(f"clip={clip} must be above 0, or None for no clipping")
     backward = gradients(layout, program, ctx, compile)
     refuse_what_cannot_fit(layout, optimizer.init, ctx)
-    held, params = layout.held(ctx.axes.coords), {path: spec.param for path, spec in layout.trained(ctx.axes.coords).items()}
+    layouts = joined(layout)
+    held, params = layouts.held(ctx.axes.rank), {path: spec.param for path, spec in layouts.trained(ctx.axes.rank).items()}
 
     def init(master: Tree) -> State:
         if missing := sorted(held.keys() - dict(tree.items(master))):
             raise ValueError(f"parameters are missing: {', '.join(missing)}")
         state = optimizer.init(tree.build([(path, tree.get(master, path)) for path in params]), device_of(ctx))
         state["master"] = tree.build([(path, tree.get(state["master"] if path in params else master, path)) for path in held])
-        return State(compute_copy(layout, state["master"], ctx), state, torch.zeros((), dtype=torch.int64, device=device_of(ctx)))
+        return State(compute_copy(layouts, state["master"], ctx), state, torch.zeros((), dtype=torch.int64, device=device_of(ctx)))
 
     def step(state: State, batches: Sequence[Batch], clock: Clock | None = None) -> tuple[State, Metrics]:
         with torch.no_grad():
@@ -149,7 +197,7 @@ def make(
             scale = torch.ones_like(norm) if clip is None else (clip / (norm + 1e-6)).clamp_max(1.0)
             with memory_at("the update of the parameters", 1.0, dict(tree.items(grads))):
                 state_of = optimizer.update(state.optimizer, grads, params, lr, scale, state.step, ok, ctx.ops)
-                new = State(compute_copy(layout, state_of["master"], ctx), state_of, state.step + 1)
+                new = State(compute_copy(layouts, state_of["master"], ctx), state_of, state.step + 1)
         return new, {**metrics, "lr": lr, "skipped": ~ok}
 
     return init, step

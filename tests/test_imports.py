@@ -26,7 +26,7 @@ LEVELS = (
     ("models", "bridge"),
     ("schedule", "optim", "data"),
     ("state", "ramp", "record", "pipeline"),
-    ("checkpoint", "evaluate", "drift", "memory"),
+    ("checkpoint", "evaluate", "drift", "memory", "chain_feed"),
     ("train", "sim", "pictures"),
     ("parity", "loop"),
 )

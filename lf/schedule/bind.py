@@ -113,7 +113,7 @@ def bind(program: Program, where: Where, ctx: Any, compile: bool | str = False, 
     if compile and named:
         raise ProgramError(f"ops {', '.join(named)} are to be run again: a compiler decides itself what it keeps; leave out compile, or these ops")
     row = on.layouts.row(ctx.axes.rank)
-    chains = {c: _chain(c, on, program[row], own, compile) for c in on.layouts.chains if (own := ctx.of(c)) is not None}
+    chains = {c: _chain(c, on, program[row], ctx.of(c), compile) for c in on.layouts.chains if ctx.of(c).axes is not None}
     if on.joints:
         ctx.axes.links()
     number = ctx.axes.position.program([str(a) for a in program[row]], name)

@@ -11,6 +11,7 @@ from functools import cached_property
 import attrs
 
 from lf.chain_layouts import Joint, Layouts
+from lf.chain_layouts import joined as laid
 from lf.chains import groups
 from lf.layouts import Layout
 from lf.schedule.ir import Action, Program, flat, units
@@ -22,7 +23,7 @@ Unit = tuple[str, int, int | None]  # chain, stage, unit
 
 
 def joined(where: Where) -> Layouts | None:
-    return Layouts.of(where) if isinstance(where, Layout) else where
+    return None if where is None else laid(where)
 
 
 @attrs.frozen(slots=False, eq=False)
