@@ -11,15 +11,16 @@ from typing import Any
 
 from torch import Tensor
 
-from lf.axes import at_once, check_rows
+from lf.axes import of_world, placed
+from lf.axis import at_once, check_rows
 from lf.mesh import Mesh
 
 
 class MetaAxis:
-    """The same as `lf.axes.Axis`, for tensors without data. `ranks` is worked out when it is asked for."""
+    """The same as `lf.axis.Axis`, for tensors without data. `ranks` is worked out when it is asked for."""
 
-    def __init__(self, mesh: Mesh, rank: int, names: tuple[str, ...]):
-        self.mesh, self.rank, self.names, self.name = mesh, rank, names, "·".join(names) or "self"
+    def __init__(self, mesh: Mesh, rank: int, names: tuple[str, ...], of: Sequence[int]):
+        self.mesh, self.rank, self.names, self.name, self.of = mesh, rank, names, "·".join(names) or "self", of
         coords = mesh.coords(rank)
         self.size, self.index = 1, 0
         for axis in mesh.grid(names):  # row-major, as mesh.group orders them
@@ -28,7 +29,7 @@ class MetaAxis:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        return self.mesh.group(self.rank, *self.names) if self.names else (self.rank,)
+        return tuple(self.of[r] for r in (self.mesh.group(self.rank, *self.names) if self.names else (self.rank,)))
 
     def sum(self, x: Tensor) -> Tensor:
         return self.all_reduce(x)
@@ -81,18 +82,30 @@ class MetaAxis:
 
 
 class MetaAxes:
-    """The same as `lf.axes.Axes`: the axes of the rank `rank` of `mesh`."""
+    """The same as `lf.axes.Axes`: the axes of the rank `rank` of `mesh`. `ranks`: those of the world that the mesh numbers 0, 1, …"""
 
-    def __init__(self, mesh: Mesh, rank: int = 0):
-        self.mesh, self.rank = mesh.fill(), rank
+    def __init__(self, mesh: Mesh, rank: int = 0, ranks: Sequence[int] | None = None):
+        self.mesh, self.rank, self.whole = mesh.fill(), rank, ranks is None
+        self.ranks = range(self.mesh.size) if ranks is None else tuple(ranks)
         self.coords = self.mesh.coords(rank)
         self._axes: dict[tuple[str, ...], MetaAxis] = {}
 
     def __getitem__(self, names: str | tuple[str, ...]) -> MetaAxis:
         names = (names,) if isinstance(names, str) else tuple(names)
         if names not in self._axes:
-            self._axes[names] = MetaAxis(self.mesh, self.rank, names)
+            self._axes[names] = MetaAxis(self.mesh, self.rank, names, self.ranks)
         return self._axes[names]
+
+    def over(self, mesh: Mesh, ranks: Sequence[int]) -> MetaAxes | None:
+        mesh, place = placed(self, mesh, ranks)
+        return None if place is None else MetaAxes(mesh, place, ranks)
+
+    def links(self) -> MetaAxis:
+        of_world(self, "links")
+        return self.world
+
+    def pipe(self) -> MetaAxis:
+        return self["pp"]
 
     @property
     def world(self) -> MetaAxis:
@@ -100,7 +113,7 @@ class MetaAxes:
 
     @property
     def first_of_node(self) -> bool:
-        return self.rank == 0
+        return self.ranks[self.rank] == 0
 
 
 def _resized(x: Tensor, dim: int, n: int) -> list[int]:

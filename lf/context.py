@@ -28,7 +28,8 @@ PRECISIONS = {
 }
 
 
-def _precision(value: str | Precision) -> Precision:
+def precision_of(value: str | Precision) -> Precision:
+    """'bf16', or a Precision itself. Raises ConfigError for a name that is none."""
     return value if isinstance(value, Precision) else PRECISIONS[one_of("precision", value, PRECISIONS)]
 
 
@@ -41,7 +42,7 @@ class Context:
 
     axes: Any
     device: ModuleType
-    precision: Precision = attrs.field(default=PRECISIONS["fp32"], converter=_precision)
+    precision: Precision = attrs.field(default=PRECISIONS["fp32"], converter=precision_of)
     chains: Mapping[str, Context] = attrs.field(factory=dict, kw_only=True)
     ops: SimpleNamespace = attrs.field(kw_only=True)
 

@@ -17,13 +17,13 @@ from helpers import ROOT
 
 LEVELS = (
     ("position", "dump"),
-    ("tree", "box", "mesh", "config", "batch", "console", "worker", "cluster", "signals"),
+    ("tree", "box", "mesh", "axis", "config", "batch", "console", "worker", "cluster", "signals"),
     ("spec", "axes", "devices", "runs", "cli", "supervise"),
     ("rng", "axes_sim", "axes_meta", "context", "segment", "launch", "log"),
     ("split", "ops", "chains"),
     ("layouts", "deal"),
     ("kernels", "parallel", "chain_layouts"),
-    ("models", "bridge"),
+    ("models", "bridge", "chain_context"),
     ("schedule", "optim", "data"),
     ("state", "ramp", "record", "pipeline"),
     ("checkpoint", "evaluate", "drift", "memory", "chain_feed"),
