@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from lf import dump
 from lf.cluster import ClusterError, find
 from lf.config import ConfigError
-from lf.mesh import Mesh, MeshError
+from lf.mesh import DENSE, EXPERT, Mesh, MeshError
 from lf.position import Position
 
 Later = Callable[[], Tensor]
@@ -154,18 +155,59 @@ class Axes:
     `position`: where the rank is in its program; the interpreter tells it. logs: the folder where a launcher looks for it.
     """
 
-    def __init__(self, mesh: Mesh, rank: int, timeout: datetime.timedelta | None = None, logs: str | None = None):
+    def __init__(
+        self,
+        mesh: Mesh,
+        rank: int,
+        timeout: datetime.timedelta | None = None,
+        logs: str | None = None,
+        ranks: Sequence[int] | None = None,
+        position: Position | None = None,
+    ):
         self.mesh, self.rank, self.coords, self.timeout = mesh, rank, mesh.coords(rank), timeout
-        self.position = Position(rank, ",".join(f"{a}={self.coords[a]}" for a in ("pp", "dp", "cp", "tp") if mesh[a] > 1), logs)
+        self.ranks = tuple(range(mesh.size)) if ranks is None else tuple(ranks)  # of the world, in the order of the mesh
+        where = ",".join(f"{a}={self.coords[a]}" for a in ("pp", "dp", "cp", "tp") if mesh[a] > 1)
+        self.position = Position(rank, where, logs) if position is None else position
         self._axes: dict[tuple[str, ...], Any] = {}
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._own = ranks is None  # groups are made when first used, else all in `over`
 
     def __getitem__(self, names: str | tuple[str, ...]) -> Any:
         names = (names,) if isinstance(names, str) else tuple(names)
         if names not in self._axes:
-            ranks = self.mesh.group(self.rank, *names) if names else (self.rank,)
+            ranks = tuple(self.ranks[r] for r in self.mesh.group(self.rank, *names)) if names else (self.ranks[self.rank],)
             self._axes[names] = self._axis(ranks, "·".join(names) or "self")
         return self._axes[names]
+
+    def over(self, mesh: Mesh, ranks: Sequence[int]) -> Axes | None:
+        """The axes of another mesh, whose rank i is `ranks[i]` of this world; None on a rank that is none of these.
+
+        Collective over this world, in one order on all ranks. All groups that the mesh can need are made here and by every rank, and a rank that is
+        in none of them makes one of itself: torch names a group after its ranks and after how many groups a process has made before, so ranks that
+        had made different numbers of groups would not find each other. What a group costs is small until it is first used.
+        """
+        mesh, place = mesh.fill(len(ranks)), {r: i for i, r in enumerate(ranks)}
+        mine = place.get(self.ranks[self.rank])
+        out = None if mine is None else Axes(mesh, mine, self.timeout, ranks=ranks, position=self.position)
+        for names in _groups_of(mesh):
+            members = (self.ranks[self.rank],) if mine is None else tuple(ranks[r] for r in mesh.group(mine, *names))
+            group = self._new_group(members)
+            if out is not None:
+                out._groups[members] = group
+        if mesh.pp > 1:
+            members = (self.ranks[self.rank],) if mine is None else tuple(ranks[r] for r in mesh.group(mine, "pp"))
+            ways = self._new_group(members), self._new_group(members)
+            if out is not None:
+                out["pp"].ways = ways
+        return out
+
+    def links(self) -> Any:
+        """The world axis, ready for `send` and `recv` between any two ranks, in each direction by a communicator of its own. The first call is
+        collective over the world."""
+        axis = self.world
+        if axis.size > 1 and axis.ways is None:
+            axis.ways = (self._new_group(axis.ranks), self._new_group(axis.ranks))
+        return axis
 
     @property
     def world(self) -> Any:
@@ -187,14 +229,23 @@ class Axes:
 
     def _axis(self, ranks: tuple[int, ...], name: str) -> Any:
         if len(ranks) > 1 and ranks not in self._groups:
+            assert self._own, f"{name} of mesh {self.mesh} is no group that `over` has made"
             world = dist.group.WORLD
             assert world is not None
             self._groups[ranks] = self._new_group(ranks) if len(ranks) < self.mesh.size else world
-        return Axis(self._groups.get(ranks), ranks, self.rank, name)
+        return Axis(self._groups.get(ranks), ranks, self.ranks[self.rank], name)
 
     def _new_group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
         """Only the members call, in the order in which the program reaches their first collective."""
         return dist.new_group(list(ranks), self.timeout, use_local_synchronization=True)
+
+
+def _groups_of(mesh: Mesh) -> Iterator[tuple[str, ...]]:
+    """The axes of every group of more than one rank that a mesh can have, in one order: each set of axes larger than 1 of either factoring."""
+    for grid in (DENSE, EXPERT) if mesh.ep * mesh.etp > 1 else (DENSE,):
+        large = [axis for axis in grid if mesh[axis] > 1]
+        for n in range(1, len(large) + 1):
+            yield from combinations(large, n)
 
 
 def connect(mesh: Mesh, device: ModuleType, timeout_s: float | None = None) -> Axes:

@@ -81,7 +81,7 @@ class MetaAxis:
 
 
 class MetaAxes:
-    """The same as `lf.axes.Axes`: the axes of the rank `rank` of `mesh`."""
+    """The same as `lf.axes.Axes`: the axes of the rank `rank` of `mesh`. Nothing tells which ranks of a world they are."""
 
     def __init__(self, mesh: Mesh, rank: int = 0):
         self.mesh, self.rank = mesh.fill(), rank
@@ -93,6 +93,12 @@ class MetaAxes:
         if names not in self._axes:
             self._axes[names] = MetaAxis(self.mesh, self.rank, names)
         return self._axes[names]
+
+    def over(self, mesh: Mesh, ranks: Sequence[int]) -> MetaAxes | None:
+        return MetaAxes(mesh.fill(len(ranks)), ranks.index(self.rank)) if self.rank in ranks else None
+
+    def links(self) -> MetaAxis:
+        return self.world
 
     @property
     def world(self) -> MetaAxis:

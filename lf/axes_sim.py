@@ -97,14 +97,14 @@ class World:
 class SimAxis:
     """The same as `lf.axes.Axis`, over threads."""
 
-    def __init__(self, world: World, ranks: tuple[int, ...], rank: int, name: str):
-        self.world, self.ranks, self.rank, self.name = world, ranks, rank, name
+    def __init__(self, world: World, ranks: tuple[int, ...], rank: int, name: str, of: int = 0):
+        self.world, self.ranks, self.rank, self.name, self.of = world, ranks, rank, name, of
         self.size, self.index, self.calls = len(ranks), ranks.index(rank), 0
         self.messages: dict[tuple[int, int], int] = {}  # how many have gone from one place to another
 
     def _meet(self, x: Any, *tag: Any) -> list[Any]:
         self.calls += 1
-        return self.world.meet((self.name, self.ranks, self.calls), self.ranks, self.rank, (*tag, self.name), x)
+        return self.world.meet((self.of, self.name, self.ranks, self.calls), self.ranks, self.rank, (*tag, self.name), x)
 
     def sum(self, x: Tensor) -> Tensor:
         return self.all_reduce(x)
@@ -161,7 +161,7 @@ class SimAxis:
         """Messages from one rank to another arrive in the order of their sends. A send goes on at once; a receive waits when it is asked."""
         n = self.messages[source, to] = self.messages.get((source, to), 0) + 1
         ranks = (self.ranks[source], self.ranks[to])
-        key, x = ("message", *ranks, n), None if x is None else x.detach().clone()
+        key, x = ("message", self.of, *ranks, n), None if x is None else x.detach().clone()
 
         def met() -> Any:
             return self.world.meet(key, ranks, self.rank, ("message", *tag), x, wait)
@@ -174,18 +174,28 @@ class SimAxis:
 
 
 class SimAxes:
-    """The same as `lf.axes.Axes`, over threads."""
+    """The same as `lf.axes.Axes`, over threads. `of`: which of a rank's meshes it is, the same number on all ranks; axes of one name are apart."""
 
-    def __init__(self, world: World, rank: int):
-        self.mesh, self.rank, self.coords, self.position = world.mesh, rank, world.mesh.coords(rank), world.positions[rank]
-        self._world, self._axes = world, dict[tuple[str, ...], SimAxis]()
+    def __init__(self, world: World, rank: int, mesh: Mesh | None = None, ranks: Sequence[int] | None = None, of: int = 0):
+        self.mesh = world.mesh if mesh is None else mesh
+        self.ranks = tuple(range(self.mesh.size)) if ranks is None else tuple(ranks)
+        self.rank, self.coords, self.position = rank, self.mesh.coords(rank), world.positions[self.ranks[rank]]
+        self._world, self._axes, self._of, self._made = world, dict[tuple[str, ...], SimAxis](), of, 0
 
     def __getitem__(self, names: str | tuple[str, ...]) -> SimAxis:
         names = (names,) if isinstance(names, str) else tuple(names)
         if names not in self._axes:
-            ranks = self.mesh.group(self.rank, *names) if names else (self.rank,)
-            self._axes[names] = SimAxis(self._world, ranks, self.rank, "·".join(names) or "self")
+            ranks = tuple(self.ranks[r] for r in self.mesh.group(self.rank, *names)) if names else (self.ranks[self.rank],)
+            self._axes[names] = SimAxis(self._world, ranks, self.ranks[self.rank], "·".join(names) or "self", self._of)
         return self._axes[names]
+
+    def over(self, mesh: Mesh, ranks: Sequence[int]) -> SimAxes | None:
+        self._made += 1
+        mine = {r: i for i, r in enumerate(ranks)}.get(self.ranks[self.rank])
+        return None if mine is None else SimAxes(self._world, mine, mesh.fill(len(ranks)), ranks, self._made)
+
+    def links(self) -> SimAxis:
+        return self.world
 
     def pipe(self) -> SimAxis:
         """The pp axis; `send` and `recv` need no more."""

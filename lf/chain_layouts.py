@@ -69,6 +69,11 @@ class Layouts:
         each = [(f"{name} {where.mesh}", self.ranks[name]) for name, where in self.chains.items()]
         return "; ".join(words + ("" if ranks == (*range(self.world),) else f" on ranks {runs(ranks)}") for words, ranks in each)
 
+    @property
+    def size(self) -> int:
+        """Number of ranks, as of a mesh."""
+        return self.world
+
     @cached_property
     def rows(self) -> tuple[tuple[int, ...], ...]:
         """The ranks of each row, rows in the order of their first rank."""
