@@ -39,6 +39,9 @@ if TYPE_CHECKING:  # for editors and type checkers; the table below is what runs
     )
     from lf.axes import connect, solo
     from lf.batch import IGNORE, Batch
+    from lf.chain_context import chain_context
+    from lf.chain_layouts import Place, chain_layouts
+    from lf.chains import Chain, Chains, Edge
     from lf.checkpoint import hf
     from lf.context import Context
     from lf.layouts import layout
@@ -54,6 +57,9 @@ _MODULES = (
 _NAMES = {
     "lf.axes": ("connect", "solo"),
     "lf.batch": ("IGNORE", "Batch"),
+    "lf.chain_context": ("chain_context",),
+    "lf.chain_layouts": ("Place", "chain_layouts"),
+    "lf.chains": ("Chain", "Chains", "Edge"),
     "lf.context": ("Context",),
     "lf.layouts": ("layout",),
     "lf.mesh": ("Mesh",),

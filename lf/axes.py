@@ -118,9 +118,9 @@ class Axes:
         return tuple(self.ranks[r] for r in self.mesh.group(self.rank, *names)) if names else (self.ranks[self.rank],)
 
     def _level(self) -> None:
-        """From here on all ranks have made equally many groups, which those that have made fewer fill up with groups of their own. torch names a
-        group after its ranks and how many groups the process has (`_hash_ranks_to_str`), and ranks with different
-        names for it would wait for each other for ever; groups that are made when first used are not the same number on all ranks."""
+        """From here on all ranks have equally many groups: those that have fewer fill up with groups of themselves alone. torch names a group after
+        its ranks and how many groups the process has (`_hash_ranks_to_str`), and ranks with different names for it would wait for each other for
+        ever; of groups that are made when first used, some ranks have more than others."""
         if self.mesh.size > 1:
             made = len(dist.distributed_c10d._world.pg_names)
             for _ in range(int(self.world.max(torch.tensor([made]))) - made):

@@ -69,6 +69,11 @@ class Layouts:
         each = [(f"{name} {where.mesh}", self.ranks[name]) for name, where in self.chains.items()]
         return "; ".join(words + ("" if ranks == (*range(self.world),) else f" on ranks {runs(ranks)}") for words, ranks in each)
 
+    @property
+    def size(self) -> int:
+        """Number of ranks, as of a mesh."""
+        return self.world
+
     @cached_property
     def rows(self) -> tuple[tuple[int, ...], ...]:
         """The ranks of each row, rows in the order of their first rank."""
@@ -138,6 +143,22 @@ class Layouts:
         for r, f in together.items():
             out.setdefault(f, []).append(r)
         return tuple(map(tuple, out.values()))
+
+    def lanes(self, chain: str) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """For each stage of a chain its blocks, joined until those of all stages have the same dp coordinates: a unit that stands on the k-th one
+        of a stage stands on the k-th ones of all."""
+        stages = range(len(self.chains[chain].stages))
+        lane: dict[int, int] = {}  # dp coordinate → the first one of its lane
+        for s in stages:
+            for block in self.blocks(chain, s):
+                places = self.places(chain, s, block)
+                old = {lane.setdefault(d, d) for d in places}
+                lane = {d: min(old) if first in old else first for d, first in lane.items()}
+        firsts = sorted(set(lane.values()))
+        return tuple(tuple(self._rows_of(chain, s, {d for d in lane if lane[d] == first}) for first in firsts) for s in stages)
+
+    def _rows_of(self, chain: str, stage: int, places: set[int]) -> tuple[int, ...]:
+        return tuple(r for r in self.homes(chain, stage) if places & set(self.places(chain, stage, (r,))))
 
     def places(self, chain: str, stage: int, rows: Sequence[int]) -> tuple[int, ...]:
         """The dp coordinates of a chain that these rows have for a stage, ascending."""

@@ -12,7 +12,7 @@ a missing sum pass. Each piece that any rank holds is compared with the same box
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -23,6 +23,9 @@ from torch import Tensor
 from lf import box, console, devices, rng, tree
 from lf.axes_sim import spmd as simulated
 from lf.batch import IGNORE, Batch
+from lf.chain_context import chain_context
+from lf.chain_layouts import Layouts, Place, chain_layouts, joined
+from lf.chains import Chains
 from lf.config import ConfigError
 from lf.context import Context
 from lf.data.batches import pack
@@ -33,7 +36,7 @@ from lf.optim import Optimizer, sgd
 from lf.schedule import Program
 from lf.schedule.build import build
 from lf.segment import Model
-from lf.spec import Init, Spec
+from lf.spec import Init
 from lf.state import init
 from lf.train import make
 from lf.tree import Tree
@@ -59,7 +62,7 @@ class Quantity:
 class Report:
     """What `compare` found. `about`: what its ranks did in a step, in words, where several reports stand side by side."""
 
-    mesh: Mesh
+    mesh: Mesh | Layouts
     microbatches: int
     seed: int
     rows: tuple[Quantity, ...]
@@ -108,7 +111,7 @@ def table(reports: Sequence[Report]) -> Any:
 class Trace:
     """What one rank saw: metrics and gradients (by path) of each step, and its parameters in the end."""
 
-    coords: dict[str, int]
+    rank: int
     metrics: list[dict[str, Tensor]]
     gradients: list[dict[str, Tensor]]
     params: dict[str, Tensor]
@@ -153,9 +156,40 @@ def compare(
     return Report(mesh, microbatches, seed, tuple(rows))
 
 
+def compare_chains(
+    model: Chains,
+    places: Mapping[str, Place],
+    data: Callable[[int, int, int], Batch],
+    program: Callable[[Layouts, int], Program],
+    single: Callable[[Layouts, int], Program],
+    *,
+    microbatches: int = 2,
+    seed: int = 0,
+    steps: int = 3,
+    lr: float = 0.1,
+    clip: float | None = 1.0,
+    device: str = "cpu",
+    spmd: Callable[..., list[Any]] = simulated,
+) -> Report:
+    """A model of several chains at `places` against one rank that has them all, with the same frozen. data(step, i, multiple): data batch i of a
+    step, that of microbatch m and coordinate d of the main chain being m·dp + d, padded to a multiple of so many tokens. `program(layouts,
+    microbatches)`: what the ranks do in a step, `single` what the one does. The rest is as in `compare`."""
+    if not devices.get(device).FLOAT64:
+        raise ConfigError(f"device {device!r} has no float64, which parity is measured in; use --device cpu")
+    many_layouts = chain_layouts(model, places)
+    alone = {name: Place(Mesh(dp=1), frozen=place.frozen) for name, place in places.items()}
+    one_layouts, mesh = chain_layouts(model, alone), many_layouts.chains[model.main].mesh
+    dp, multiple = mesh["dp"], 2 * mesh.cp * mesh.tp
+    batches = [[data(step, i, multiple) for i in range(microbatches * dp)] for step in range(steps)]
+    args = (seed, lr, clip, device)
+    (one,) = simulated(Mesh(dp=1), trace, one_layouts, single(one_layouts, microbatches * dp), batches, *args)
+    many = spmd(Mesh(dp=many_layouts.world), trace, many_layouts, program(many_layouts, microbatches), batches, *args)
+    return Report(many_layouts, microbatches, seed, tuple(_compared(one_layouts, one, many_layouts, many)))
+
+
 def trace(
     axes: Any,
-    where: Layout,
+    where: Layout | Layouts,
     program: Program,
     batches: Sequence[Sequence[Batch]],
     seed: int,
@@ -165,24 +199,27 @@ def trace(
     compile: bool | str = False,
 ) -> Trace:
     """This rank's part of a few steps of `lf.train.make`. batches[step] are the microbatches of all dp coordinates."""
-    ctx = Context(axes, devices.get(device), "fp64")
-    d, dp = axes["dp"].index, axes["dp"].size
+    several = isinstance(where, Layouts)
+    ctx = chain_context(where, axes, devices.get(device), "fp64") if isinstance(where, Layouts) else Context(axes, devices.get(device), "fp64")
+    d, dp = axes["dp"].index, (where.chains[where.main].mesh if isinstance(where, Layouts) else axes.mesh)["dp"]
     seen: list[dict[str, Tensor]] = []
     start, step = make(where, _recording(sgd(lr), seen), program, ctx, clip, compile)
     state, metrics = start(randomised(where, ctx, seed)), []
     for row in batches:
-        state, new = step(state, [b for i, b in enumerate(row) if i % dp == d])
+        mine = [row[i : i + dp] for i in range(0, len(row), dp)] if several else [b for i, b in enumerate(row) if i % dp == d]
+        state, new = step(state, mine)
         metrics.append({k: v.cpu() for k, v in new.items() if not v.dim()})  # but finite, which is a rank's own
-    return Trace(axes.coords, metrics, seen, {p: w.cpu() for p, w in tree.items(state.optimizer["master"])})
+    return Trace(axes.rank, metrics, seen, {p: w.cpu() for p, w in tree.items(state.optimizer["master"])})
 
 
-def randomised(where: Layout, ctx: Any, seed: int) -> Tree:
+def randomised(where: Layout | Layouts, ctx: Any, seed: int) -> Tree:
     """`lf.init`, and noise on every parameter: the same logical model under any layout, with nothing that is still 0 or 1."""
     params = init(where, ctx, seed)
-    for path, spec in where.held(ctx.axes.coords).items():
+    layouts, rank = joined(where), ctx.axes.rank
+    for path, spec in layouts.held(rank).items():
         shape = spec.param.shape
         noise = Init(std=shape[-1] ** -0.5 if len(shape) > 1 else 0.2)  # keeps the variance of what a matrix makes near 1, whatever the width
-        for piece in spec.pieces(ctx.axes.coords):
+        for piece in layouts.pieces(path, rank):
             view = piece.view(tree.get(params, path))
             view += rng.draw(seed, f"parity/{piece.key}", piece.shape, noise, piece.box, view.dtype).to(view.device)
     return params
@@ -217,45 +254,52 @@ def _recording(optimizer: Optimizer, seen: list[dict[str, Tensor]]) -> Optimizer
     return attrs.evolve(optimizer, update=update)
 
 
-def _compared(one_layout: Layout, one: Trace, many_layout: Layout, many: Sequence[Trace]) -> Iterator[Quantity]:
+def _compared(one_layout: Layout | Layouts, one: Trace, many_layout: Layout | Layouts, many: Sequence[Trace]) -> Iterator[Quantity]:
+    whole, where = joined(one_layout), joined(many_layout)
     largest = torch.stack([g.abs().max() for grads in one.gradients for g in grads.values()]).max().item()
-    yield _covered(many_layout, [t.coords for t in many])
+    yield _covered(where)
     for name in one.metrics[0]:
-        yield _worst(_quantity(name, want[name], [(t.metrics[i][name], want[name]) for t in many], largest) for i, want in enumerate(one.metrics))
-    holding = {path: [t for t in many if t.coords["pp"] in many_layout.holders(path)] for path in many_layout.specs}
-    for path, spec in many_layout.specs.items():
-        if path not in many_layout.frozen:
-            whole, ranks = one_layout.specs[path], holding[path]
-            yield _worst(
-                _quantity(f"gradient {path}", g[path], _pairs(spec, [(t.coords, t.gradients[i][path]) for t in ranks], whole, g[path]), largest)
-                for i, g in enumerate(one.gradients)
-            )
-    for path, spec in many_layout.specs.items():
+        if name not in _balances(where):  # what the work is dealt over is no number of the model
+            yield _worst(_quantity(name, want[name], [(t.metrics[i][name], want[name]) for t in many], largest) for i, want in enumerate(one.metrics))
+    holding: dict[str, list[Trace]] = {}
+    for t in many:
+        for path in where.held(t.rank):
+            holding.setdefault(path, []).append(t)
+
+    def pairs(path: str, local: list[Tensor], want: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(a rank's piece, the same box of the one rank's tensor), for every piece of every rank."""
+        return [
+            (piece.view(tensor), full.view(want)[box.slices(piece.box, full.box)])
+            for t, tensor in zip(holding[path], local)
+            for piece, full in zip(where.pieces(path, t.rank), whole.pieces(path, 0))
+        ]
+
+    for path in where.specs:
+        if path not in where.frozen:
+            each = (pairs(path, [t.gradients[i][path] for t in holding[path]], g[path]) for i, g in enumerate(one.gradients))
+            yield _worst(_quantity(f"gradient {path}", g[path], found, largest) for g, found in zip(one.gradients, each))
+    for path in where.specs:
         w = one.params[path]
-        pairs = _pairs(spec, [(t.coords, t.params[path]) for t in holding[path]], one_layout.specs[path], w)
-        yield _quantity(f"parameter {path}", w, pairs, largest)
+        yield _quantity(f"parameter {path}", w, pairs(path, [t.params[path] for t in holding[path]], w), largest)
 
 
-def _covered(where: Layout, ranks: Sequence[dict[str, int]]) -> Quantity:
+def _balances(layouts: Layouts) -> set[str]:
+    return {f"{chain}_imbalance{end}" for chain in layouts.chains for end in ("", "_before")}
+
+
+def _covered(where: Layouts) -> Quantity:
     """How far the logical tensors are from being held by some rank and owned by one, in elements."""
-    shapes = {piece.key: piece.shape for spec in where.specs.values() for piece in spec.pieces(ranks[0])}
+    shapes = {}
+    for rank in range(where.world):
+        shapes.update({piece.key: piece.shape for path in where.held(rank) for piece in where.pieces(path, rank)})
     held, owned = ({key: torch.zeros(shape, dtype=torch.int64) for key, shape in shapes.items()} for _ in range(2))
-    for coords in ranks:
-        for piece in (piece for spec in where.held(coords).values() for piece in spec.pieces(coords)):
+    for rank in range(where.world):
+        for piece in (piece for path in where.held(rank) for piece in where.pieces(path, rank)):
             held[piece.key][box.slices(piece.box, box.whole(piece.shape))] = 1
-        for _, piece in where.owned(coords):
+        for _, piece in where.owned(rank):
             owned[piece.key][box.slices(piece.box, box.whole(piece.shape))] += 1
     missed = sum(int((held[key] != 1).sum() + (owned[key] != 1).sum()) for key in shapes)
     return Quantity("elements not held, or not owned once", 1.0, float(missed), 0.0)
-
-
-def _pairs(spec: Spec, local: list[tuple[dict[str, int], Tensor]], whole: Spec, want: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """(a rank's piece, the same box of the one rank's tensor), for every piece of every rank."""
-    return [
-        (piece.view(tensor), full.view(want)[box.slices(piece.box, full.box)])
-        for coords, tensor in local
-        for piece, full in zip(spec.pieces(coords), whole.pieces(Mesh(dp=1).coords(0)))
-    ]
 
 
 def _quantity(name: str, want: Tensor, pairs: list[tuple[Tensor, Tensor]], largest: float) -> Quantity:

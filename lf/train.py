@@ -164,7 +164,12 @@ def _world_sums(
 
 
 def make(
-    layout: Layout | Layouts, optimizer: Optimizer, program: Program | Sequence[Program], ctx: Any, clip: float | None = 1.0, compile: bool | str = False
+    layout: Layout | Layouts,
+    optimizer: Optimizer,
+    program: Program | Sequence[Program],
+    ctx: Any,
+    clip: float | None = 1.0,
+    compile: bool | str = False,
 ) -> tuple[Callable[[Tree], State], Step]:
     """(init, step): init(master params) -> State; step(state, microbatches, clock=None) -> (state, metrics). Everything refusable is refused here.
 

@@ -1,6 +1,7 @@
 """Programs: generate, lower, check, cost, draw, run."""
 
-from lf.schedule.build import build
+from lf.schedule.beside import Beside, beside
+from lf.schedule.build import build, build_chains, complete
 from lf.schedule.check import check
 from lf.schedule.chrome import chrome
 from lf.schedule.cost import cost
@@ -15,6 +16,6 @@ from lf.schedule.text import dumps, loads
 from lf.schedule.timeline import Span, Timeline
 
 __all__ = [
-    "OVERLAP", "SCHEDULES", "Action", "Program", "ProgramError", "Span", "Timeline", "add_reduce", "build", "check", "chrome", "cost", "draw",
-    "dumps", "grid", "loads", "loop", "lower", "one_f_one_b", "picture", "vee",
+    "OVERLAP", "SCHEDULES", "Action", "Beside", "Program", "ProgramError", "Span", "Timeline", "add_reduce", "beside", "build", "build_chains",
+    "check", "chrome", "complete", "cost", "draw", "dumps", "grid", "loads", "loop", "lower", "one_f_one_b", "picture", "vee",
 ]  # fmt: skip
