@@ -85,7 +85,8 @@ class Axes:
         axis = self.world
         if axis.size > 1 and axis.ways is None:
             self._level()
-            # With NCCL a pair of ranks makes a communicator of the two at its first message; the other ranks need not come.
+            # With NCCL two ranks make a communicator of the two at their first message each way (ProcessGroupNCCL::pointToPoint; not where the world
+            # was made with device_id). The others need not come, but each of the two waits there on the host: messages need one order for all ranks.
             axis.ways = (self._new_group(axis.ranks), self._new_group(axis.ranks))
         return axis
 

@@ -61,7 +61,7 @@ def test_a_chain_that_is_not_named_has_the_precision_of_the_main_one() -> None:
 )
 def test_what_is_refused(precision: Any, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        chain_context(LAYOUTS, Alone(), CPU, precision)
+        chain_context(LAYOUTS, Alone(Mesh(dp=6)), CPU, precision)
     assert words in str(caught.value)
 
 
@@ -69,7 +69,7 @@ def test_what_is_refused(precision: Any, words: str) -> None:
 class Alone:
     """Axes that would wait for the others as soon as they are asked for a mesh."""
 
-    mesh: Mesh = Mesh(dp=6)
+    mesh: Mesh
 
     def over(self, mesh: Mesh, ranks: Any) -> Any:
         raise AssertionError("refused too late")
