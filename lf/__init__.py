@@ -39,8 +39,7 @@ if TYPE_CHECKING:  # for editors and type checkers; the table below is what runs
     )
     from lf.axes import connect, solo
     from lf.batch import IGNORE, Batch
-    from lf.chain_context import chain_context
-    from lf.chain_layouts import Place, chain_layouts
+    from lf.chain_layouts import Place
     from lf.chains import Chain, Chains, Edge
     from lf.checkpoint import hf
     from lf.context import Context
@@ -57,8 +56,7 @@ _MODULES = (
 _NAMES = {
     "lf.axes": ("connect", "solo"),
     "lf.batch": ("IGNORE", "Batch"),
-    "lf.chain_context": ("chain_context",),
-    "lf.chain_layouts": ("Place", "chain_layouts"),
+    "lf.chain_layouts": ("Place",),
     "lf.chains": ("Chain", "Chains", "Edge"),
     "lf.context": ("Context",),
     "lf.layouts": ("layout",),
