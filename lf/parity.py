@@ -36,7 +36,7 @@ from lf.optim import Optimizer, sgd
 from lf.schedule import Program
 from lf.schedule.build import build
 from lf.segment import Model
-from lf.spec import Init
+from lf.spec import Init, Piece
 from lf.state import init
 from lf.train import make
 from lf.tree import Tree
@@ -267,12 +267,8 @@ def _compared(one_layout: Layout | Layouts, one: Trace, many_layout: Layout | La
             holding.setdefault(path, []).append(t)
 
     def pairs(path: str, local: list[Tensor], want: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """(a rank's piece, the same box of the one rank's tensor), for every piece of every rank."""
-        return [
-            (piece.view(tensor), full.view(want)[box.slices(piece.box, full.box)])
-            for t, tensor in zip(holding[path], local)
-            for piece, full in zip(where.pieces(path, t.rank), whole.pieces(path, 0))
-        ]
+        held = [(where.pieces(path, t.rank), tensor) for t, tensor in zip(holding[path], local)]
+        return _pairs(held, whole.pieces(path, 0), want)
 
     for path in where.specs:
         if path not in where.frozen:
@@ -283,15 +279,23 @@ def _compared(one_layout: Layout | Layouts, one: Trace, many_layout: Layout | La
         yield _quantity(f"parameter {path}", w, pairs(path, [t.params[path] for t in holding[path]], w), largest)
 
 
+def _pairs(local: Iterable[tuple[Sequence[Piece], Tensor]], whole: Sequence[Piece], want: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(a rank's piece, the same box of the one rank's tensor), for every piece of every rank."""
+    return [
+        (piece.view(tensor), full.view(want)[box.slices(piece.box, full.box)])
+        for pieces, tensor in local
+        for piece, full in zip(pieces, whole)
+    ]  # fmt: skip
+
+
 def _balances(layouts: Layouts) -> set[str]:
     return {f"{chain}_imbalance{end}" for chain in layouts.chains for end in ("", "_before")}
 
 
 def _covered(where: Layouts) -> Quantity:
     """How far the logical tensors are from being held by some rank and owned by one, in elements."""
-    shapes = {}
-    for rank in range(where.world):
-        shapes.update({piece.key: piece.shape for path in where.held(rank) for piece in where.pieces(path, rank)})
+    first = {path: spec.mesh.coords(0) for path, spec in where.specs.items()}
+    shapes = {piece.key: piece.shape for path, spec in where.specs.items() for piece in spec.pieces(first[path])}
     held, owned = ({key: torch.zeros(shape, dtype=torch.int64) for key, shape in shapes.items()} for _ in range(2))
     for rank in range(where.world):
         for piece in (piece for path in where.held(rank) for piece in where.pieces(path, rank)):

@@ -52,7 +52,7 @@ class Setup:
             if form != "plain":
                 weights |= {at: W(leaves[at], sums[at]) if form == "acc" else W(leaves[at], probe=probes[at]) for at in sums}
             x: Any = {} if segments[0].name == "embed" else draw("x", i, shape=(12, 8)).to(**self.like).requires_grad_()
-            y, losses = fn([{n: weights[s.name, n] for n in s.params} for s in segments], x, batch, self.ctx)
+            y, losses, _ = fn([{n: weights[s.name, n] for n in s.params} for s in segments], x, batch, self.ctx, ())
             kept.append((x, [*losses.values()] if losses else [y], probes))
         total = {at: torch.zeros_like(w, dtype=master, requires_grad=False) for at, w in leaves.items()}
         for x, ys, probes in kept:
@@ -130,7 +130,7 @@ def test_two_compiled_layers_do_not_use_up_each_others_recompilations(setup: Set
     for dims in (range(1, 7), range(7, 13)):
         fn = compiled(layer_fn((doubled,)), setup.ctx, "eager")
         for n in dims:
-            assert fn([{}], torch.ones([1] * n), None, setup.ctx)[0].item() == 2
+            assert fn([{}], torch.ones([1] * n), None, setup.ctx, ())[0].item() == 2
 
 
 def test_tp_is_refused_by_name() -> None:

@@ -105,18 +105,18 @@ def test_law_1_for_stages_and_frozen_parameters(mesh: str, asked: dict[str, Any]
 
 def test_what_no_stage_holds_or_two_stages_count_is_seen() -> None:
     """Of pp=2 the first and the last stage hold the tied table of 37 x 15, and the first counts it; the second alone has the head's norm of 15."""
-    layout = lf.layout(tiny(), lf.Mesh(pp=2))
-    ranks = [layout.mesh.coords(r) for r in range(2)]
+    layouts = joined(lf.layout(tiny(), lf.Mesh(pp=2)))
 
     def missed(**changed: Any) -> float:
-        return parity._covered(SimpleNamespace(**{"specs": layout.specs, "held": layout.held, "owned": layout.owned, **changed}), ranks).error  # type: ignore[arg-type]
+        faces = {name: getattr(layouts, name) for name in ("world", "specs", "held", "owned", "pieces")}
+        return parity._covered(SimpleNamespace(**{**faces, **changed})).error  # type: ignore[arg-type]
 
-    def twice(coords: dict[str, int]) -> list[tuple[str, Any]]:
-        return [(path, piece) for path, spec in layout.held(coords).items() for piece in spec.owned(coords)]
+    def twice(rank: int) -> list[tuple[str, Any]]:
+        return [(path, piece) for path, spec in layouts.held(rank).items() for piece in spec.owned(layouts.chains[""].mesh.coords(rank))]
 
     assert missed() == 0
     assert missed(owned=twice) == 37 * 15
-    assert missed(held=lambda coords: {k: v for k, v in layout.held(coords).items() if k != "head/norm"}) == 15
+    assert missed(held=lambda rank: {k: v for k, v in layouts.held(rank).items() if k != "head/norm"}) == 15
 
 
 def test_without_clipping() -> None:

@@ -282,7 +282,8 @@ def test_a_chain_split_over_tp(chain: str, tp: int) -> None:
     where = lf.layout(model.chains[chain].model, lf.Mesh(tp=tp), whole=False)
     whole = lf.layout(model.chains[chain].model, lf.Mesh(dp=1), whole=False)
     for path, spec in where.specs.items():
-        pairs = parity._pairs(spec, [(r.coords, r.gradients[path]) for r in many], whole.specs[path], one.gradients[path])
+        held = [(spec.pieces(r.coords), r.gradients[path]) for r in many]
+        pairs = parity._pairs(held, whole.specs[path].pieces(lf.Mesh(dp=1).coords(0)), one.gradients[path])
         for a, b in pairs:
             torch.testing.assert_close(a, b, **TOLERANCE, msg=lambda m, path=path: f"{path}: {m}")
 
