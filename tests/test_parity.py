@@ -14,6 +14,7 @@ import torch
 from helpers import SEED
 
 import lf
+from lf.chain_layouts import joined
 from lf import parity
 from lf.models.decoder import Attention, DecoderConfig, GatedMLP, Layer, decoder
 from lf.models.small import shrunk, tiny

@@ -5,6 +5,9 @@ It is put into a gap of one row, or where none is long enough in time, in equal 
 program: all rows do some of it at once, a whole unit each or all the same one, which delays all that comes by as much and nothing else waits. So the
 program is late by what did not fit, spread over all rows, and by the first unit's forward and the last one's backward, before and behind which
 there is no gap.
+
+Rows of one block may have to do a unit together (tp of the chain goes over them). Their gaps are not at one time, so such units always stop the
+program, their forwards when they are wanted and their backwards when they are given back: all rows then have them in one order.
 """
 
 from __future__ import annotations
@@ -93,7 +96,7 @@ class _Nest:
     def fits(self, i: int, lay: bool) -> bool:
         """Lays the i-th unit into gaps, if there are; as few rows as can be."""
         u, blocks = self.order[i], self.what.blocks
-        if self.total + 1 > self.what.in_flight + 1e-9:
+        if self.total + 1 > self.what.in_flight + 1e-9 or any(len(block) > 1 for block in self.what.blocks):
             return False
         for back in (True, False) if self.stays(i) else (False,):
             for n in self.counts:
@@ -136,6 +139,10 @@ class _Nest:
         done = part.release
         block = self.what.blocks[b]
         for r in block:
+            if len(block) > 1:  # at one time
+                time = part.release if until == float("inf") else max(part.release, min(until, self.plan.end))
+                self.added.append((r, time, Action("B", 0, part.unit, chain=self.what.chain)))
+                continue
             length = self.what.backward * part.share / len(block)
             start = self.take(r, length, part.release, until)
             time = max(part.release, min(until, self.plan.end)) if start is None else start
