@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import attrs
@@ -12,7 +13,7 @@ from lf.bridge import bridge
 from lf.chain_layouts import Layouts
 from lf.chains import Items
 from lf.deal import Dealt, dealt
-from lf.schedule.feed import Feed
+from lf.schedule.feed import Feed, Units
 from lf.schedule.ground import Ground
 from lf.state import device_of, shard_batch
 
@@ -54,18 +55,18 @@ def refuse_data(layouts: Layouts, microbatches: int, data: Data) -> None:
                 raise BatchError(f"data batch dp={d} of microbatch {m}: {error}") from None
 
 
-def _batches(chain: str, layouts: Layouts, on: Ground, hand: Dealt | None, data: Data, ctx: Any) -> dict[int, Batch]:
+def _batches(chain: str, layouts: Layouts, on: Ground, hand: Dealt | None, data: Data, ctx: Any) -> Units:
     """Of each unit that this rank has a part in."""
     assert layouts.model is not None
     about, own = layouts.model.chains[chain], ctx.of(chain)
-    mesh, place, out = layouts.chains[chain].mesh, own.axes.coords["dp"], {}
-    for u in range(on.units[chain]):
-        if about.collate is None:
+    mesh, place = layouts.chains[chain].mesh, own.axes.coords["dp"]
+
+    def made(u: int) -> Batch:
+        if about.collate is None or hand is None:
             batch = data[u][place]
             batch = attrs.evolve(batch, payload={k: v for k, v in batch.payload.items() if k in about.reads})
-        elif hand is not None and (u, place) in hand.shares:
-            batch = about.collate([(data[s.microbatch][s.dp], s.item) for s in hand.shares[u, place]], 2 * mesh.cp * mesh.tp)
         else:
-            continue
-        out[u] = shard_batch(batch, about.model, own)
-    return out
+            batch = about.collate([(data[s.microbatch][s.dp], s.item) for s in hand.shares[u, place]], 2 * mesh.cp * mesh.tp)
+        return shard_batch(batch, about.model, own)
+
+    return Units({u: partial(made, u) for u in range(on.units[chain]) if hand is None or (u, place) in hand.shares})

@@ -95,7 +95,8 @@ def gradients(
         loss = torch.stack([o.weight * means[k] for k, o in objectives.items()]).sum()
         metrics = {"loss": loss, **means, "grad_norm": norm, "tokens": counts[0], "finite": finite}
         for chain, (before, after) in feed.imbalance.items():
-            metrics |= {f"{chain}_imbalance": counts.new_tensor(after), f"{chain}_imbalance_before": counts.new_tensor(before)}
+            for name, value in ((f"{chain}_imbalance", after), (f"{chain}_imbalance_before", before)):
+                metrics[name] = torch.full((), value, dtype=counts.dtype, device=feed.device)  # no copy, which the host would wait for
         return tree.build(list(grads.items())), metrics
 
     return fn

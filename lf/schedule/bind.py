@@ -11,7 +11,7 @@ from lf.config import one_of
 from lf.layouts import Layout
 from lf.schedule.compiled import LayerFn, compiled, layer_fn
 from lf.schedule.ground import Ground, Where, ground
-from lf.schedule.ir import BACKWARD, Action, Program, ProgramError, flat
+from lf.schedule.ir import BACKWARD, COMPUTE, Action, Program, ProgramError, flat
 from lf.schedule.lower import reduced_layers, tied_paths
 from lf.schedule.pieces import Stage
 from lf.schedule.shapes import Brought, Shapes, key, trace
@@ -100,6 +100,7 @@ class Bound:
     chains: dict[str, BoundChain]
     number: int  # under which `axes.position` knows the program
     trains: bool
+    last: dict[int, tuple[str, int]]  # action → the unit of a chain that is dealt, whose last compute here it is
 
 
 def bind(program: Program, where: Where, ctx: Any, compile: bool | str = False, name: str = "step") -> Bound:
@@ -117,7 +118,9 @@ def bind(program: Program, where: Where, ctx: Any, compile: bool | str = False, 
     if on.joints:
         ctx.axes.links()
     number = ctx.axes.position.program([str(a) for a in program[row]], name)
-    return Bound(program[row], row, on, chains, number, any(a.op in BACKWARD for a in flat(program[row])))
+    ends = {(a.chain, a.microbatch): i for i, whole in enumerate(program[row]) for a in flat((whole,)) if a.op in COMPUTE and a.chain != on.main}
+    last = {i: (c, u) for (c, u), i in ends.items() if u is not None}
+    return Bound(program[row], row, on, chains, number, any(a.op in BACKWARD for a in flat(program[row])), last)
 
 
 def _chain(chain: str, on: Ground, actions: tuple[Action, ...], ctx: Any, compile: bool | str) -> BoundChain:

@@ -106,6 +106,8 @@ class Edges:
                     f"edge {edge}: segment gives {tuple(x.shape)} of {edge.output!r} on this rank; the plan of chain {edge.source!r} says "
                     f"{(table.source, self.width(k))}: rows in equal shares over its cp and tp ranks, by its width"
                 )
+            if x.dtype != (dtype := self.ctx.of(joint.source).precision.compute):
+                raise ShapeError(f"edge {joint.edges[0]}: segment gives {x.dtype}; chain {joint.source!r} computes in {dtype}, which edges carry")
             self.rows[source, self.output(k)] = table.source
         wait = start(table, x, self.link, (self.width(k), self.ctx.of(joint.source).precision.compute, self.feed.device))
         if table.target is not None:

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import attrs
 import torch
 
 from lf.batch import Batch
 from lf.bridge import Bridge, Table
+
+
+class Units(Mapping[int, Batch]):
+    """The batches of a chain's units, each made when it is first asked for and gone when it is dropped: what many units read is never all there."""
+
+    def __init__(self, make: Mapping[int, Callable[[], Batch]]):
+        self.make, self.made = make, dict[int, Batch]()
+
+    def __getitem__(self, unit: int) -> Batch:
+        if unit not in self.made:
+            self.made[unit] = self.make[unit]()
+        return self.made[unit]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.make)
+
+    def __len__(self) -> int:
+        return len(self.make)
+
+    def drop(self, unit: int) -> None:
+        self.made.pop(unit, None)
 
 
 @attrs.frozen(eq=False, slots=False)

@@ -159,8 +159,8 @@ def _with_reductions(actions: Sequence[Action], rank: int, layouts: Layouts, kno
 def spread_end(actions: Sequence[Action], layouts: Layouts) -> int:
     """Where a row has come to nothing but backwards of chains that lie in several rows, and that it makes by itself: the action before. What rows
     make together is a meeting, too, and must not come between sums that other rows are at."""
-    alone = {chain: all(len(b) == 1 for s in range(len(where.stages)) for b in layouts.blocks(chain, s)) for chain, where in layouts.chains.items()}
-    mine = {chain for chain in layouts.chains if alone[chain] and layouts.spread(chain)}
+    blocks = {c: [b for s in range(len(layouts.chains[c].stages)) for b in layouts.blocks(c, s)] for c in layouts.chains if layouts.spread(c)}
+    mine = {c for c, each in blocks.items() if all(len(b) == 1 for b in each)}
     return max((i for i, a in enumerate(actions) if any(p.chain not in mine or p.op not in (*BACKWARD, "W") for p in flat((a,)))), default=-1)
 
 

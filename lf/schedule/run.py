@@ -21,7 +21,7 @@ from lf.parallel.product import weight_gradient
 from lf.parallel.reduce import reduce_gradients
 from lf.schedule.bind import Bound, BoundChain
 from lf.schedule.edges import Edges
-from lf.schedule.feed import Feed
+from lf.schedule.feed import Feed, Units
 from lf.schedule.graphs import Graphs, Kept, lookup
 from lf.schedule.ir import Action, ProgramError, flat
 from lf.schedule.memory import memory_is_full, out_of_memory
@@ -60,6 +60,8 @@ def _interpret(rank: _Rank, clock: Any) -> tuple[dict[str, Tensor], Terms, Tenso
                 start = clock.moment()
                 do[a.op](a)
                 clock(i, start, clock.moment())
+            if i in bound.last:
+                rank.drop(*bound.last[i])
         except RuntimeError as error:
             if memory_is_full(error):
                 what, name, share = rank.doing
@@ -104,6 +106,12 @@ class _Rank:
         do |= {"SEND_F": self.send, "SEND_B": self.send, "RECV_F": self.recv, "RECV_B": self.recv, "FREE": self.free, "REDUCE": self.reduce}
         do |= {"BRIDGE_F": self.edges.forward, "BRIDGE_B": self.edges.backward}
         return do | {"OVERLAP": overlap, "OFFLOAD": self.copy, "FETCH": self.copy}
+
+    def drop(self, chain: str, unit: int) -> None:
+        """What a unit works at is not needed any more."""
+        batches = self.feed.batches[chain]
+        if isinstance(batches, Units):
+            batches.drop(unit)
 
     def gradients(self) -> dict[str, Tensor]:
         return {path: g for graphs in self.graphs.values() for path, g in graphs.grads.items()}
