@@ -7,7 +7,7 @@ from lf.schedule.chrome import chrome
 from lf.schedule.cost import cost
 from lf.schedule.draw import draw, grid
 from lf.schedule.generate import one_f_one_b
-from lf.schedule.ir import OVERLAP, Action, Program, ProgramError
+from lf.schedule.ir import OVERLAP, Action, Program, ProgramError, units
 from lf.schedule.lower import add_reduce, lower
 from lf.schedule.named import SCHEDULES
 from lf.schedule.picture import picture
@@ -17,5 +17,5 @@ from lf.schedule.timeline import Span, Timeline
 
 __all__ = [
     "OVERLAP", "SCHEDULES", "Action", "Beside", "Program", "ProgramError", "Span", "Timeline", "add_reduce", "beside", "build", "build_chains",
-    "check", "chrome", "complete", "cost", "draw", "dumps", "grid", "loads", "loop", "lower", "one_f_one_b", "picture", "vee",
+    "check", "chrome", "complete", "cost", "draw", "dumps", "grid", "loads", "loop", "lower", "one_f_one_b", "picture", "units", "vee",
 ]  # fmt: skip
