@@ -14,8 +14,8 @@ import torch
 from helpers import SEED
 
 import lf
-from lf.chain_layouts import joined
 from lf import parity
+from lf.chain_layouts import joined
 from lf.models.decoder import Attention, DecoderConfig, GatedMLP, Layer, decoder
 from lf.models.small import shrunk, tiny
 from lf.parity import Quantity, Report, compare

@@ -47,7 +47,7 @@ def gradients(layout: lf.Layout, program: Program, batches: Sequence[lf.Batch]) 
 
 def cut(rng: random.Random, program: Program, layout: lf.Layout) -> Program:
     """By hand and at random: into layers and segments, a B into I and W, something made again or taken away, pairs."""
-    known = stages(program, layout)
+    known = stages(program, joined(layout))[""]
 
     def parts(a: Action, before: dict[Any, list[str | None]]) -> Iterator[Action]:
         stage, at = known[a.stage], (a.stage, a.microbatch)
