@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import attrs
+from chain_mutations import CHAIN
 from mutation import Mutation, rewritten, stale, words
 from schedule_mutations import SCHEDULE
 
@@ -151,20 +152,24 @@ SPECS = [
 ]
 
 # train.gradients holds the step's own function: its words are the outer one's, too.
-STEP = train.gradients
+STEP, COUNTS = train.gradients, train._counts
 NORMALISER = [
-    words("normaliser: the rank's own count", PARITY, (STEP, 'ctx.axes["dp"].sum(counts).to', "counts.to")),
-    words("normaliser: counts summed over tp", PARITY, (STEP, 'ctx.axes["dp"].sum', 'ctx.axes["tp"].sum')),
-    words("normaliser: counts summed over all ranks", PARITY, (STEP, 'ctx.axes["dp"].sum', "ctx.axes.world.sum")),
-    words("normaliser: the first microbatch's count for all", PARITY, (STEP, "o.count(b) for b in batches", "o.count(batches[0]) for b in batches")),
+    words("normaliser: the rank's own count", PARITY, (COUNTS, 'ctx.axes["dp"].sum(mine).to', "mine.to")),
+    words("normaliser: counts summed over tp", PARITY, (COUNTS, 'ctx.axes["dp"].sum', 'ctx.axes["tp"].sum')),
+    words("normaliser: counts summed over all ranks", PARITY, (COUNTS, 'ctx.axes["dp"].sum', "ctx.axes.world.sum")),
+    words(
+        "normaliser: the first microbatch's count for all",
+        PARITY,
+        (COUNTS, "o.count(b) for b in batches", "o.count([*batches][0]) for b in batches"),
+    ),
     words(
         "normaliser: number of tokens, not of labels",
         TRAIN,
-        (STEP, "o.count(b) for b in batches", "torch.tensor(len(b.plan['tokens'])) for b in batches"),
+        (COUNTS, "o.count(b) for b in batches", "torch.tensor(len(b.plan['tokens'])) for b in batches"),
     ),
     words("normaliser: one for all objectives", TRAIN, (STEP, "o.weight / norms[k]", "o.weight / norms[k] ** 0")),
     words("normaliser: weight left out", TRAIN, (STEP, "k: o.weight / norms[k]", "k: 1 / norms[k]")),
-    words("normaliser: mean of means over ranks", PARITY, (STEP, 'ctx.axes["dp"].sum(counts).to', '(counts * ctx.axes["dp"].size).to')),
+    words("normaliser: mean of means over ranks", PARITY, (COUNTS, 'ctx.axes["dp"].sum(mine).to', '(mine * ctx.axes["dp"].size).to')),
     words(
         "normaliser: mean of means over microbatches",
         PARITY,
@@ -229,7 +234,7 @@ STEPS = [
     words("gate: the host asks", LAWS, (train.make, "torch.isfinite(norm) &", "torch.isfinite(norm) & bool(norm > 0) &")),
     words("the step's count stands still", TRAIN, (train.make, "state.step + 1", "state.step")),
     words("compute copy of the old master", TRAIN, (
-        train.make, 'compute_copy(layout, state_of["master"], ctx)', "tree.map(torch.zeros_like, state.params)")),
+        train.make, 'compute_copy(layouts, state_of["master"], ctx)', "tree.map(torch.zeros_like, state.params)")),
     words("sgd: no clip factor", OPTIM, (sgd, "(lr * scale)", "lr")),
     words("sgd: not gated", OPTIM, (sgd, "torch.where(ok, ", "torch.where(ok | True, ")),
     words("adamw: no clip factor", OPTIM, (update, "grad * scale.to(grad.dtype)", "grad")),
@@ -258,7 +263,7 @@ AXES = [
     words(
         "live axes: all-to-all joins where it cuts",
         GLOO,
-        (axes.Axis.all_to_all, "zip(out.split(counts), shapes)], join)", "zip(out.split(counts), shapes)], dim)"),
+        (axes.Axis.all_to_all, "shapes)], join)", "shapes)], dim)"),
     ),
     words(
         "simulated axes: scatter in another order",
@@ -316,6 +321,6 @@ STAGES = [
     words("split: stages in between uneven", SPLIT, (split._joined, "cost**2", "cost")),
 ]
 
-ALL: list[Mutation] = [*edges(), *MOVES, *SPECS, *NORMALISER, *MODEL, *STEPS, *SCHEDULE, *AXES, *RUNS, *STAGES]
+ALL: list[Mutation] = [*edges(), *MOVES, *SPECS, *NORMALISER, *MODEL, *STEPS, *SCHEDULE, *AXES, *RUNS, *STAGES, *CHAIN]
 __all__ = ["ALL", "Mutation", "rewritten", "stale"]
 assert len({m.name for m in ALL}) == len(ALL)

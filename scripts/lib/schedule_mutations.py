@@ -9,9 +9,10 @@ from lf.schedule.check import _Proof
 from lf.schedule.generate import laps, one_f_one_b
 from lf.schedule.graphs import Graphs
 from lf.schedule.keep import _moved, recompute
-from lf.schedule.lower import _by_layers, _with_reductions, free, move, reduced_layers, tied_paths, trainable
+from lf.schedule.lower import _by_layers, _with_reductions, reduced_layers, tied_paths, trainable
+from lf.schedule.move import _Walk, free
 from lf.schedule.names import check_names
-from lf.schedule.pieces import Stage, stages
+from lf.schedule.pieces import Stage, _walked
 from lf.schedule.run import _add_terms, _Rank
 from lf.schedule.zero_bubble import zb_h1
 
@@ -22,24 +23,28 @@ PASSES = [
     words(
         "reduce: a layer's sum is left out",
         CHECK,
-        (_with_reductions, "reversed(reduced_layers(layout, rank).items())", "[*reversed(reduced_layers(layout, rank).items())][1:]"),
+        (_with_reductions, "reversed(reduced_layers(layout, pp).items())", "[*reversed(reduced_layers(layout, pp).items())][1:]"),
     ),
     words(
-        "reduce: a tied table is not summed over its stages", CHECK, (_with_reductions, "for path in tied_paths(layout, rank))", "for path in ())")
+        "reduce: a tied table is not summed over its stages", CHECK, (_with_reductions, "for path in tied_paths(layout, pp)]", "for path in ()]")
     ),
     words("reduce: before the gradients of other layers", CHECK, (_with_reductions, "for user in users[path]", "for user in [(stage, layer)]")),
     words("reduce: what is frozen, too", CHECK, (reduced_layers, "if path not in layout.frozen:", "if True:")),
     words("reduce: tied and frozen, too", CHECK, (tied_paths, "p not in layout.frozen and", "")),
-    words("reduce: the last backward stays whole", CHECK, (_by_layers, 'layers.get(a.stage) if a.op == "B" else None', "None")),
-    words("trainable: gradients go where nothing learns", CHECK, (stages, "upstream = upstream or any(inside)", "upstream = True")),
+    words("reduce: the last backward stays whole", CHECK, (_by_layers, 'layers.get(at) if a.op == "B" else None', "None")),
+    words(
+        "trainable: gradients go where nothing learns",
+        CHECK,
+        (_walked, "upstream, inside, fed = live, [], []", "upstream, inside, fed = True, [], []"),
+    ),
     words("trainable: weight gradients of what is frozen", CHECK, (trainable, 'a.op == "B" and not inside', 'a.op == "B" and False')),
     words(
         "pieces: a backward goes on where nothing learns",
         CHECK,
-        (vars(Stage)["stop"].fget, "self.inside.index(True) if True in self.inside else len(self.atoms)", "0"),
+        (vars(Stage)["stop"].fget, "next((i for i, wants in enumerate(zip(self.inside, self.fed)) if any(wants)), len(self.atoms))", "0"),
     ),
-    words("move: a RECV before its SEND", CHECK, (move, "rows[where[to]].append(Action", "rows[where[to]].insert(0, Action")),
-    words("move: gradients are not sent", CHECK, (move, '(kind == "F" or known[a.stage].upstream)', 'kind == "F"')),
+    words("move: a RECV before its SEND", CHECK, (_Walk.hand_on, 'self.rows[r].append(Action(f"RECV', 'self.rows[r].insert(0, Action(f"RECV')),
+    words("move: gradients are not sent", CHECK, (_Walk.hand_on, '(kind == "F" or known[a.stage].upstream)', 'kind == "F"')),
     words("free: never", CHECK, (free, "*(_free(s) for waiting in sent.values() for s in waiting)", "")),
     words(
         "recompute: after the backward",
@@ -51,12 +56,12 @@ PASSES = [
         ),
     ),
     words("offload: no FETCH", CHECK, (_moved, "before.setdefault(at, [])", "[]")),
-    words("offload: fetched at once", CHECK, (_moved, "max(place[back] - distance, place[start] + 1)", "place[start] + 1")),
+    words("offload: fetched at once", CHECK, (_moved, "max(place[back] - distance[c], place[start] + 1)", "place[start] + 1")),
 ]
 
 PROOF = [
     words("check: a pair may follow from each other", CHECK, (check_names, "if _follow(*whole.pair):", "if False:")),
-    words("check: an action may stand twice", CHECK, (_Proof.walk, "if a in self.seen:", "if False:")),
+    words("check: an action may stand twice", CHECK, (_Proof.walk, "if (rank, a) in self.seen:", "if False:")),
     words(
         "check: a deadlock is no error",
         CHECK,
@@ -65,7 +70,7 @@ PROOF = [
     words("check: what has arrived is not asked", CHECK, (_Proof.forward, "if lo == 0 and s > 0:", "if False:")),
     words("check: forwards in any order", CHECK, (_Proof.forward, "if ahead < lo:", "if False:")),
     words("check: a backward may come first", CHECK, (_Proof.backward, "if row.ahead.get(key, 0) < len(stage.atoms):", "if False:")),
-    words("check: the gradient that arrives is not asked", CHECK, (_Proof.backward, "if hi == len(stage.atoms) and s + 1", "if False and s + 1")),
+    words("check: the gradient that arrives is not asked", CHECK, (_Proof.backward, "if s + 1 < len(self.known[c]) and", "if False and")),
     words(
         "check: on the host is as good as here",
         CHECK,
@@ -74,15 +79,20 @@ PROOF = [
     ),
     words("check: not kept is as good as kept", CHECK, (_Proof.backward, "if not piece.made or piece.partly:", "if False:")),
     words(
-        "check: a REDUCE may come too early", CHECK, (_Proof.reduce, "if late := [m for m in range(self.count)", "if late := [m for m in range(0)")
+        "check: a REDUCE may come too early", CHECK, (_Proof.reduce, "if late := [u for u in here if", "if late := [u for u in () if")
     ),
     words(
         "check: a SEND of nothing",
         CHECK,
-        (_Proof.message, 'if (f"out {kind}", s, m) not in self.rows[rank].values:', "if False:"),
+        (_Proof.message, 'if (f"out {kind}", c, s, m) not in self.rows[rank].values:', "if False:"),
+        (_Proof.message, 'if (f"out {kind}", c, s, m) not in self.rows[r].values:', "if False:"),
         (_Proof.message, "values.remove((", "values.discard(("),
     ),
-    words("check: a RECV of another microbatch", CHECK, (_Proof.message, "(now.op, now.stage, now.microbatch) != (", "(now.op, now.stage, m) != (")),
+    words(
+        "check: a RECV of another microbatch",
+        CHECK,
+        (_Proof.message, "self.now(r) != arrives for r in there", "attrs.evolve(self.now(r), microbatch=m) != arrives for r in there"),
+    ),
     words("check: values may stay", CHECK, (_Proof.nothing_stays, "elif row.values:", "elif False:")),
     words("check: weight gradients may be owed", CHECK, (_Proof.nothing_stays, "elif owed := [", "elif owed := [] and [")),
     words("check: actions may be missing", CHECK, (_Proof.nothing_is_missing, "if missing:", "if False:")),
@@ -135,7 +145,7 @@ INTERPRETER = [
     words(
         "run: nothing is freed",
         PIPELINE,
-        (_Rank.free, "self.sent.pop((a.segment, a.stage, a.microbatch))", "self.sent[a.segment, a.stage, a.microbatch]"),
+        (_Rank.free, "self.sent.pop((a.segment, _at(a)))", "self.sent[a.segment, _at(a)]"),
     ),
     words("run: offload of nothing", RUN, (_Rank.copy, "kept.slots.offload if", "kept.slots.fetch if")),
 ]

@@ -20,6 +20,7 @@ import lf
 from lf import parity, tree
 from lf.models.small import tiny
 from lf.schedule import OVERLAP, Action, Program, ProgramError, check, lower
+from lf.schedule.ground import joined
 from lf.schedule.ir import COMPUTE, OPS
 from lf.schedule.lower import trainable
 from lf.schedule.named import SCHEDULES

@@ -1,0 +1,200 @@
+"""Where to put an encoder: the same step of an encoder, a decoder and a head with each placement in turn, in one run on the same ranks.
+
+    OMP_NUM_THREADS=1 scripts/launch --nproc 2 bench_chains --device cpu
+    OMP_NUM_THREADS=1 scripts/launch --nproc 3 bench_chains --device cpu --dedicated --share 0.5
+    scripts/launch --nproc 2 bench_chains --device cuda --precision bf16 --dim 2048 --tokens 4096 --images 8 --patches 256
+
+The decoder is a pipeline over all ranks (but one, with --dedicated), the encoder may run on any of them. A step is forward, backward and all sums.
+The times predicted are those of `lf.schedule.cost`, for what each action was measured to take in the first placement. The least is 1.
+"""
+
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+
+import lf
+from lf.chain_context import chain_context
+from lf.chain_layouts import Layouts, Place, chain_layouts
+from lf.config import ConfigError, one_of
+from lf.models.trio import Tower, TrioConfig, trio
+from lf.models.trio_data import Amounts, sample
+from lf.schedule import Action, Beside, Program, build_chains, cost
+from lf.schedule.beside import KINDS
+from lf.schedule.cost import held
+from lf.schedule.measured import Clock
+from lf.schedule.named import SCHEDULES
+from lf.state import compute_copy, device_of
+
+OUT = "runs/bench_chains"
+RTOL = {"fp64": 1e-9, "fp32": 1e-3, "bf16": 5e-2}  # of loss and gradient norm between placements
+
+
+@attrs.frozen
+class Config:
+    device: str | None = None
+    precision: str = "fp32"
+    placements: tuple[str, ...] = ("inline", "decoupled", "nested")
+    dedicated: bool = False  # the last rank is the encoder's alone, and all other placements are left out
+    vision_tp: int = 1  # the encoder's tensor parallelism
+    schedule: str = "1f1b"
+    microbatches: int = 8
+    in_flight: int | None = None  # of nested and dedicated
+    share: float = 0.5  # how deep the encoder is: its forward of a microbatch, of that of a stage of the decoder, about
+    layers: int = 8  # of the decoder
+    dim: int = 128
+    tokens: int = 192  # of a microbatch, about
+    images: int = 3  # of a document at most
+    patches: int = 16  # of an image at most
+    rounds: int = 7
+    out: str = OUT  # where the launcher puts what the ranks say
+    json: str | None = None
+    picture: str | None = None  # a file for the measured step of each placement, as NAME.svg: KIND is added to its name
+
+
+def main(config: Config) -> None:
+    lf.config.at_least(1, config, "vision_tp", "microbatches", "layers", "dim", "tokens", "images", "patches", "rounds")
+    if not 0 < config.share < 100:
+        raise ConfigError(f"--share {config.share}: the encoder's part of a stage's time, more than 0")
+    for kind in config.placements:
+        one_of("placement", kind, KINDS)
+    one_of("value for --schedule:", config.schedule, SCHEDULES)
+    device = lf.devices.get(config.device)
+    axes = lf.connect(lf.Mesh(), device)
+    kinds = ("dedicated",) if config.dedicated else tuple(k for k in config.placements if k != "dedicated")
+    screen, model = lf.console.console(axes.rank), shaped(config, axes.mesh.size)
+    layouts = laid(config, model, axes.mesh.size)
+    ctx = chain_context(layouts, axes, device, config.precision)
+    amounts = Amounts(config.tokens, 3, config.images, config.patches // 2, 4)
+    data = [[sample(model.config, 0, m, 0, 2, amounts)] for m in range(config.microbatches)]
+    params = compute_copy(layouts, lf.init(layouts, ctx, 0), ctx)
+    programs = {kind: built(config, layouts, kind, None) for kind in kinds}
+    steps = {kind: lf.train.gradients(layouts, program, ctx) for kind, program in programs.items()}
+    times = measured(programs[kinds[0]], layouts, steps[kinds[0]], params, data, ctx)
+    if "nested" in kinds:  # laid by what actions really take
+        programs["nested"] = built(config, layouts, "nested", times)
+        steps["nested"] = lf.train.gradients(layouts, programs["nested"], ctx)
+    results = {kind: steps[kind](params, data)[1] for kind in kinds}
+    same = agree(results, RTOL[config.precision])
+    seconds = timed(steps, params, data, ctx, config.rounds, screen)
+    rows, out = [], {}
+    for kind in kinds:
+        timeline = cost(programs[kind], times, joints=layouts.joints)
+        each, total = held(timeline, "vision")
+        row = max(each)
+        median = statistics.median(seconds[kind])
+        ratio = statistics.median(a / b for a, b in zip(seconds[kind], seconds[kinds[0]]))
+        first = cost(programs[kinds[0]], times, joints=layouts.joints).makespan
+        out[kind] = {"ms": median * 1e3, "ratio": ratio, "predicted": timeline.makespan / first, "held": row, "held_in_all": total,
+                     "bubble": sum(timeline.bubble(r) for r in range(len(timeline.rows))) / len(timeline.rows) / timeline.makespan}  # fmt: skip
+        x = out[kind]
+        rows.append((kind, f"{x['ms']:.1f}", f"{ratio:.3f}", f"{x['predicted']:.3f}", f"{x['bubble']:.1%}", f"{row:.3g}", f"{total:.3g}"))
+    forward = times["vision:F"] / statistics.mean(t for k, t in times.items() if k.startswith("decoder") and k.endswith("F"))
+    title = f"{layouts}; {config.schedule}, {config.microbatches} microbatches, {config.precision}, {device.NAME}: encoder {forward:.0%} of a stage"
+    columns = ("encoder", "step, ms", f"/ {kinds[0]}", "predicted", "bubble", "held on a row", "in all")
+    screen.print(lf.console.table(title, columns, rows))
+    before, after = (float(results[kinds[0]][f"vision_imbalance{end}"]) for end in ("_before", ""))
+    screen.print(f"imbalance of the images over ranks: {before:.2f} in their order, {after:.2f} as dealt ({kinds[0]})")
+    screen.print("loss and gradient norm are equal" if same else "loss or gradient norm DIFFER between placements", style=None if same else "red")
+    if config.picture:
+        pictures(config.picture, programs, steps, params, data, ctx, layouts)
+    if config.json and not axes.rank:
+        found = {"config": lf.config.to_dict(config), "placements": out, "equal": same, "share": forward}
+        Path(config.json).write_text(json.dumps(found, indent=1) + "\n")
+    axes.world.barrier()
+    if not same:
+        raise SystemExit(1)
+
+
+def shaped(config: Config, ranks: int) -> lf.Chains:
+    """The encoder is as deep as its share asks for: a layer of it does per row what one of the decoder does, and has about as many rows."""
+    stage = config.layers / max(1, ranks - config.dedicated)
+    rows = config.patches * config.images / 2 * 3 / 4  # of a microbatch of three documents, on average
+    depth = max(1, round(config.share * stage * config.tokens / max(rows, 1)))
+    whole = TrioConfig()
+    heads = attrs.evolve(whole.decoder.mixer, heads=8, kv_heads=4, head_dim=config.dim // 8)
+    tower = attrs.evolve(whole.decoder, dim=config.dim, layers=config.layers, mixer=heads, inner=3 * config.dim)
+    seen = attrs.evolve(whole.vision.mixer, heads=8, kv_heads=8, head_dim=config.dim // 8)
+    eyes: Tower = attrs.evolve(whole.vision, dim=config.dim, layers=depth, mixer=seen, inner=3 * config.dim)
+    return trio(whole, decoder=tower, vision=eyes, vocab=1000, tap=min(whole.tap, depth - 1))
+
+
+def laid(config: Config, model: lf.Chains, world: int) -> Layouts:
+    own = 1 if config.dedicated else 0
+    if world - own < 1:
+        raise ConfigError(f"--dedicated: {world} ranks; start with --nproc 2 or more")
+    pipeline, schedule = world - own, SCHEDULES[config.schedule]
+    where = schedule.place(pipeline, schedule.chunks)
+    eyes = Place(lf.Mesh(tp=config.vision_tp), (world - 1,) if own else range(world))
+    places = {"vision": eyes, "decoder": Place(lf.Mesh(pp=pipeline), range(pipeline), placement=where), "head": Place(lf.Mesh(dp=1), (0,))}
+    first = chain_layouts(model, places)
+    giver = next(j.source_stage for j in first.joints if j.name == "decoder.hidden")
+    return chain_layouts(model, {**places, "head": Place(lf.Mesh(dp=1), (where[giver],))})
+
+
+def built(config: Config, layouts: Layouts, kind: str, times: Mapping[str, float] | None) -> Program:
+    limit = config.in_flight if kind in ("nested", "dedicated") else None
+    chosen: dict[str, Beside | str] = {"vision": Beside(kind, in_flight=limit), "head": "inline"}
+    return build_chains(layouts, config.microbatches, chosen, SCHEDULES[config.schedule].generate, times=times)
+
+
+def measured(program: Program, layouts: Layouts, step: Callable[..., Any], params: Any, data: Any, ctx: Any) -> dict[str, float]:
+    """Seconds of each op of each chain on average, of one unit and stage: largest over the ranks that do it."""
+    step(params, data)
+    clock = Clock(ctx.axes, ctx.device)
+    step(params, data, clock)
+    mine = program[layouts.row(ctx.axes.rank)]
+    sums, units = Counter[str](), dict[str, set[tuple[int, int | None]]]()
+    for i, (start, end, _) in clock.taken.items():
+        a: Action = mine[i]
+        if a.op in ("F", "B", "I", "W"):
+            name = f"{a.chain}:{a.op}"
+            sums[name] += ctx.device.seconds(start, end)
+            units.setdefault(name, set()).add((a.stage, a.microbatch))
+    names = [f"{chain}:{op}" for chain in ctx.chains for op in "FBIW"]
+    own = torch.tensor([sums[n] / len(units[n]) if n in units else 0.0 for n in names], dtype=torch.float64)
+    most = ctx.axes.world.max(own.to(device_of(ctx))).tolist()
+    return {n: t for n, t in zip(names, most) if t}
+
+
+def timed(steps: Mapping[str, Callable[..., Any]], params: Any, data: Any, ctx: Any, rounds: int, screen: Any) -> dict[str, list[float]]:
+    """Seconds of a step of each, in turn; the first round warms up."""
+    seconds: dict[str, list[float]] = {kind: [] for kind in steps}
+    with lf.console.Bar(screen, "rounds", rounds + 1) as bar:
+        for i in range(rounds + 1):
+            for kind in list(steps)[:: 1 if i % 2 else -1]:
+                ctx.axes.world.barrier()
+                began = time.perf_counter()
+                steps[kind](params, data)
+                if ctx.device.NAME == "cuda":
+                    torch.cuda.synchronize()
+                ctx.axes.world.barrier()
+                if i:
+                    seconds[kind].append(time.perf_counter() - began)
+            bar.at(i + 1)
+    return seconds
+
+
+def agree(results: Mapping[str, Mapping[str, Any]], rtol: float) -> bool:
+    first = next(iter(results.values()))
+    return all(abs(float(r[k]) - float(first[k])) <= rtol * abs(float(first[k])) for r in results.values() for k in ("loss", "grad_norm"))
+
+
+def pictures(file: str, programs: Mapping[str, Program], steps: Mapping[str, Any], params: Any, data: Any, ctx: Any, layouts: Layouts) -> None:
+    path = Path(file)
+    for kind, program in programs.items():
+        clock = Clock(ctx.axes, ctx.device)
+        steps[kind](params, data, clock)
+        timeline = clock.timeline(program, layouts.rows)
+        if not ctx.axes.rank:
+            lf.schedule.picture(timeline, path.with_name(f"{path.stem}-{kind}{path.suffix}"), f"encoder {kind}, measured")
+
+
+if __name__ == "__main__":
+    lf.cli.run(main, Config)

@@ -1,0 +1,217 @@
+"""Programs of several chains: what is wrong with one is found before it runs, and what is accepted runs right."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import pytest
+from helpers import SEED
+
+import lf
+from lf import parity
+from lf.chain_layouts import Layouts, Place, chain_layouts
+from lf.models.trio import trio
+from lf.models.trio_data import sample
+from lf.schedule import Action, Program, ProgramError, build_chains, check, dumps, loads, lower
+from lf.schedule.beside import Beside, beside
+from lf.schedule.ir import COMPUTE
+from lf.schedule.named import SCHEDULES
+from lf.schedule.text import to_csv
+
+MODEL = trio()
+PLACES = {"vision": Place(lf.Mesh(dp=2)), "decoder": Place(lf.Mesh(pp=2)), "head": Place(lf.Mesh(dp=1), (1,))}
+LAYOUTS = chain_layouts(MODEL, PLACES)
+FROZEN = chain_layouts(MODEL, {**PLACES, "vision": attrs.evolve(PLACES["vision"], frozen=("vision.*",))})
+
+
+def built(kind: str = "inline", layouts: Layouts = LAYOUTS, m: int = 3, **given: Any) -> Program:
+    where = layouts if kind != "inline" else chain_layouts(MODEL, {**PLACES, "vision": Place(lf.Mesh(dp=2))})
+    return build_chains(where if layouts is LAYOUTS else layouts, m, {"vision": Beside(kind, **given), "head": "inline"})
+
+
+def find(program: Program, word: str, row: int) -> int:
+    return [str(a) for a in program[row]].index(word)
+
+
+def without(word: str, *rows: int) -> Callable[[Program], Program]:
+    return lambda p: tuple(tuple(a for a in row if str(a) != word) if r in (rows or range(len(p))) else row for r, row in enumerate(p))
+
+
+def moved(word: str, row: int, to: int) -> Callable[[Program], Program]:
+    def change(p: Program) -> Program:
+        actions = list(p[row])
+        actions.insert(to, actions.pop(find(p, word, row)))
+        return tuple(tuple(actions) if r == row else other for r, other in enumerate(p))
+
+    return change
+
+
+def changed(word: str, row: int, **fields: Any) -> Callable[[Program], Program]:
+    return lambda p: tuple(
+        tuple(attrs.evolve(a, **fields) if r == row and str(a) == word else a for a in actions) for r, actions in enumerate(p)
+    )  # fmt: skip
+
+
+VISUAL = "decoder:0BRIDGE_F1[vision.visual]"
+GRADIENT = "decoder:0BRIDGE_B1[vision.visual]"
+BROKEN: list[tuple[Callable[[Program], Program], str, str]] = [  # (what is done, what the message names, why)
+    (without(VISUAL), "decoder:0F1", "edge vision.visual brings of microbatch 1 has not arrived"),
+    (without("decoder:1BRIDGE_F1[vision.deep]", 1), "decoder:", "has not arrived|deadlock"),
+    (without(GRADIENT), "vision:0B1|vision:0B", "comes back over edge vision.visual"),
+    (without("vision:0F2"), "vision:0", "vision:0"),
+    (without("vision:0B0"), "vision:0", "alive|missing|comes before|would come after"),
+    (without("head:0B1"), "head:0B1|decoder:1", "alive|not arrived|would come after|its backward head:0B1 has not run"),
+    (without("head:0REDUCE[head.embed]"), "head:0REDUCE[head.embed]", "missing"),
+    (without("head:0BRIDGE_F0[decoder.hidden]"), "head:0F0", "edge decoder.hidden brings of microbatch 0 has not arrived"),
+    (moved(VISUAL, 0, 0), "BRIDGE_F1", "there is nothing to carry"),
+    (moved("vision:0F1", 0, 40), "decoder:|vision:0F1", "nothing to carry|has not run|not arrived|deadlock|neither gives nor takes"),
+    (changed("vision:0F1", 0, chain="sound"), "sound:0F1", "the model has chains vision, decoder, head"),
+    (changed("vision:0F1", 0, stage=1), "vision:1F1", "there are 1 stages"),
+    (changed("vision:0F1", 0, microbatch=0), "vision:0F0|BRIDGE_F1", "twice|neither gives nor takes"),
+    (changed(VISUAL, 0, segment="vision.sound"), "vision.sound", "no edge brings"),
+    (changed(VISUAL, 0, stage=1), "BRIDGE_F1", "no edge brings 'vision.visual' into stage 1"),
+    (changed(VISUAL, 0, microbatch=7), "BRIDGE_F7", "there are 3 microbatches"),
+    (lambda p: (p[0], (Action("F", 0, 0, chain="head"), *p[1])), "head:0F0", "not arrived|no BRIDGE_F"),
+    (lambda p: ((Action("F", 0, 0, chain="head"), *p[0]), p[1]), "head:0F0", "stage 0 lies on rank 1"),
+    (lambda p: (p[0], (*p[1], Action("BRIDGE_F", 0, 0, "vision.visual", chain="decoder"))), "BRIDGE_F0", "neither gives nor takes|twice|deadlock"),
+    (lambda p: p[:1], "rows", "lie in 2 rows"),
+]
+
+
+@pytest.mark.parametrize(("corrupt", "names", "why"), BROKEN, ids=range(len(BROKEN)))
+def test_a_corrupted_program_is_refused(corrupt: Callable[[Program], Program], names: str, why: str) -> None:
+    program = built()
+    broken = corrupt(program)
+    assert broken != program
+    with pytest.raises(ProgramError) as caught:
+        check(broken, LAYOUTS, 3)
+    assert any(name in str(caught.value) for name in names.split("|")), caught.value
+    assert any(reason in str(caught.value) for reason in why.split("|")), caught.value
+
+
+def test_sums_of_a_chain_over_rows_meet() -> None:
+    program = built("nested")
+    word = "vision:0REDUCE[vision.embed]"
+    for row in (0, 1):
+        with pytest.raises(ProgramError, match=r"deadlock|missing"):
+            check(without(word, row)(program), LAYOUTS, 3)
+    early = moved(word, 0, find(program, "vision:0F0", 0) + 1)(program)
+    with pytest.raises(ProgramError, match=r"would come after|deadlock"):
+        check(early, LAYOUTS, 3)
+
+
+def test_nothing_goes_back_to_what_is_frozen() -> None:
+    program = built("decoupled", FROZEN)
+    words = [str(a) for row in program for a in row]
+    assert not [w for w in words if w.startswith("vision:") and "F" not in w]
+    assert not [w for w in words if "BRIDGE_B" in w and "vision" in w]
+    assert [w for w in words if "BRIDGE_B" in w and "decoder.hidden" in w]
+    extra = tuple((*row, Action("BRIDGE_B", 0, 0, "vision.visual", chain="decoder")) for row in program)
+    with pytest.raises(ProgramError, match="nothing that trains is behind this edge"):
+        check(extra, FROZEN, 3)
+
+
+def test_a_decoder_that_is_frozen_hands_gradients_on() -> None:
+    """Under it a projector learns: it has input gradients and none of its own."""
+    layouts = chain_layouts(MODEL, {**PLACES, "decoder": attrs.evolve(PLACES["decoder"], frozen=("decoder.*",))})
+    ops = Counter((a.chain, a.op) for row in built("nested", layouts) for a in row)
+    assert not {("decoder", op) for op in ("B", "W", "REDUCE")} & ops.keys()
+    assert ops["decoder", "I"] == 2 * 3
+    assert {("vision", "B"), ("vision", "REDUCE"), ("head", "B")} <= ops.keys()
+
+
+def test_units_stand_where_they_can() -> None:
+    over = chain_layouts(MODEL, {**PLACES, "vision": Place(lf.Mesh(tp=2))})  # both rows make a unit together
+    program = build_chains(over, 2, {"vision": "decoupled", "head": "inline"})
+    compute = tuple(tuple(a for a in row if a.op in COMPUTE and a.segment is None) for row in program)
+    one = tuple(tuple(a for a in row if r == 0 or a.chain != "vision") for r, row in enumerate(compute))
+    with pytest.raises(ProgramError, match="vision:0F0: ranks 0 and 1 compute it together"):
+        check(one, over, 2)
+
+
+@pytest.mark.parametrize("kind", ["inline", "decoupled", "nested", "dedicated"])
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "zb-h1", "interleaved"])
+def test_without_a_layout(kind: str, name: str) -> None:
+    """What is drawn and proven before there is any model."""
+    joints = (lf.chain_layouts.Joint("eyes.out", "eyes", 0, "", 0), lf.chain_layouts.Joint("eyes.deep", "eyes", 0, "", 1))
+    main = SCHEDULES[name].generate(SCHEDULES[name].place(3, SCHEDULES[name].chunks), 5)
+    program = beside(main, joints, {"eyes": Beside(kind)})
+    assert len(check(program, joints=joints)) == len(program)
+    lowered = lower(program, joints=joints)
+    assert Counter(a.op for row in lowered for a in row)["BRIDGE_F"] >= 10
+    check(lowered, joints=joints)
+    assert loads(dumps(lowered)) == lowered
+    with pytest.raises(ProgramError, match="no word for it"):
+        to_csv(program)
+    with pytest.raises(ProgramError):
+        check(without("0BRIDGE_F1[eyes.out]")(lowered), joints=joints)
+
+
+def data(step: int, i: int, multiple: int) -> lf.Batch:
+    return sample(MODEL.config, SEED + step, i, 0, multiple)
+
+
+def runs(program: Program, layouts: Layouts) -> bool:
+    def single(one: Layouts, count: int) -> Program:
+        return build_chains(one, count, {"vision": "inline", "head": "inline"})
+
+    places = {c: attrs.evolve(p, frozen=tuple(layouts.chains[c].frozen)) for c, p in PLACES.items()}
+    return parity.compare_chains(MODEL, places, data, lambda where, count: program, single, microbatches=3, steps=1).ok
+
+
+def shuffled(rng: random.Random, program: Program) -> Program:
+    """One thing changed: an action left out, doubled, moved, or given another number."""
+    rows = [list(row) for row in program]
+    row = rng.choice([r for r in rows if r])
+    i = rng.randrange(len(row))
+    what = rng.choice(("drop", "double", "swap", "move", "unit", "row"))
+    if what == "drop":
+        del row[i]
+    elif what == "double":
+        row.insert(rng.randrange(len(row)), row[i])
+    elif what == "swap" and i:
+        row[i - 1 : i + 1] = row[i], row[i - 1]
+    elif what == "move":
+        row.insert(rng.randrange(max(0, i - 6), min(len(row), i + 6)), row.pop(i))
+    elif what == "unit" and row[i].microbatch is not None:
+        row[i] = attrs.evolve(row[i], microbatch=rng.randrange(3))
+    elif what == "row":
+        other = rng.choice(rows)
+        other.insert(rng.randrange(len(other) + 1), row.pop(i))
+    return tuple(map(tuple, rows))
+
+
+def case(seed: str) -> str:
+    rng = random.Random(seed)
+    layouts = rng.choice((LAYOUTS, FROZEN))
+    program = built(rng.choice(("inline", "decoupled", "nested")), layouts)
+    if rng.random() < 0.3:  # compute alone, which is lowered after the change
+        program = tuple(tuple(a for a in row if a.op in COMPUTE and a.segment is None) for row in program)
+    for _ in range(rng.choice((1, 1, 2))):
+        program = shuffled(rng, program)
+    try:
+        check(program, layouts, 3)
+    except ProgramError as error:
+        drawn = str(error)
+    else:
+        drawn = ""
+    if drawn:
+        assert "rank " in drawn
+        return "refused"
+    assert runs(program, layouts), f"{seed}\n{dumps(program)}"
+    return "run"
+
+
+def test_a_sample_of_what_check_accepts_runs_right() -> None:
+    found = Counter(case(f"{SEED} {i}") for i in range(40))
+    assert found["refused"], found
+
+
+@pytest.mark.slow
+def test_what_check_accepts_runs_right() -> None:
+    found = Counter(case(f"{SEED} many {i}") for i in range(1500))
+    assert min(found["refused"], found["run"]) > 50, found
