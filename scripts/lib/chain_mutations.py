@@ -6,11 +6,11 @@ from mutation import words
 
 from lf import bridge, chain_feed, chains, deal, train
 from lf.schedule import nest
-from lf.schedule.check import _Proof
 from lf.schedule.edges import Edges
 from lf.schedule.feed import Feed
 from lf.schedule.graphs import Graphs
 from lf.schedule.ground import Ground
+from lf.schedule.holds import Holds
 from lf.schedule.lower import _with_reductions
 from lf.schedule.move import _Walk
 from lf.schedule.pieces import _walked
@@ -62,7 +62,7 @@ CHAIN = [
     words(
         "check: what edges bring is not asked",
         "tests/schedule/test_check_chains.py",
-        (_Proof.forward, "for k, m in self.edges(key, into=True) if lo == 0 else ():", "for k, m in ():"),
+        (Holds.forward, "for k, m in self.edges(key, into=True) if lo == 0 else ():", "for k, m in ():"),
     ),
     words(
         "check: a bridge meets nobody",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from mutation import words
 
+from lf.schedule import ended, sums
 from lf.schedule.bind import _piece
 from lf.schedule.check import _Proof
 from lf.schedule.generate import laps, one_f_one_b
 from lf.schedule.graphs import Graphs
+from lf.schedule.holds import Holds
 from lf.schedule.keep import _moved, recompute
 from lf.schedule.lower import _by_layers, _with_reductions, reduced_layers, tied_paths, trainable
 from lf.schedule.move import _Walk, free
@@ -25,9 +27,7 @@ PASSES = [
         CHECK,
         (_with_reductions, "reversed(reduced_layers(layout, pp).items())", "[*reversed(reduced_layers(layout, pp).items())][1:]"),
     ),
-    words(
-        "reduce: a tied table is not summed over its stages", CHECK, (_with_reductions, "for path in tied_paths(layout, pp)]", "for path in ()]")
-    ),
+    words("reduce: a tied table is not summed over its stages", CHECK, (_with_reductions, "for path in tied_paths(layout, pp)]", "for path in ()]")),
     words("reduce: before the gradients of other layers", CHECK, (_with_reductions, "for user in users[path]", "for user in [(stage, layer)]")),
     words("reduce: what is frozen, too", CHECK, (reduced_layers, "if path not in layout.frozen:", "if True:")),
     words("reduce: tied and frozen, too", CHECK, (tied_paths, "p not in layout.frozen and", "")),
@@ -61,43 +61,45 @@ PASSES = [
 
 PROOF = [
     words("check: a pair may follow from each other", CHECK, (check_names, "if _follow(*whole.pair):", "if False:")),
-    words("check: an action may stand twice", CHECK, (_Proof.walk, "if (rank, a) in self.seen:", "if False:")),
+    words(
+        "check: an action may stand twice",
+        CHECK,
+        (_Proof.walk, "if a in self.seen[rank]:", "if False:"),
+        (_Proof.do, "if a in self.seen[rank]:", "if False:"),
+    ),
     words(
         "check: a deadlock is no error",
         CHECK,
         (_Proof.walk, "if stuck := {r: i for r, i in enumerate(self.at) if i < len(self.flat[r])}:", "if stuck := {}:"),
     ),
-    words("check: what has arrived is not asked", CHECK, (_Proof.forward, "if lo == 0 and s > 0:", "if False:")),
-    words("check: forwards in any order", CHECK, (_Proof.forward, "if ahead < lo:", "if False:")),
-    words("check: a backward may come first", CHECK, (_Proof.backward, "if row.ahead.get(key, 0) < len(stage.atoms):", "if False:")),
-    words("check: the gradient that arrives is not asked", CHECK, (_Proof.backward, "if s + 1 < len(self.known[c]) and", "if False and")),
+    words("check: what has arrived is not asked", CHECK, (Holds.forward, "if lo == 0 and s > 0:", "if False:")),
+    words("check: forwards in any order", CHECK, (Holds.forward, "if ahead < lo:", "if False:")),
+    words("check: a backward may come first", CHECK, (Holds.backward, "if self.ahead.get(key, 0) < len(stage.atoms):", "if False:")),
+    words("check: the gradient that arrives is not asked", CHECK, (Holds.backward, "if s + 1 < len(self.on.known[c]) and", "if False and")),
     words(
         "check: on the host is as good as here",
         CHECK,
-        (_Proof.backward, "if piece.away:", "if False:"),
-        (_Proof.remat, "if piece.away:", "if False:"),
+        (Holds.backward, "if piece.away:", "if False:"),
+        (Holds.remat, "if piece.away:", "if False:"),
     ),
-    words("check: not kept is as good as kept", CHECK, (_Proof.backward, "if not piece.made or piece.partly:", "if False:")),
-    words(
-        "check: a REDUCE may come too early", CHECK, (_Proof.reduce, "if late := [u for u in here if", "if late := [u for u in () if")
-    ),
+    words("check: not kept is as good as kept", CHECK, (Holds.backward, "if not piece.made or piece.partly:", "if False:")),
+    words("check: a REDUCE may come too early", CHECK, (sums.reduce, "if late := [u for u in here if", "if late := [u for u in () if")),
     words(
         "check: a SEND of nothing",
         CHECK,
-        (_Proof.message, 'if (f"out {kind}", c, s, m) not in self.rows[rank].values:', "if False:"),
-        (_Proof.message, 'if (f"out {kind}", c, s, m) not in self.rows[r].values:', "if False:"),
-        (_Proof.message, "values.remove((", "values.discard(("),
+        (_Proof.message, "if not self.rows[rank].sends(a):", "if False:"),
+        (Holds.send, 'self.take(f"out {a.op[-1]}", a.chain, a.stage, a.microbatch, "there is nothing to send")', "pass"),
     ),
     words(
         "check: a RECV of another microbatch",
         CHECK,
         (_Proof.message, "self.now(r) != arrives for r in there", "attrs.evolve(self.now(r), microbatch=m) != arrives for r in there"),
     ),
-    words("check: values may stay", CHECK, (_Proof.nothing_stays, "elif row.values:", "elif False:")),
-    words("check: weight gradients may be owed", CHECK, (_Proof.nothing_stays, "elif owed := [", "elif owed := [] and [")),
-    words("check: actions may be missing", CHECK, (_Proof.nothing_is_missing, "if missing:", "if False:")),
-    words("check: the peak is of the end", CHECK, (_Proof.done, "max(row.peak, row.held)", "row.held")),
-    words("check: a tied sum before its layers", CHECK, (_Proof.tie, "if early:", "if False:")),
+    words("check: values may stay", CHECK, (ended.nothing_stays, "elif row.values:", "elif False:")),
+    words("check: weight gradients may be owed", CHECK, (ended.nothing_stays, "elif owed := [", "elif owed := [] and [")),
+    words("check: actions may be missing", CHECK, (ended.nothing_is_missing, "if missing:", "if False:")),
+    words("check: the peak is of the end", CHECK, (Holds.hold, "max(self.peak, self.held)", "self.held")),
+    words("check: a tied sum before its layers", CHECK, (sums._tied, "if early:", "if False:")),
 ]
 
 INTERPRETER = [
