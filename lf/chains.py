@@ -134,8 +134,8 @@ def refuse_chains(model: Chains) -> None:
     owners_of: dict[str, str] = {}
     for name, chain in chains.items():
         for objective in chain.model.objectives:
-            if (other := owners_of.setdefault(objective, name)) != name:
-                raise LayoutError(f"chains {other!r} and {name!r} both have an objective {objective!r}; give one of them another name")
+            if (first := owners_of.setdefault(objective, name)) != name:
+                raise LayoutError(f"chains {first!r} and {name!r} both have an objective {objective!r}; give one of them another name")
     if model.main not in chains:
         raise LayoutError(f"main={model.main!r} is no chain of the model; it has {', '.join(chains)}")
     seen: dict[tuple[str, str, str], Edge] = {}
