@@ -24,7 +24,7 @@ import lf
 from lf.config import ConfigError, one_of
 
 sys.path.insert(0, str(Path(__file__).parent / "lib"))
-import chained
+import placing
 
 from lf.schedule import Program, ProgramError, Timeline, text
 from lf.schedule.ir import OPS, microbatches, placement
@@ -72,7 +72,7 @@ def main(config: Config) -> None:
     if config.out is not None:
         writable(config.out, names)
     if config.chains or config.chains_table:
-        (chained.table if config.chains_table else chained.drawn)(config, times)
+        (placing.table if config.chains_table else placing.drawn)(config, times)
     elif config.compare is not None:
         compare(config, times)
     else:
