@@ -55,8 +55,6 @@ def nothing_is_missing(on: Ground, rows: Sequence[Holds]) -> None:
                 ended = here and all(row.behind.get(key, len(stage.atoms)) == stage.stop for row in here)
                 if trains and stage.live and not ended:
                     missing.append(f"{_named(c, s)}B{u}")
-        if not on.units[c]:
-            missing.append(f"every forward of chain {c!r}")
     for rank, row in enumerate(rows):
         missing += [str(a) for a in (wanted(on, rank) if trains else ()) if (a.chain, a.stage, a.segment) not in row.reduced]
     if missing:

@@ -22,6 +22,7 @@ def check_names(on: Ground) -> None:
                     raise look.fail("one of the two is computed together with other rows: write them one after the other", whole)
             for a in flat((whole,)):
                 look.action(a)
+    look.ends()
     look.rows()
 
 
@@ -84,6 +85,17 @@ class _Look:
         assert a.microbatch is not None
         if self.at[0] not in (rows := self.on.bridged(k, a.microbatch)):
             raise self.fail(f"this rank neither gives nor takes it; those that do are {', '.join(map(str, rows)) or 'none'}", a)
+
+    def ends(self) -> None:
+        """There is something of each chain, and of both ends of each joint."""
+        on = self.on
+        where = f"on no rank\n{draw(on.program, width=WIDTH)}"
+        if without := [c for c in on.known if c != on.main and not on.units[c]]:
+            raise ProgramError(f"missing: every forward of chain {without[0]!r}, which stands {where}")
+        for j in on.joints if on.layouts is None else ():
+            for chain, stage in ((j.source, j.source_stage), (j.target, j.target_stage)):
+                if not 0 <= stage < len(on.known.get(chain, ())):
+                    raise ProgramError(f"joint {j.name} → {j.target}: stage {stage} of chain {chain!r} stands {where}")
 
     def rows(self) -> None:
         """Each unit stands on rows that it can stand on."""
