@@ -248,6 +248,8 @@ def chain_layouts(model: Chains, places: Mapping[str, Place], world: int | None 
 
 def _placed(name: str, model: Chains, place: Place, world: int) -> tuple[Layout, tuple[int, ...]]:
     ranks = tuple(range(world)) if place.ranks is None else tuple(place.ranks)
+    if not ranks:
+        raise LayoutError(f"chain {name!r} has no ranks: name at least one of 0 to {world - 1}")
     if wrong := [r for r in ranks if isinstance(r, bool) or not isinstance(r, int) or not 0 <= r < world]:
         raise LayoutError(f"chain {name!r}: {wrong[0]!r} is no rank; they are 0 to {world - 1}")
     if len(set(ranks)) < len(ranks):

@@ -131,6 +131,11 @@ def refuse_chains(model: Chains) -> None:
                     raise LayoutError(f"chain {name!r}: segment {segment.name!r} gives {output!r}, of which the chain does not say the width")
                 if sum(output in s.outputs for s in chain.model.segments) > 1:
                     raise LayoutError(f"chain {name!r}: several segments give the output {output!r}; give each a name of its own")
+    owners_of: dict[str, str] = {}
+    for name, chain in chains.items():
+        for objective in chain.model.objectives:
+            if (first := owners_of.setdefault(objective, name)) != name:
+                raise LayoutError(f"chains {first!r} and {name!r} both have an objective {objective!r}; give one of them another name")
     if model.main not in chains:
         raise LayoutError(f"main={model.main!r} is no chain of the model; it has {', '.join(chains)}")
     seen: dict[tuple[str, str, str], Edge] = {}

@@ -1,7 +1,7 @@
 """Where to put an encoder: the same step of an encoder, a decoder and a head with each placement in turn, in one run on the same ranks.
 
     OMP_NUM_THREADS=1 scripts/launch --nproc 2 bench_chains --device cpu
-    OMP_NUM_THREADS=1 scripts/launch --nproc 3 bench_chains --device cpu --dedicated --share 0.5
+    OMP_NUM_THREADS=1 scripts/launch --nproc 3 bench_chains --device cpu --dedicated --vision-layers 4
     scripts/launch --nproc 2 bench_chains --device cuda --precision bf16 --dim 2048 --tokens 4096 --images 8 --patches 256
 
 The decoder is a pipeline over all ranks (but one, with --dedicated), the encoder may run on any of them. A step is forward, backward and all sums.
@@ -46,8 +46,8 @@ class Config:
     schedule: str = "1f1b"
     microbatches: int = 8
     in_flight: int | None = None  # of nested and dedicated
-    share: float = 0.5  # how deep the encoder is: its forward of a microbatch, of that of a stage of the decoder, about
     layers: int = 8  # of the decoder
+    vision_layers: int = 2  # of the encoder; what it takes of a stage of the decoder is measured and shown
     dim: int = 128
     tokens: int = 192  # of a microbatch, about
     images: int = 3  # of a document at most
@@ -59,16 +59,14 @@ class Config:
 
 
 def main(config: Config) -> None:
-    lf.config.at_least(1, config, "vision_tp", "microbatches", "layers", "dim", "tokens", "images", "patches", "rounds")
-    if not 0 < config.share < 100:
-        raise ConfigError(f"--share {config.share}: the encoder's part of a stage's time, more than 0")
+    lf.config.at_least(1, config, "vision_layers", "vision_tp", "microbatches", "layers", "dim", "tokens", "images", "patches", "rounds")
     for kind in config.placements:
         one_of("placement", kind, KINDS)
     one_of("value for --schedule:", config.schedule, SCHEDULES)
     device = lf.devices.get(config.device)
     axes = lf.connect(lf.Mesh(), device)
     kinds = ("dedicated",) if config.dedicated else tuple(k for k in config.placements if k != "dedicated")
-    screen, model = lf.console.console(axes.rank), shaped(config, axes.mesh.size)
+    screen, model = lf.console.console(axes.rank), shaped(config)
     layouts = laid(config, model, axes.mesh.size)
     ctx = chain_context(layouts, axes, device, config.precision)
     amounts = Amounts(config.tokens, 3, config.images, config.patches // 2, 4)
@@ -76,31 +74,32 @@ def main(config: Config) -> None:
     params = compute_copy(layouts, lf.init(layouts, ctx, 0), ctx)
     programs = {kind: built(config, layouts, kind, None) for kind in kinds}
     steps = {kind: lf.train.gradients(layouts, program, ctx) for kind, program in programs.items()}
-    times = measured(programs[kinds[0]], layouts, steps[kinds[0]], params, data, ctx)
+    took = measured(programs[kinds[0]], layouts, steps[kinds[0]], params, data, ctx)
     if "nested" in kinds:  # laid by what actions really take
-        programs["nested"] = built(config, layouts, "nested", times)
+        programs["nested"] = built(config, layouts, "nested", timer(took, programs[kinds[0]], config.microbatches))
         steps["nested"] = lf.train.gradients(layouts, programs["nested"], ctx)
     results = {kind: steps[kind](params, data)[1] for kind in kinds}
     same = agree(results, RTOL[config.precision])
     seconds = timed(steps, params, data, ctx, config.rounds, screen)
-    rows, out = [], {}
+    rows, out, first = [], {}, 1.0
     for kind in kinds:
-        timeline = cost(programs[kind], times, joints=layouts.joints)
+        timeline = cost(programs[kind], timer(took, programs[kind], config.microbatches), joints=layouts.joints)
         each, total = held(timeline, "vision")
         row = max(each)
         median = statistics.median(seconds[kind])
         ratio = statistics.median(a / b for a, b in zip(seconds[kind], seconds[kinds[0]]))
-        first = cost(programs[kinds[0]], times, joints=layouts.joints).makespan
+        first = timeline.makespan if kind == kinds[0] else first
         out[kind] = {"ms": median * 1e3, "ratio": ratio, "predicted": timeline.makespan / first, "held": row, "held_in_all": total,
                      "bubble": sum(timeline.bubble(r) for r in range(len(timeline.rows))) / len(timeline.rows) / timeline.makespan}  # fmt: skip
         x = out[kind]
-        rows.append((kind, f"{x['ms']:.1f}", f"{ratio:.3f}", f"{x['predicted']:.3f}", f"{x['bubble']:.1%}", f"{row:.3g}", f"{total:.3g}"))
-    forward = times["vision:F"] / statistics.mean(t for k, t in times.items() if k.startswith("decoder") and k.endswith("F"))
+        evenness = " → ".join(f"{float(results[kind][f'vision_imbalance{end}']):.2f}" for end in ("_before", ""))
+        rows.append((kind, f"{x['ms']:.1f}", f"{ratio:.3f}", f"{x['predicted']:.3f}", f"{x['bubble']:.1%}", f"{row:.3g}", f"{total:.3g}", evenness))
+    stages = [t for (chain, op, _), t in took.items() if (chain, op) == ("decoder", "F")]
+    forward = sum(t for (chain, op, _), t in took.items() if (chain, op) == ("vision", "F")) / statistics.mean(stages)
     title = f"{layouts}; {config.schedule}, {config.microbatches} microbatches, {config.precision}, {device.NAME}: encoder {forward:.0%} of a stage"
-    columns = ("encoder", "step, ms", f"/ {kinds[0]}", "predicted", "bubble", "held on a row", "in all")
+    columns = ("encoder", "step, ms", f"/ {kinds[0]}", "predicted", "bubble", "held on a row", "in all", "imbalance")
     screen.print(lf.console.table(title, columns, rows))
-    before, after = (float(results[kinds[0]][f"vision_imbalance{end}"]) for end in ("_before", ""))
-    screen.print(f"imbalance of the images over ranks: {before:.2f} in their order, {after:.2f} as dealt ({kinds[0]})")
+    screen.print("held: units of the encoder at most · imbalance: of the ranks that share a unit, in the images' order → as dealt", style="dim")
     screen.print("loss and gradient norm are equal" if same else "loss or gradient norm DIFFER between placements", style=None if same else "red")
     if config.picture:
         pictures(config.picture, programs, steps, params, data, ctx, layouts)
@@ -112,11 +111,8 @@ def main(config: Config) -> None:
         raise SystemExit(1)
 
 
-def shaped(config: Config, ranks: int) -> lf.Chains:
-    """The encoder is as deep as its share asks for: a layer of it does per row what one of the decoder does, and has about as many rows."""
-    stage = config.layers / max(1, ranks - config.dedicated)
-    rows = config.patches * config.images / 2 * 3 / 4  # of a microbatch of three documents, on average
-    depth = max(1, round(config.share * stage * config.tokens / max(rows, 1)))
+def shaped(config: Config) -> lf.Chains:
+    depth = config.vision_layers
     whole = TrioConfig()
     heads = attrs.evolve(whole.decoder.mixer, heads=8, kv_heads=4, head_dim=config.dim // 8)
     tower = attrs.evolve(whole.decoder, dim=config.dim, layers=config.layers, mixer=heads, inner=3 * config.dim)
@@ -138,29 +134,40 @@ def laid(config: Config, model: lf.Chains, world: int) -> Layouts:
     return chain_layouts(model, {**places, "head": Place(lf.Mesh(dp=1), (where[giver],))})
 
 
-def built(config: Config, layouts: Layouts, kind: str, times: Mapping[str, float] | None) -> Program:
+def built(config: Config, layouts: Layouts, kind: str, times: Callable[[Action], float] | None) -> Program:
     limit = config.in_flight if kind in ("nested", "dedicated") else None
     chosen: dict[str, Beside | str] = {"vision": Beside(kind, in_flight=limit), "head": "inline"}
     return build_chains(layouts, config.microbatches, chosen, SCHEDULES[config.schedule].generate, times=times)
 
 
-def measured(program: Program, layouts: Layouts, step: Callable[..., Any], params: Any, data: Any, ctx: Any) -> dict[str, float]:
-    """Seconds of each op of each chain on average, of one unit and stage: largest over the ranks that do it."""
-    step(params, data)
+def measured(program: Program, layouts: Layouts, step: Callable[..., Any], params: Any, data: Any, ctx: Any) -> dict[tuple[str, str, int], float]:
+    """Seconds of (chain, op, stage) of one microbatch, on average of a step; the largest of the ranks that do it."""
+    for _ in range(2):
+        step(params, data)
     clock = Clock(ctx.axes, ctx.device)
     step(params, data, clock)
-    mine = program[layouts.row(ctx.axes.rank)]
-    sums, units = Counter[str](), dict[str, set[tuple[int, int | None]]]()
+    mine, stages = program[layouts.row(ctx.axes.rank)], {c: len(where.stages) for c, where in layouts.chains.items()}
+    sums, units = Counter[tuple[str, str, int]](), dict[tuple[str, str, int], set[int | None]]()
     for i, (start, end, _) in clock.taken.items():
         a: Action = mine[i]
-        if a.op in ("F", "B", "I", "W"):
-            name = f"{a.chain}:{a.op}"
-            sums[name] += ctx.device.seconds(start, end)
-            units.setdefault(name, set()).add((a.stage, a.microbatch))
-    names = [f"{chain}:{op}" for chain in ctx.chains for op in "FBIW"]
-    own = torch.tensor([sums[n] / len(units[n]) if n in units else 0.0 for n in names], dtype=torch.float64)
+        sums[a.chain, a.op, a.stage] += ctx.device.seconds(start, end)
+        units.setdefault((a.chain, a.op, a.stage), set()).add(a.microbatch)
+    keys = [(c, op, s) for c, n in stages.items() for op in "FBIW" for s in range(n)]
+    per = {c: lf.schedule.units(program, c) / len(data) for c in stages}  # a unit of several microbatches takes as many times as long
+    rows = {c: max(len(layouts.homes(c, s)) for s in range(n)) if per[c] < 1 else 1 for c, n in stages.items()}  # and is shared by all rows
+    own = torch.tensor([sums[k] / len(units[k]) * per[k[0]] * rows[k[0]] if k in units else 0.0 for k in keys], dtype=torch.float64)
     most = ctx.axes.world.max(own.to(device_of(ctx))).tolist()
-    return {n: t for n, t in zip(names, most) if t}
+    return {k: t for k, t in zip(keys, most) if t}
+
+
+def timer(took: Mapping[tuple[str, str, int], float], program: Program, microbatches: int) -> Callable[[Action], float]:
+    """What each action of a program takes: of a unit its microbatches, of a layer its part of the stage."""
+    parts = Counter((a.chain, a.op, a.stage, a.microbatch, r) for r, row in enumerate(program) for a in row)
+    most = Counter[tuple[str, str, int, int | None]]()
+    for (*key, _), n in parts.items():
+        most[tuple(key)] = max(most[tuple(key)], n)  # type: ignore[index]
+    size = {c: microbatches / max(lf.schedule.units(program, c), 1) for c in {a.chain for row in program for a in row}}
+    return lambda a: took.get((a.chain, a.op, a.stage), 0.0) * size.get(a.chain, 1.0) / max(most[a.chain, a.op, a.stage, a.microbatch], 1)
 
 
 def timed(steps: Mapping[str, Callable[..., Any]], params: Any, data: Any, ctx: Any, rounds: int, screen: Any) -> dict[str, list[float]]:
@@ -193,7 +200,10 @@ def pictures(file: str, programs: Mapping[str, Program], steps: Mapping[str, Any
         steps[kind](params, data, clock)
         timeline = clock.timeline(program, layouts.rows)
         if not ctx.axes.rank:
-            lf.schedule.picture(timeline, path.with_name(f"{path.stem}-{kind}{path.suffix}"), f"encoder {kind}, measured")
+            main = layouts.main  # drawn as what it is: the chain that the others are beside
+            rows = tuple(tuple(attrs.evolve(s, action=attrs.evolve(s.action, chain=s.action.chain if s.action.chain != main else ""))
+                               for s in row) for row in timeline.rows)  # fmt: skip
+            lf.schedule.picture(attrs.evolve(timeline, rows=rows), path.with_name(f"{path.stem}-{kind}{path.suffix}"), f"encoder {kind}, measured")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
     scripts/launch schedule --schedule zb-v --ranks 4 --microbatches 8 --out runs/zb-v
     scripts/launch schedule --compare --ranks 8 --microbatches 32 --times f=1,b=2,link=0.1
     scripts/launch schedule --schedule mine.py:snake --placement 0,1,2,2,1,0 --text
+    scripts/launch schedule --chains vision=0.5 --ranks 4 --microbatches 8 --out runs/chains
+    scripts/launch schedule --chains-table --out runs/chains
 
 Times and what is held are those of a rank's whole share of a microbatch; a stage that is one of v on its rank has a v-th of it. So schedules with
 different numbers of stages can be compared. Held: activations, from a forward to the backward or W of the same microbatch.
@@ -10,6 +12,7 @@ different numbers of stages can be compared. Held: activations, from a forward t
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -19,6 +22,10 @@ import attrs
 
 import lf
 from lf.config import ConfigError, one_of
+
+sys.path.insert(0, str(Path(__file__).parent / "lib"))
+import chained
+
 from lf.schedule import Program, ProgramError, Timeline, text
 from lf.schedule.ir import OPS, microbatches, placement
 from lf.schedule.named import SCHEDULES, read, resolve
@@ -41,6 +48,10 @@ class Config:
     times: str = ""  # of a rank's share of a microbatch and of a message, as f=1,b=2,i=1,w=1,link=0.1; without, these and link=0
     show: str = "compute"  # all: with the messages between ranks as well
     text: bool = False  # print the program, too, a line a rank
+    chains: str = ""  # an encoder beside the pipeline, as vision=0.5: its forward of a microbatch, of that of a rank's share
+    beside: str = "all"  # where it goes: inline, decoupled, nested, dedicated; each of them, with a table, without
+    in_flight: int | None = None  # of nested and dedicated: units of the encoder between forward and backward
+    chains_table: bool = False  # encoders of 10, 50 and 150 % on pipelines of 4, 8 and 16 ranks, as a table and a picture
     links: bool = False  # lines in the pictures from what is sent to where it arrives
     out: str | None = None  # a folder for NAME.svg, NAME.png, NAME.json (a trace for ui.perfetto.dev), NAME.txt and NAME.csv
 
@@ -60,7 +71,9 @@ def main(config: Config) -> None:
         resolve(name)  # a name that nothing has is a mistake; one that does not go with these numbers is left out of a comparison
     if config.out is not None:
         writable(config.out, names)
-    if config.compare is not None:
+    if config.chains or config.chains_table:
+        (chained.table if config.chains_table else chained.drawn)(config, times)
+    elif config.compare is not None:
         compare(config, times)
     else:
         one(config, times)

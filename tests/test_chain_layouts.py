@@ -21,7 +21,7 @@ from lf.chain_layouts import Layouts, Place, chain_layouts, joined, runs
 from lf.chains import Chain, Chains, Edge, groups, order, padded
 from lf.mesh import MeshError
 from lf.models.small import tiny
-from lf.segment import Model
+from lf.segment import Model, Objective
 from lf.spec import LayoutError
 
 SPLIT = at("tp=4", "pp=2,dp=2", "dp=2", {"eyes": range(4), "words": range(4), "hand": (4, 5)})
@@ -236,12 +236,20 @@ def renamed(chain: Chain, at: int, **fields: Any) -> Chain:
     return attrs.evolve(chain, model=attrs.evolve(chain.model, segments=(*segments[:at], attrs.evolve(segments[at], **fields), *segments[at + 1 :])))
 
 
+def weighed(chain: Chain) -> Chain:
+    return attrs.evolve(chain, model=attrs.evolve(chain.model, objectives={"loss": Objective(1.0, lambda batch: torch.zeros(()))}))
+
+
 BACK = Edge("words", "said.1", "eyes", "eyes.0", "back")
 CHAIN_REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "name": ({"chains": {"two eyes": EYES, "words": WORDS, "hand": HAND}}, "chain 'two eyes': a name is of letters, digits and _"),
     "main that is dealt": ({"chains": some(words=attrs.evolve(WORDS, collate=chained.never))}, "chain 'words' is the main chain, which runs"),
     "dealt without collate": ({"chains": some(eyes=attrs.evolve(EYES, collate=None))}, "chain 'eyes' is dealt its items, so it needs `collate`"),
     "main": ({"chains": {"eyes": EYES}, "edges": ()}, "main='words' is no chain of the model; it has eyes"),
+    "objective in two": (
+        {"chains": some(hand=weighed(HAND), words=weighed(WORDS))},
+        "chains 'words' and 'hand' both have an objective 'loss'; give one of them another name",
+    ),
     "segment in two": ({"chains": some(hand=renamed(HAND, 0, name="eyes.0"))}, "segment 'eyes.0' is in chains eyes, hand; names are unique"),
     "width": ({"chains": some(eyes=attrs.evolve(EYES, width={"late": 5}))}, "chain 'eyes': segment 'eyes.0' gives 'early', of which the chain"),
     "output twice": ({"chains": some(eyes=renamed(EYES, 0, outputs=("late",)))}, "chain 'eyes': several segments give the output 'late'"),
@@ -281,6 +289,7 @@ PLACE_REFUSALS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown": ({"places": {**at(), "word": Place(lf.Mesh())}}, LayoutError, "chain 'word' has a place, and the model has none of that name"),
     "missing": ({"places": {k: v for k, v in at().items() if k != "hand"}}, LayoutError, "chain 'hand' has no place: say which mesh it has"),
     "no rank": ({"places": at(ranks={"eyes": (0, 9)}), "world": 2}, LayoutError, "chain 'eyes': 9 is no rank; they are 0 to 1"),
+    "no ranks": ({"places": at(ranks={"eyes": ()}), "world": 2}, LayoutError, "chain 'eyes' has no ranks: name at least one of 0 to 1"),
     "a word": ({"places": at(ranks={"eyes": (0, True)}), "world": 2}, LayoutError, "chain 'eyes': True is no rank; they are 0 to 1"),
     "twice": ({"places": at(ranks={"eyes": (0, 1, 1)}), "world": 2}, LayoutError, "chain 'eyes': rank 1 stands twice in its ranks"),
     "idle": (

@@ -29,6 +29,8 @@ COLOURS = {
     "OFFLOAD": "#A5714B",
     "FETCH": "#A5714B",
 }
+BESIDE = {"F": "#CC6677", "B": "#882255", "I": "#AA4466", "W": "#DDAABB", "REMAT": "#B86B9E"}
+"""Of chains that have a name. The main one is drawn without."""
 OTHER = "#999999"
 LETTERS = {"REMAT": "R"}  # of the others the op itself
 MEANING = {
@@ -97,14 +99,19 @@ def _window(words: Sequence[str], near: int, width: int) -> str:
 
 
 def chunks(timeline: Timeline) -> tuple[tuple[int, ...], ...]:
-    """The stages of each rank, in their order."""
-    return tuple(tuple(sorted({a.stage for s in row for a in flat([s.action]) if a.op in COMPUTE})) for row in timeline.rows)
+    """The stages of each rank, in their order, of the chain that has no name."""
+    return tuple(tuple(sorted({a.stage for s in row for a in flat([s.action]) if a.op in COMPUTE and not a.chain})) for row in timeline.rows)
+
+
+def named(timeline: Timeline) -> tuple[str, ...]:
+    """The chains beside the main one."""
+    return tuple(dict.fromkeys(a.chain for row in timeline.rows for s in row for a in flat([s.action]) if a.op in COMPUTE and a.chain))
 
 
 def colour(action: Action, stages: Sequence[int]) -> str:
     """As #rrggbb: the hue is that of the op; of a rank's `stages` the first is the lightest and the last the darkest."""
-    back = COLOURS.get(action.op, OTHER)
-    if len(stages) < 2 or action.stage not in stages or action.op not in COMPUTE:
+    back = (BESIDE if action.chain and action.op in BESIDE else COLOURS).get(action.op, OTHER)
+    if action.chain or len(stages) < 2 or action.stage not in stages or action.op not in COMPUTE:
         return back
     at = 2 * stages.index(action.stage) / (len(stages) - 1) - 1  # from -1 to 1
     return _mixed(back, 255, -at / 2) if at < 0 else _mixed(back, 0, at / 5)
@@ -220,12 +227,12 @@ def _coloured(action: Action, stages: Sequence[int], width: int) -> list[tuple[s
 
 def _lettered(action: Action, stages: Sequence[int], width: int) -> list[tuple[str, str]]:
     parts = flat([action])
-    letters = [LETTERS.get(a.op, a.op) if a.op != "REDUCE" else "+" for a in parts]
+    letters = [a.chain[:1] + LETTERS.get(a.op, a.op) if a.op != "REDUCE" else "+" for a in parts]
     if len(stages) > 1:
-        letters = [word.lower() if a.stage in stages[1:] else word for word, a in zip(letters, parts)]
+        letters = [word.lower() if a.stage in stages[1:] and not a.chain else word for word, a in zip(letters, parts)]
     numbered = [letter + _number(a) for letter, a in zip(letters, parts)]
-    staged = [f"{a.stage}{LETTERS.get(a.op, a.op)}{_number(a)}" for a in parts]
-    choices = ["&".join(numbered), "&".join(letters), "&"]
+    staged = [f"{a.chain[:1]}{a.stage}{LETTERS.get(a.op, a.op)}{_number(a)}" for a in parts]
+    choices = ["&".join(numbered), "&".join(letters), "&".join(a.chain[:1] or word for a, word in zip(parts, letters)), "&"]
     if len(stages) > 1 and action.op != "REDUCE" and len(both := "&".join(staged)) < width:  # a number at its end would meet the next one's stage
         choices.insert(0, both)
     words = next(word for word in choices if len(word) <= width)
@@ -251,6 +258,9 @@ def _legend(t: Timeline, coloured: bool) -> Any:
             sign = LETTERS.get(op, op) if op != "REDUCE" else "▄" if coloured else "+"
             back = COLOURS[op]
             out.append(f" {sign} ", (back if op == "REDUCE" else f"{ink(back)} on {back}") if coloured else "").append(f" {MEANING[op]}   ")
+    for chain in named(t):
+        back = BESIDE["F"]
+        out.append(f" {chain[:1]} " if not coloured else "   ", f"{ink(back)} on {back}" if coloured else "").append(f" {chain}   ")
     several = max(map(len, chunks(t)), default=0)
     if several > 1:
         out.append("a rank's stages: light to dark" if coloured else "small letters: a rank's later stages")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lf.config import ConfigError
-from lf.schedule.draw import COLOURS, MEANING, OTHER, amount, chunks, colour, ink, ops
+from lf.schedule.draw import BESIDE, COLOURS, MEANING, OTHER, amount, chunks, colour, ink, named, ops
 from lf.schedule.ir import COMPUTE, MOVES, Action, flat
 from lf.schedule.timeline import Span, Timeline
 
@@ -116,6 +116,8 @@ def _legend(figure: Any, timeline: Timeline) -> None:
         handles.append(Patch(color=COLOURS["FETCH"], label="OFFLOAD, FETCH: to the host and back"))
     if any(s.action.op in MOVES for row in timeline.rows for s in row):
         handles.append(Patch(color=OTHER, label="SEND, RECV"))
+    for chain in named(timeline):
+        handles += [Patch(color=BESIDE[op], label=f"{chain}: {MEANING[op]}") for op in ("F", "B")]
     several = max(chunks(timeline), key=len, default=())
     if len(several) > 1:
         shades = [colour(Action("F", s), several) for s in (several[0], several[-1])]

@@ -1,0 +1,177 @@
+"""What scripts draw, compare and measure of models of several chains; and what a step of one does and does not hold."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import runpy
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from helpers import ROOT, processes
+
+import lf
+from lf import parity, tree
+from lf.chain_context import chain_context
+from lf.chain_layouts import Place, chain_layouts
+from lf.config import ConfigError
+from lf.models.trio import trio
+from lf.models.trio_data import sample
+from lf.schedule import Beside, ProgramError, build_chains
+from lf.schedule.feed import Units
+from lf.schedule.graphs import Graphs
+from lf.schedule.placements import comparison
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import bench_chains
+import parity_chains
+
+SCHEDULE = runpy.run_path(str(ROOT / "scripts/schedule.py"))
+MODEL = trio()
+PLACES = {"vision": Place(lf.Mesh(dp=2)), "decoder": Place(lf.Mesh(pp=2)), "head": Place(lf.Mesh(dp=1), (1,))}
+
+
+def drawn(capsys: Any, **options: Any) -> str:
+    SCHEDULE["main"](SCHEDULE["Config"](**options))
+    return capsys.readouterr().out
+
+
+def test_placements_are_drawn(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "150")
+    out = drawn(capsys, chains="eyes=0.5", ranks=4, microbatches=8, out=str(tmp_path))
+    for kind in ("inline", "decoupled", "nested", "dedicated"):
+        assert f"eyes {kind}: 50% of a rank's share" in out
+        assert (tmp_path / f"eyes-{kind}.svg").read_text().count("eyes: forward") == 1
+        assert "eyes:0F0" in (tmp_path / f"eyes-{kind}.txt").read_text()
+    assert "v3" not in out
+    assert "eF0" in out or "e " in out
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"chains": "eyes"}, "give a name and a time, as vision=0.5"),
+        ({"chains": "eyes=-1"}, "give a name and a time"),
+        ({"chains": "eyes=0.5", "beside": "above"}, "unknown value for --beside: 'above'"),
+        ({"chains": "eyes=0.5", "compare": ()}, "leave out --compare"),
+        ({"chains": "eyes=0.5", "beside": "nested", "in_flight": 1}, "use in_flight=4 or more"),
+    ],
+)
+def test_odd_requests_are_refused(options: dict[str, Any], why: str, capsys: Any) -> None:
+    with pytest.raises((ConfigError, ProgramError), match=why):
+        drawn(capsys, **options)
+
+
+def test_the_numbers_of_the_page_are_those_of_the_table() -> None:
+    page = (ROOT / "docs/chains.md").read_text(encoding="utf-8")
+    found = {(x.ranks, x.microbatches, x.share, x.kind): x for x in comparison((0.1, 0.5, 1.5), (4, 8, 16), (4,), "1f1b")}
+    for ranks, m, share, *told in (
+        (4, 16, 0.1, "0.1 %", "2.1 %", "6.8 %"), (4, 16, 0.5, "2.2 %", "10.5 %", "34.2 %"), (8, 32, 0.5, "0.2 %", "5.1 %", "32.1 %"),
+        (8, 32, 1.5, "5.8 %", "15.4 %", "108 %"), (16, 64, 1.5, "0.3 %", "7.6 %", "106 %"),
+    ):  # fmt: skip
+        row = next(line for line in page.splitlines() if line.startswith(f"| {ranks}, {m} | {share:.0%}".replace("%", " %")))
+        for kind, words in zip(("nested", "decoupled", "inline"), told):
+            assert words in row
+            assert float(words.split()[0]) == pytest.approx(100 * found[ranks, m, share, kind].over, abs=0.51 if "." not in words else 0.051)
+
+
+def measured(axes: Any, config: bench_chains.Config) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lf, "connect", lambda mesh, device: axes)
+        bench_chains.main(config)
+    return out.getvalue()
+
+
+def test_placements_are_measured_and_agree(tmp_path: Path) -> None:
+    tiny = bench_chains.Config(
+        device="cpu", precision="fp64", microbatches=3, layers=4, vision_layers=2, dim=16, tokens=24, images=2, patches=6, rounds=1,
+        json=str(tmp_path / "found.json"), picture=str(tmp_path / "step.svg"),
+    )  # fmt: skip
+    said, silent = processes(2, measured, tiny)
+    assert "loss and gradient norm are equal" in said
+    assert not silent
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["equal"]
+    assert [*found["placements"]] == ["inline", "decoupled", "nested"]
+    assert all((tmp_path / f"step-{kind}.svg").exists() for kind in found["placements"])
+
+
+def test_parity_as_a_user_asks_for_it(capsys: Any) -> None:
+    parity_chains.main(parity_chains.Config(device="cpu", microbatches=2, place=("nested",), freeze=("vision.*",)))
+    assert "ok: mesh vision dp=2; decoder pp=2" in capsys.readouterr().out
+    for options, why in (
+        ({"vision": "dp=2@0-x"}, "'0-x' should be a rank"),
+        ({"freeze": ("norm",)}, "begin with the chain"),
+        ({"place": ("dedicated",)}, "chain 'vision' is to have rows of its own"),
+        ({"head": "dp=1@0", "place": ("inline",)}, "chain 'head': inline would stand on row 1"),
+    ):
+        with pytest.raises((ConfigError, ProgramError), match=why):
+            parity_chains.main(parity_chains.Config(device="cpu", microbatches=2, **options))  # type: ignore[arg-type]
+
+
+def step(axes: Any, layouts: Any, program: Any, m: int) -> Any:
+    ctx = chain_context(layouts, axes, lf.devices.get("cpu"), "fp64")
+    data = [[sample(MODEL.config, 0, i, 0, 2)] for i in range(m)]
+    return lf.train.gradients(layouts, program, ctx)(parity.randomised(layouts, ctx, 0), data)
+
+
+def test_what_is_frozen_has_no_gradient_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a sum of its own nor a gradient that autograd made."""
+    frozen = {"vision": ("vision.*",), "decoder": ("decoder.embed", "decoder.layers.1*")}
+    layouts = chain_layouts(MODEL, {c: attrs.evolve(p, frozen=frozen.get(c, ())) for c, p in PLACES.items()})
+    sums, leaves = set[str](), []
+    sum_of, init = Graphs.sum_of, Graphs.__init__
+
+    def noted(self: Graphs, path: str) -> torch.Tensor:
+        sums.add(path)
+        return sum_of(self, path)
+
+    def made(self: Graphs, *args: Any) -> None:
+        init(self, *args)
+        leaves.extend((path, leaf) for path, leaf in self.leaves.items())
+
+    monkeypatch.setattr(Graphs, "sum_of", noted)
+    monkeypatch.setattr(Graphs, "__init__", made)
+    program = build_chains(layouts, 3, {"vision": "nested", "head": "inline"})
+    results = lf.sim.spmd(lf.Mesh(dp=2), step, layouts, program, 3)
+    given = {path for grads, _ in results for path, _ in tree.items(grads)}
+    assert given | sums == set(MODEL.params()) - layouts.frozen
+    assert layouts.frozen
+    assert {path for path, leaf in leaves if leaf.requires_grad} == set(MODEL.params()) - layouts.frozen
+    assert not [path for path, leaf in leaves if leaf.grad is not None]
+
+
+@pytest.mark.parametrize("m", [8, 16, 32])
+def test_nested_units_alive_at_a_time_are_few(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What forwards of the encoder have kept, and the batches of its units: counted as the interpreter runs, on each rank."""
+    alive: dict[int, list[weakref.ref[Any]]] = {}
+    most, seen = [0], dict[int, int]()
+    make, get = Graphs.make, Units.__getitem__
+
+    def counted(self: Graphs, piece: Any, *args: Any, **named: Any) -> Any:
+        out = make(self, piece, *args, **named)
+        if piece.name == "vision.merger":
+            mine = alive.setdefault(self.ctx.axes.rank, [])
+            mine.append(weakref.ref(out[0]))
+            most[0] = max(most[0], sum(ref() is not None for ref in mine))
+        return out
+
+    def taken(self: Units, unit: int) -> Any:
+        out = get(self, unit)
+        if "patches" in out.plan and "tokens" not in out.plan:  # of the encoder
+            seen[id(self)] = max(seen.get(id(self), 0), len(self.made))
+        return out
+
+    monkeypatch.setattr(Graphs, "make", counted)
+    monkeypatch.setattr(Units, "__getitem__", taken)
+    layouts = chain_layouts(MODEL, {**PLACES, "head": attrs.evolve(PLACES["head"])})
+    program = build_chains(layouts, m, {"vision": Beside("nested", in_flight=4), "head": "inline"})
+    lf.sim.spmd(lf.Mesh(dp=2), step, layouts, program, m)
+    assert 1 <= most[0] <= 4
+    assert max(seen.values()) <= 4
