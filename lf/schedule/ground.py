@@ -61,14 +61,14 @@ class Ground:
     @cached_property
     def units(self) -> dict[str, int]:
         """How many units of each chain a step has."""
-        most = dict.fromkeys(self.known, 0)
+        most = dict.fromkeys((*self.known, *(chain for j in self.joints for chain in (j.source, j.target))), 0)
         for chain, _, unit in self.rows:
             most[chain] = max(most.get(chain, 0), 1 + (unit or 0))
         return {**most, self.main: self.count}
 
     @cached_property
     def _groups(self) -> dict[str, tuple[range, ...]]:
-        return {chain: groups(n, self.count) for chain, n in self.units.items() if n}
+        return {chain: groups(n or 1, self.count) for chain, n in self.units.items()}  # of what stands nowhere, for who asks before that is refused
 
     @cached_property
     def _unit(self) -> dict[str, dict[int, int]]:
