@@ -96,23 +96,25 @@ def _inline(laid: Plan, chain: str, place: Beside) -> Program:
     wanted = [laid.wanted(chain, u) for u in range(laid.units[chain])]
     for u in sorted(range(len(wanted)), key=lambda u: wanted[u]):
         due, release = wanted[u]
-        takers = [r for j in laid.joints if j.source == chain for r, _ in laid.at.get(("F", j.target, j.target_stage, u), ())]
-        first = min(takers, key=lambda r: min(laid.starts[r][i] for j in laid.joints if j.source == chain
-                                              for q, i in laid.at.get(("F", j.target, j.target_stage, u), ()) if q == r))  # fmt: skip
-        k = _block_at(chain, place, first)
+        takers = [laid.at.get(("F", j.target, j.target_stage, u), []) for j in laid.joints if j.source == chain]
+        first = min((each for each in takers if each), key=lambda each: min(laid.starts[r][i] for r, i in each))
+        k = _block_at(chain, place, [r for r, _ in first])
         added += [(r, due, _action("F", chain, s, u)) for s in stages for r in place.blocks[s][k]]
         added += [(r, release, _action("B", chain, s, u)) for s in reversed(stages) for r in place.blocks[s][k] if back]
     return laid.with_(added)
 
 
-def _block_at(chain: str, place: Beside, row: int) -> int:
+def _block_at(chain: str, place: Beside, rows: Sequence[int]) -> int:
+    """Which of its blocks has one of the rows that do what it goes with."""
     assert place.blocks is not None
-    for blocks in place.blocks:
-        for k, block in enumerate(blocks):
-            if row in block:
-                return k
+    for row in rows:
+        for blocks in place.blocks:
+            for k, block in enumerate(blocks):
+                if row in block:
+                    return k
     raise ProgramError(
-        f"chain {chain!r}: inline would stand on row {row}, where none of its blocks is; give it blocks with that row, or another kind"
+        f"chain {chain!r}: inline would stand on row {rows[0]}, where none of its blocks is; give it blocks with that row (of a layout: ranks of "
+        f"that row), or another kind"
     )
 
 
@@ -123,8 +125,9 @@ def _following(laid: Plan, chain: str, place: Beside) -> Added:
     stages, back = range(len(place.blocks)), any(op in ("B", "I") for op, *_ in laid.at)
     given = [laid.given(chain, u) for u in range(laid.units[chain])]
     for u in sorted(range(len(given)), key=lambda u: given[u]):
-        givers = [(laid.ends[r][i], r) for j in laid.joints if j.target == chain for r, i in laid.at.get(("F", j.source, j.source_stage, u), ())]
-        k = _block_at(chain, place, max(givers)[1]) if place.kind == "inline" else 0
+        givers = [laid.at.get(("F", j.source, j.source_stage, u), []) for j in laid.joints if j.target == chain]
+        last = max((each for each in givers if each), key=lambda each: max(laid.ends[r][i] for r, i in each))
+        k = _block_at(chain, place, [r for r, _ in last]) if place.kind == "inline" else 0
         added += [(r, given[u], _action("F", chain, s, u)) for s in stages for r in place.blocks[s][k]]
         added += [(r, given[u], _action("B", chain, s, u)) for s in reversed(stages) for r in place.blocks[s][k] if back]
     return added

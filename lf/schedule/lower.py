@@ -138,7 +138,7 @@ def _with_reductions(actions: Sequence[Action], rank: int, layouts: Layouts, kno
             span = known[part.chain][part.stage].span(part.segment) if part.op in ("B", "W") else None
             for layer in known[part.chain][part.stage].layers[slice(*span)] if span else ():
                 done[part.chain, part.stage, layer] = i
-    end, tied = spread_end(actions, layouts), list[Action]()
+    end, tied = spread_end(actions, layouts, known), list[Action]()
     for chain in reversed(layouts.chains):
         if (pp := layouts.pp(chain, rank)) is None:
             continue
@@ -156,12 +156,17 @@ def _with_reductions(actions: Sequence[Action], rank: int, layouts: Layouts, kno
     return (*row, *after.get(-1, ()), *tied)
 
 
-def spread_end(actions: Sequence[Action], layouts: Layouts) -> int:
-    """Where a row has come to nothing but backwards of chains that lie in several rows, and that it makes by itself: the action before. What rows
-    make together is a meeting, too, and must not come between sums that other rows are at."""
+def spread_end(actions: Sequence[Action], layouts: Layouts, known: Mapping[str, Sequence[Stage]]) -> int:
+    """Where a row has come to nothing but backwards of chains that lie in several rows, which it makes by itself and nobody waits for: the action
+    before. What rows make together is a meeting, too, and must not come between sums that other rows are at; nor may what leads to one of theirs."""
     blocks = {c: [b for s in range(len(layouts.chains[c].stages)) for b in layouts.blocks(c, s)] for c in layouts.chains if layouts.spread(c)}
     mine = {c for c, each in blocks.items() if all(len(b) == 1 for b in each)}
-    return max((i for i, a in enumerate(actions) if any(p.chain not in mine or p.op not in (*BACKWARD, "W") for p in flat((a,)))), default=-1)
+
+    def last(p: Action) -> bool:
+        stage = known[p.chain][p.stage]
+        return p.chain in mine and (p.op == "W" or (p.op in BACKWARD and not stage.upstream and not any(stage.fed)))
+
+    return max((i for i, a in enumerate(actions) if not all(map(last, flat((a,))))), default=-1)
 
 
 def users_of(layout: Layout, rank: int) -> dict[str, list[tuple[int, str]]]:
