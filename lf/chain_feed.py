@@ -11,7 +11,7 @@ import attrs
 from lf.batch import Batch, BatchError
 from lf.bridge import bridge
 from lf.chain_layouts import Layouts
-from lf.chains import Items
+from lf.chains import Chain, Items
 from lf.deal import Dealt, dealt
 from lf.schedule.feed import Feed, Units
 from lf.schedule.ground import Ground
@@ -28,7 +28,7 @@ def feed(on: Ground, data: Data, ctx: Any) -> Feed:
     assert layouts.model is not None
     refuse_data(layouts, on.count, data)
     chains, dp, rank = layouts.model.chains, layouts.chains[layouts.main].mesh["dp"], ctx.axes.rank
-    items: dict[str, list[list[Items]]] = {c: [[chain.items(data[m][d]) for d in range(dp)] for m in range(on.count)] for c, chain in chains.items()}
+    items = {c: [[_items(c, about, data[m][d], m, d) for d in range(dp)] for m in range(on.count)] for c, about in chains.items()}
     hands: dict[str, Dealt] = {}
     for c in chains:
         if c != layouts.main:
@@ -49,10 +49,20 @@ def refuse_data(layouts: Layouts, microbatches: int, data: Data) -> None:
             have = "one batch" if isinstance(row, Batch) else f"{len(row)} batches"
             raise BatchError(f"microbatch {m} is {have}; chain {layouts.main!r} has dp={dp}: give a sequence of so many, one for each coordinate")
         for d, batch in enumerate(row):
+            if not isinstance(batch, Batch):
+                why = "every rank deals the items of all data batches; leave out payloads that it does not read, not plans"
+                raise BatchError(f"data batch dp={d} of microbatch {m} is {batch!r}, no Batch: {why}")
             try:
                 layouts.model.chains[layouts.main].model.accepts(batch)
             except BatchError as error:
                 raise BatchError(f"data batch dp={d} of microbatch {m}: {error}") from None
+
+
+def _items(chain: str, about: Chain, batch: Batch, m: int, d: int) -> Items:
+    try:
+        return about.items(batch)
+    except BatchError as error:
+        raise BatchError(f"chain {chain!r}, data batch dp={d} of microbatch {m}: {error}") from None
 
 
 def _batches(chain: str, layouts: Layouts, on: Ground, hand: Dealt | None, data: Data, ctx: Any) -> Units:
@@ -66,7 +76,12 @@ def _batches(chain: str, layouts: Layouts, on: Ground, hand: Dealt | None, data:
             batch = data[u][place]
             batch = attrs.evolve(batch, payload={k: v for k, v in batch.payload.items() if k in about.reads})
         else:
-            batch = about.collate([(data[s.microbatch][s.dp], s.item) for s in hand.shares[u, place]], 2 * mesh.cp * mesh.tp)
+            shares = hand.shares[u, place]
+            try:
+                batch = about.collate([(data[s.microbatch][s.dp], s.item) for s in shares], 2 * mesh.cp * mesh.tp)
+            except BatchError as error:
+                where = ", ".join(f"{s.item} of dp={s.dp} of microbatch {s.microbatch}" for s in shares)
+                raise BatchError(f"chain {chain!r}, unit {u} of items {where or 'none'}: {error}") from None
         return shard_batch(batch, about.model, own)
 
     return Units({u: partial(made, u) for u in range(on.units[chain]) if hand is None or (u, place) in hand.shares})

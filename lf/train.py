@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lf import chain_feed, tree
 from lf.batch import Batch, BatchError
-from lf.chain_layouts import Layouts, joined
+from lf.chain_layouts import Layouts, joined, runs
 from lf.config import ConfigError
 from lf.layouts import Layout
 from lf.memory import refuse_what_cannot_fit
@@ -60,11 +60,9 @@ def gradients(
     Raises ProgramError, MeshError where programs, layout and ranks do not fit together, ConfigError for a compile that cannot be.
     """
     layouts = joined(layout)
-    for chain, where in layouts.chains.items():
-        own = ctx.of(chain)
-        if own.axes is not None and where.mesh != own.axes.mesh:
-            raise MeshError(f"the layout is for mesh {where.mesh}, the context has mesh {own.axes.mesh}")
-        if compile:
+    _refuse_context(layouts, ctx)
+    if compile:
+        for where in layouts.chains.values():
             refuse_compile(where.mesh, ctx.device, compile)
     bound = _bound(layouts, program, ctx, compile)
     objectives = objectives_of(layouts)
@@ -100,6 +98,24 @@ def gradients(
         return tree.build(list(grads.items())), metrics
 
     return fn
+
+
+def _refuse_context(layouts: Layouts, ctx: Any) -> None:
+    if layouts.model is None:
+        ((_, where),) = layouts.chains.items()
+        if where.mesh != ctx.axes.mesh:
+            raise MeshError(f"the layout is for mesh {where.mesh}, the context has mesh {ctx.axes.mesh}")
+        return
+    way = "make it of these layouts, with lf.chain_context.chain_context"
+    if ctx.chains.keys() != layouts.chains.keys():
+        raise MeshError(f"the layouts are of chains {', '.join(layouts.chains)}, the context has {', '.join(ctx.chains) or 'none'}: {way}")
+    for chain, where in layouts.chains.items():
+        axes, here = ctx.of(chain).axes, layouts.coords(chain, ctx.axes.rank) is not None
+        ranks = layouts.ranks[chain] if here else None
+        if (axes and axes.world.ranks) != ranks or (axes is not None and axes.mesh != where.mesh):
+            has = f"mesh {axes.mesh} on ranks {runs(axes.world.ranks)}" if axes else "none"
+            want = f"mesh {where.mesh} on ranks {runs(layouts.ranks[chain])}"
+            raise MeshError(f"chain {chain!r} is laid out over {want}; the context of rank {ctx.axes.rank} has {has} for it: {way}")
 
 
 def objectives_of(layouts: Layouts) -> dict[str, Objective]:

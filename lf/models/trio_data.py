@@ -105,6 +105,8 @@ def _read(items: Sequence[Item], name: str, lengths: str, rows: int, width: int)
     """(rows, width): the payload of these items, then zeros."""
     parts: list[Any] = [torch.zeros(0, width)]
     for batch, j in items:
+        if name not in batch.payload:
+            raise BatchError(f"item {j} needs {name!r} in the payload of its data batch; it has {', '.join(batch.payload) or 'none'}")
         values: Any = batch.payload[name]
         start, n = int(lengths_of(batch, lengths)[:j].sum()), int(lengths_of(batch, lengths)[j])
         parts.append(values(j) if callable(values) else values[start : start + n])

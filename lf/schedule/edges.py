@@ -79,6 +79,10 @@ class Edges:
     def output(self, k: int) -> str:
         return self.on.joints[k].edges[0].output
 
+    def giving(self, at: At, output: str) -> int:
+        """A joint that carries an output of a stage."""
+        return next(k for k in self.on.out(at[0], at[1]) if self.output(k) == output)
+
     def together(self, waits: list[Wait], rows: int | None, k: int, dtype: torch.dtype) -> Tensor:
         """All that has come for a unit, from every microbatch and joint."""
         assert rows is not None
@@ -87,6 +91,9 @@ class Edges:
     def take(self, at: At, piece: Piece, carry: dict[str, Tensor]) -> dict[str, Tensor]:
         """Puts aside what a piece has made for edges; returns the carry."""
         for name in piece.outputs:
+            if tap(name) not in carry:
+                edge = self.on.joints[self.giving(at, name)].edges[0]
+                raise ShapeError(f"edge {edge}: {piece.name} of chain {at[0]!r} says that it gives {name!r}, and its terms have no such output")
             self.made.setdefault(at, {})[name] = carry.pop(tap(name))
         return carry
 
@@ -157,7 +164,7 @@ class Edges:
         out = {}
         for name in piece.outputs:
             if (waits := self.returning.pop((at, name), None)) is not None:
-                k = next(k for k in self.on.out(at[0], at[1]) if self.output(k) == name)
+                k = self.giving(at, name)
                 out[tap(name)] = self.together(waits, self.rows.pop((at, name)), k, wide(self.ctx.of(at[0]).precision.compute))
         return out
 

@@ -69,7 +69,7 @@ class Graphs:
             fed = tuple({f.input: x[f.name] for f in piece.fed if f.segment == i} for i in range(len(piece.names)))
             x = {k: v for k, v in x.items() if k not in names}
         y, losses, outputs = fn(values, _unwrap(x), self.batches[m], ctx, fed)
-        return {**_wrap(y), **{tap(name): outputs[name] for name in piece.outputs}}, losses
+        return {**_wrap(y), **{tap(name): outputs[name] for name in piece.outputs if name in outputs}}, losses
 
     def fed(self, piece: Piece, carry: dict[str, Tensor], m: int) -> dict[str, Tensor]:
         """The input of a piece."""
