@@ -48,6 +48,8 @@ MESHES: dict[str, tuple[dict[str, Place], tuple[str, ...]]] = {
     "ranks of its own": ({"vision": at("dp=1", 2), "decoder": at("pp=2", 0, 1), "head": at("dp=1", 1)}, ("dedicated",)),
     "ranks of its own in front": ({"vision": at("tp=2", 0, 1), "decoder": at("pp=2", 2, 3), "head": at("dp=1", 3)}, ("dedicated",)),
     "stages of its own": ({"vision": at("pp=2", 2, 3), "decoder": at("pp=2", 0, 1), "head": at("dp=1", 1)}, ("dedicated",)),
+    "encoder on one of two rows": ({"vision": at("dp=1", 3), "decoder": at("pp=2,dp=2"), "head": at("tp=2", 2, 3)}, ("decoupled", "nested")),
+    "head on one of two rows": ({"vision": at("pp=2"), "decoder": at("dp=2"), "head": at("dp=1", 0)}, ("inline", "decoupled")),
     "in another order": ({"vision": at("dp=2", 1, 0), "decoder": at("pp=2"), "head": at("dp=1", 1)}, SAME),
 }
 FROZEN = {
@@ -146,6 +148,12 @@ def test_units_of_several_microbatches_and_a_limit(kind: str, units: int | None,
     compared(mesh, kind, m=5, units=units, in_flight=in_flight)
 
 
+@pytest.mark.parametrize("schedule", ["gpipe", "zb-h1"])
+def test_sums_over_rows_wait_for_who_waits_for_them(schedule: str) -> None:
+    """One of two rows has the encoder's backward after all else, which another row's last backward leads to: neither may be at a sum before."""
+    compared("encoder on one of two rows", "decoupled", schedule)
+
+
 def test_a_head_of_its_own_ranks() -> None:
     MESHES["three"] = ({"vision": at("dp=2"), "decoder": at("pp=2"), "head": at("dp=2", 2, 3)}, ())
     try:
@@ -162,6 +170,8 @@ def test_over_processes(kind: str) -> None:
         return processes(mesh, fn, *args)
 
     compared("ranks of its own" if kind == "dedicated" else "encoder tp over the rows", kind, "zb-h1", 3, spmd=spmd)
+    if kind == "decoupled":  # torch numbers the ranks of a group in ascending order, whatever the mesh says
+        compared("in another order", kind, "1f1b", 3, spmd=spmd)
 
 
 @pytest.mark.parametrize("kind", SAME)
