@@ -104,6 +104,15 @@ def test_sums_of_a_chain_over_rows_meet() -> None:
         check(early, LAYOUTS, 3)
 
 
+def test_sums_over_rows_are_in_one_order() -> None:
+    program = built("nested")
+    at = [i for i, a in enumerate(program[0]) if a.op == "REDUCE" and a.chain == "vision"][-2:]
+    row = list(program[0])
+    row[at[0]], row[at[1]] = row[at[1]], row[at[0]]
+    with pytest.raises(ProgramError, match="deadlock"):
+        check((tuple(row), program[1]), LAYOUTS, 3)
+
+
 def test_nothing_goes_back_to_what_is_frozen() -> None:
     program = built("decoupled", FROZEN)
     words = [str(a) for row in program for a in row]
@@ -122,6 +131,13 @@ def test_a_decoder_that_is_frozen_hands_gradients_on() -> None:
     assert not {("decoder", op) for op in ("B", "W", "REDUCE")} & ops.keys()
     assert ops["decoder", "I"] == 2 * 3
     assert {("vision", "B"), ("vision", "REDUCE"), ("head", "B")} <= ops.keys()
+
+
+def test_a_chain_that_stands_nowhere_is_named() -> None:
+    for chain in ("vision", "head"):
+        compute = tuple(tuple(a for a in row if a.op in COMPUTE and a.segment is None and a.chain != chain) for row in built())
+        with pytest.raises(ProgramError, match=f"every forward of chain '{chain}', which stands on no rank"):
+            check(compute, LAYOUTS, 3)
 
 
 def test_units_stand_where_they_can() -> None:
