@@ -14,7 +14,7 @@ from lf.schedule.draw import draw
 from lf.schedule.ended import nothing_is_missing, nothing_stays
 from lf.schedule.ground import Ground, Where, ground, joined
 from lf.schedule.holds import Holds, Lack
-from lf.schedule.ir import BACKWARD, BRIDGES, COMPUTE, MOVES, Action, Program, ProgramError, flat
+from lf.schedule.ir import BACKWARD, BRIDGES, COMPUTE, MOVES, Action, Program, ProgramError, flat, parts
 from lf.schedule.lower import is_lowered, lower
 from lf.schedule.names import check_names
 from lf.schedule.sums import reduce
@@ -48,7 +48,7 @@ class _Proof:
         self.on, self.program = on, on.program
         self.flat = tuple(flat(row) for row in self.program)
         # an OVERLAP is two actions here and one in the drawing
-        self.marks = tuple([i for i, a in enumerate(row) for _ in flat((a,))] for row in self.program)
+        self.marks = tuple([i for i, a in enumerate(row) for _ in parts(a)] for row in self.program)
         trains = any(a.op in BACKWARD for row in self.flat for a in row)
         again = [{(a.chain, a.stage, a.microbatch, a.segment): bool(a.ops) for a in row if a.op == "REMAT"} for row in self.flat]
         self.rows = [Holds(on, r, again[r], trains) for r in range(len(self.program))]
@@ -61,11 +61,12 @@ class _Proof:
             for rank, row in enumerate(self.flat):
                 while self.at[rank] < len(row):
                     a = row[self.at[rank]]
-                    if a in self.seen[rank]:
-                        raise self.fail(rank, "it stands twice")
                     if not (self.message(rank, a) if a.op in MOVES else self.together(rank, a)):
                         break
                     moved = True
+        for rank, actions in enumerate(self.flat):  # it waits for what cannot come again
+            if self.at[rank] < len(actions) and actions[self.at[rank]] in self.seen[rank]:
+                raise self.fail(rank, "it stands twice")
         if stuck := {r: i for r, i in enumerate(self.at) if i < len(self.flat[r])}:
             words = ", ".join(f"{self.flat[r][i]} on rank {r}" for r, i in stuck.items())
             marks = {r: self.marks[r][i] for r, i in stuck.items()}
@@ -85,8 +86,10 @@ class _Proof:
     def do(self, ranks: Sequence[int]) -> None:
         """What they have come to, on all of them."""
         for rank in ranks:
-            a, row = self.flat[rank][self.at[rank]], self.rows[rank]
-            if a in self.seen[rank]:
+            a, row, seen = self.flat[rank][self.at[rank]], self.rows[rank], self.seen[rank]
+            before = len(seen)
+            seen.add(a)
+            if len(seen) == before:
                 raise self.fail(rank, "it stands twice")
             try:
                 if a.op == "REDUCE":
@@ -95,7 +98,6 @@ class _Proof:
                     row.steps[a.op](a)
             except Lack as why:
                 raise self.fail(rank, str(why)) from None
-            self.seen[rank].add(a)
         for rank in ranks:
             self.at[rank] += 1
 
@@ -106,7 +108,7 @@ class _Proof:
     def mates(self, rank: int, a: Action) -> tuple[int, ...]:
         """The ranks that meet in an action."""
         if a.op in COMPUTE:
-            return self.on.together.get((a.chain, a.stage, rank), (rank,))
+            return self.on.together.get((a.chain, a.stage, rank), (rank,)) if self.on.together else (rank,)
         if a.op in BRIDGES:
             k = self.on.bridge(a)
             assert k is not None
@@ -120,20 +122,18 @@ class _Proof:
 
     def message(self, rank: int, a: Action) -> bool:
         """A SEND and its RECV, when all ranks that send and receive have come to them."""
-        kind, c, s, m, step = a.op[-1], a.chain, a.stage, a.microbatch, 1 if a.op.endswith("F") else -1
-        sends, known = a.op.startswith("SEND"), self.on.known[c]
-        source, to = (s, s + step) if sends else (s - step, s)
-        if not (0 <= source < len(known) and 0 <= to < len(known)):
-            raise self.fail(rank, f"there is no stage {to if sends else source}")
-        here, there = (self.on.rows.get((c, at, m)) or self.on.homes[c, at] for at in (source, to))
-        if here == there:
-            raise self.fail(rank, f"stages {source} and {to} lie on one rank: nothing is sent")
-        if not sends:  # the sender does both
+        if a.op in ("RECV_F", "RECV_B"):  # the sender does both
             return False
         if not self.rows[rank].sends(a):
-            raise self.fail(rank, f"there is nothing to send: {s}{kind}{m} has not run, or its gradient is not wanted")
-        arrives = Action(f"RECV_{kind}", to, m, chain=c)
-        if any(self.now(r) != a for r in here) or any(self.now(r) != arrives for r in there):
+            why = f"there is nothing to send: {a.stage}{a.op[-1]}{a.microbatch} has not run, or its gradient is not wanted"
+            raise self.fail(rank, "it stands twice" if a in self.seen[rank] else why)
+        op, to = ("RECV_F", a.stage + 1) if a.op == "SEND_F" else ("RECV_B", a.stage - 1)
+        here, there = self.on.stands(a.chain, a.stage, a.microbatch), self.on.stands(a.chain, to, a.microbatch)
+        for r in there:
+            b = self.now(r)
+            if b is None or b.op != op or b.stage != to or b.microbatch != a.microbatch or b.chain != a.chain:
+                return False
+        if any(self.now(r) != a for r in here):
             return False
         self.do((*here, *there))
         return True

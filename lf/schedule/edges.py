@@ -170,7 +170,7 @@ class Edges:
 
     def give_back(self, at: At, piece: Piece, dy: dict[str, Tensor]) -> dict[str, Tensor]:
         """Puts aside the gradients of what edges have brought to a piece; returns the others."""
-        mine = self.gradients.setdefault(at, {}) if piece.fed else {}
+        mine = self.gradients.setdefault(at, {})
         for f in piece.fed:
             if (g := dy.pop(f.name, None)) is not None:
                 mine[f.joint] = mine[f.joint] + g if f.joint in mine else g

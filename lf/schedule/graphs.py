@@ -73,8 +73,6 @@ class Graphs:
 
     def fed(self, piece: Piece, carry: dict[str, Tensor], m: int) -> dict[str, Tensor]:
         """The input of a piece."""
-        if not piece.fed:
-            return carry
         brought = self.brought(piece.stage, m)
         return {**carry, **{f.name: brought[f.joint] for f in piece.fed}}
 

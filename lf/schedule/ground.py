@@ -58,6 +58,10 @@ class Ground:
             found.setdefault((chain, stage), {}).update(dict.fromkeys(rows))
         return {stage: tuple(sorted(rows)) for stage, rows in found.items()}
 
+    def stands(self, chain: str, stage: int, unit: int | None) -> tuple[int, ...]:
+        """The rows of a unit; of one that has no forward, all that hold the stage."""
+        return self.rows.get((chain, stage, unit)) or self.homes.get((chain, stage), ())
+
     @cached_property
     def units(self) -> dict[str, int]:
         """How many units of each chain a step has."""

@@ -81,6 +81,8 @@ class Holds:
 
     def edges(self, key: Key, into: bool, live: bool = False) -> list[tuple[int, int]]:
         """(joint, microbatch) of what edges bring into a unit of a stage, or take out of it; `live`: of those whose gradient is wanted."""
+        if not self.on.joints:
+            return []
         chain, s, u = key
         joints = (self.on.into if into else self.on.out)(chain, s)
         return [(k, m) for k in joints if self.on.live[k] or not live for m in self.on.group(chain, u)]

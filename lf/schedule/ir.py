@@ -86,9 +86,14 @@ def some(values: Sequence[object], most: int = 12) -> str:
     return ", ".join(map(str, values[:most])) + (f" and {len(values) - most} more" if len(values) > most else "")
 
 
+def parts(a: Action) -> tuple[Action, ...]:
+    """The two of an OVERLAP, or the action."""
+    return a.pair if a.op == "OVERLAP" else (a,)
+
+
 def flat(actions: Sequence[Action]) -> tuple[Action, ...]:
     """The actions with each OVERLAP as its two, one after the other: what it means without the freedom to interleave."""
-    return tuple(part for a in actions for part in (a.pair if a.op == "OVERLAP" else (a,)))
+    return tuple([part for a in actions for part in (a.pair if a.op == "OVERLAP" else (a,))])  # a list: several times as fast
 
 
 def placement(program: Program, chain: str = "") -> Placement:

@@ -19,7 +19,7 @@ import attrs
 from lf.chain_layouts import Joint, Layouts
 from lf.layouts import Layout
 from lf.schedule.ground import Where, ground, joined
-from lf.schedule.ir import BACKWARD, COMPUTE, OVERLAP, Action, Program, ProgramError, flat
+from lf.schedule.ir import BACKWARD, COMPUTE, OVERLAP, Action, Program, ProgramError, flat, parts
 from lf.schedule.move import free, move
 from lf.schedule.names import check_names
 from lf.schedule.pieces import Stage, stages
@@ -105,7 +105,7 @@ def add_reduce(program: Program, where: Where) -> Program:
     for rank, actions in enumerate(program):
         last: dict[tuple[str, int], int] = {}  # stage → where its last weight gradient stands
         for i, a in enumerate(actions):
-            for part in flat((a,)):
+            for part in parts(a):
                 if part.op in ("B", "W") and part.segment is None:
                     last[part.chain, part.stage] = i
         row: list[Action] = []
@@ -127,14 +127,14 @@ def _by_layers(action: Action, known: Mapping[tuple[str, int], Stage]) -> tuple[
             return [layer for layer in layers.get(at, ()) if layer in learn[at]]
         return layers.get(at) if a.op == "B" else None
 
-    return refine((flat((action,)),), names)[0]
+    return refine((parts(action),), names)[0]
 
 
 def _with_reductions(actions: Sequence[Action], rank: int, layouts: Layouts, known: Mapping[str, Sequence[Stage]]) -> tuple[Action, ...]:
     after: dict[int, list[Action]] = {}
     done: dict[Layer, int] = {}  # → its last weight gradient
     for i, a in enumerate(actions):
-        for part in flat((a,)):
+        for part in parts(a):
             span = known[part.chain][part.stage].span(part.segment) if part.op in ("B", "W") else None
             for layer in known[part.chain][part.stage].layers[slice(*span)] if span else ():
                 done[part.chain, part.stage, layer] = i
@@ -166,7 +166,7 @@ def spread_end(actions: Sequence[Action], layouts: Layouts, known: Mapping[str, 
         stage = known[p.chain][p.stage]
         return p.chain in mine and (p.op == "W" or (p.op in BACKWARD and not stage.upstream and not any(stage.fed)))
 
-    return max((i for i, a in enumerate(actions) if not all(map(last, flat((a,))))), default=-1)
+    return max((i for i, a in enumerate(actions) if not all(map(last, parts(a)))), default=-1)
 
 
 def users_of(layout: Layout, rank: int) -> dict[str, list[tuple[int, str]]]:

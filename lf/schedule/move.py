@@ -15,7 +15,7 @@ import attrs
 from lf.chain_layouts import Joint
 from lf.schedule.draw import draw
 from lf.schedule.ground import Ground, Unit, Where, ground
-from lf.schedule.ir import BACKWARD, COMPUTE, Action, Program, ProgramError, flat
+from lf.schedule.ir import BACKWARD, COMPUTE, Action, Program, ProgramError, flat, parts
 from lf.schedule.pieces import Stage
 
 SLACK = 4  # a sent buffer is freed when as many more of its kind have been sent: by then it has left, and nobody waits for it
@@ -40,7 +40,7 @@ class _Walk:
         self.takes: dict[tuple[Unit, int], int] = {}  # (unit, row) → where its forward begins
         for r, row in enumerate(self.program if on.joints else ()):
             for i, a in enumerate(row):
-                for part in flat((a,)):
+                for part in parts(a):
                     if part.op == "F":
                         self.takes.setdefault(((part.chain, part.stage, part.microbatch), r), i)
         self.waiting: dict[int, list[tuple[int, int]]] = {}  # row → (joint, microbatch) that are made and not yet carried
@@ -60,9 +60,9 @@ class _Walk:
             for r in mates:
                 self.rows[r].append(self.program[r][self.at[r]])
                 self.at[r] += 1
-                self.free_at[r] = start + sum(SECONDS.get(a.op, 0.0) for a in flat((action,)))
+                self.free_at[r] = start + sum(SECONDS.get(a.op, 0.0) for a in parts(action))
             left -= len(mates)
-            for a in flat((action,)):
+            for a in parts(action):
                 for r in mates:
                     self.hand_on(r, a)
             for r in mates:
@@ -87,7 +87,7 @@ class _Walk:
             if self.at[r] >= len(self.program[r]) or not self.on.meets(self.program[r][self.at[r]], action):
                 return None
             start = max(start, self.free_at[r])
-        for a in flat((action,)):
+        for a in parts(action):
             for need in self.needs(a):
                 if need not in self.made:
                     return None
@@ -95,6 +95,8 @@ class _Walk:
         return start
 
     def needs(self, a: Action) -> list[tuple[str, Unit]]:
+        if a.op != "F" and a.op not in BACKWARD:
+            return []
         on, unit = self.on, (a.chain, a.stage, a.microbatch)
         if not self.ends.get((a.op, *unit, a.segment), (False, False))[0]:
             return []
@@ -108,7 +110,7 @@ class _Walk:
             needs.append(("F", unit))
             if a.stage + 1 < len(on.known[a.chain]) and on.known[a.chain][a.stage + 1].upstream:
                 needs.append(("B", (a.chain, a.stage + 1, a.microbatch)))
-            live = (k for k in on.out(a.chain, a.stage) if on.live[k])
+            live = [k for k in on.out(a.chain, a.stage) if on.live[k]] if on.joints else ()
             needs += [("B", on.ends(k, m)[1]) for k in live for m in on.group(a.chain, a.microbatch)]
         return needs
 
@@ -184,7 +186,7 @@ def free(program: Program) -> Program:
         row: list[Action] = []
         sent: dict[str, list[Action]] = {"SEND_F": [], "SEND_B": []}
         for a in actions:
-            for part in flat((a,)):
+            for part in parts(a):
                 if part.op in BACKWARD:
                     for s in [s for s in sent["SEND_F"] if (s.chain, s.stage, s.microbatch) == (part.chain, part.stage, part.microbatch)]:
                         sent["SEND_F"].remove(s)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lf.schedule.draw import WIDTH, draw
 from lf.schedule.ground import Ground
-from lf.schedule.ir import BACKWARD, BRIDGES, COMPUTE, MOVES, OPS, PARAMETERS, Action, ProgramError, chains, flat, placement
+from lf.schedule.ir import BACKWARD, BRIDGES, COMPUTE, MOVES, OPS, PARAMETERS, Action, ProgramError, chains, flat, parts, placement
 
 
 def check_names(on: Ground) -> None:
@@ -20,7 +20,7 @@ def check_names(on: Ground) -> None:
                     raise look.fail("one of the two needs what the other makes: write them one after the other, or pair two microbatches", whole)
                 if any((a.chain, a.stage, rank) in on.together for a in whole.pair if on.layouts):
                     raise look.fail("one of the two is computed together with other rows: write them one after the other", whole)
-            for a in flat((whole,)):
+            for a in parts(whole):
                 look.action(a)
     look.ends()
     look.rows()
@@ -63,6 +63,16 @@ class _Look:
             self.bridge(a)
         else:
             self.place(a)
+            if a.op in MOVES:
+                self.message(a)
+
+    def message(self, a: Action) -> None:
+        """It goes from a stage to the next one, or back, which is elsewhere."""
+        other = a.stage + (1 if a.op in ("SEND_F", "RECV_B") else -1)
+        if not 0 <= other < self.every[a.chain]:
+            raise self.fail(f"there is no stage {other}", a)
+        if self.on.stands(a.chain, a.stage, a.microbatch) == self.on.stands(a.chain, other, a.microbatch):
+            raise self.fail(f"stages {a.stage} and {other} lie on one rank: nothing is sent", a)
 
     def place(self, a: Action) -> None:
         """It stands where its stage lies, and names a part of it."""
@@ -89,13 +99,21 @@ class _Look:
     def ends(self) -> None:
         """There is something of each chain, and of both ends of each joint."""
         on = self.on
-        where = f"on no rank\n{draw(on.program, width=WIDTH)}"
+
+        def nowhere(what: str) -> ProgramError:
+            return ProgramError(f"{what} stands on no rank\n{draw(on.program, width=WIDTH)}")
+
         if without := [c for c in on.known if c != on.main and not on.units[c]]:
-            raise ProgramError(f"missing: every forward of chain {without[0]!r}, which stands {where}")
-        for j in on.joints if on.layouts is None else ():
+            raise nowhere(f"missing: every forward of chain {without[0]!r}, which")
+        if on.layouts is not None:
+            return
+        for chain, n in self.every.items() if on.joints else ():
+            if missing := [s for s in range(n) if (chain, s) not in on.homes]:
+                raise nowhere(f"missing: every forward of stage {missing[0]} of chain {chain!r}, which")
+        for j in on.joints:
             for chain, stage in ((j.source, j.source_stage), (j.target, j.target_stage)):
                 if not 0 <= stage < len(on.known.get(chain, ())):
-                    raise ProgramError(f"joint {j.name} → {j.target}: stage {stage} of chain {chain!r} stands {where}")
+                    raise nowhere(f"joint {j.name} → {j.target}: stage {stage} of chain {chain!r}")
 
     def rows(self) -> None:
         """Each unit stands on rows that it can stand on."""

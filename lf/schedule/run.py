@@ -146,12 +146,13 @@ class _Rank:
             self.doing = "the forward of", piece.name, (i + 1) / len(pieces)
             keeps = self.bound.trains and piece.back
             again = chain.again.get((s, m, piece.name)) if keeps else None
-            x = graphs.fed(piece, carry, m)
+            x = graphs.fed(piece, carry, m) if piece.fed else carry
             if keeps and again != ():
                 kept, carry, losses = graphs.make(piece, x, m, again or ())
             else:
                 kept, carry, losses = graphs.pass_by(piece, x, m, keeps)
-            carry = self.edges.take(at, piece, carry)
+            if piece.outputs:
+                carry = self.edges.take(at, piece, carry)
             if losses and self.bound.trains and (unknown := losses.keys() - self.seeds.keys()):
                 names = f"{', '.join(sorted(unknown))}, which no objective weighs; there are {', '.join(self.seeds) or 'none'}"
                 raise ProgramError(f"{piece.name} gives the loss {names}")
@@ -187,12 +188,13 @@ class _Rank:
         while pieces and pieces[-1].piece.name in covered:  # a piece's activations go as soon as its backward is done
             kept = pieces.pop()
             self.doing = "the backward of", kept.piece.name, 1.0
-            dy, factors = graphs.back(kept, dy | self.edges.returned(at, kept.piece))
+            dy, factors = graphs.back(kept, dy | self.edges.returned(at, kept.piece) if kept.piece.outputs else dy)
             if factors:
                 self.owed.setdefault(at, []).append((kept.piece.name, factors))
             if not (pieces and pieces[-1].piece.upstream):  # as far back as a gradient comes
                 self.note(at, [x for g in dy.values() if g.numel() for x in torch.aminmax(g)])  # one kernel; NaN is both
-            dy = self.edges.give_back(at, kept.piece, dy)
+            if kept.piece.fed:
+                dy = self.edges.give_back(at, kept.piece, dy)
             yield
         if pieces:
             self.values["B", at] = dy  # the piece before takes it

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutation import words
 
 from lf import bridge, chain_feed, chains, deal, train
+from lf.chain_layouts import Layouts
 from lf.schedule import nest
 from lf.schedule.edges import Edges
 from lf.schedule.feed import Feed
@@ -13,10 +14,12 @@ from lf.schedule.ground import Ground
 from lf.schedule.holds import Holds
 from lf.schedule.lower import _with_reductions
 from lf.schedule.move import _Walk
+from lf.schedule.names import _Look
 from lf.schedule.pieces import _walked
 from lf.schedule.run import _Rank
 
 LAW, BRIDGE, DEAL = "tests/test_placements.py", "tests/test_bridge.py", "tests/test_deal.py"
+CHAINS, FUZZ, LAYOUTS = "tests/schedule/test_check_chains.py", "tests/schedule/test_mutations_chains.py", "tests/test_chain_layouts.py"
 BESIDE = "tests/schedule/test_beside.py"
 
 CHAIN = [
@@ -69,6 +72,15 @@ CHAIN = [
         "tests/schedule/test_check_chains.py",
         (Ground.bridged, "{*self.rows.get(source, ()), *self.rows.get(target, ())}", "{*self.rows.get(source, ())}"),
     ),
-    words("run: batches are never dropped", LAW, (_Rank.drop, "if isinstance(batches, Units):", "if False:")),
+    words(
+        "bridge: gradients go the way of the rows",
+        (BRIDGE, LAW),
+        (vars(bridge.Table)["back"].fget, "self.takes, self.gives, own", "self.gives, self.takes, own"),
+    ),
+    words("lanes: each dp coordinate by itself", (LAYOUTS, LAW), (Layouts.lanes, "min(old) if first in old else first", "first")),
+    words("reduce: each row by itself", CHAINS, (Ground.summed, "if len(self.known) > 1 else (row,)", "if False else (row,)")),
+    words("check: units stand on parts of blocks", CHAINS, (_Look.rows, "if b not in rows]:", "if False]:")),
+    words("check: a chain may stand nowhere", CHAINS, (_Look.ends, "if without := [c for c in on.known if", "if without := [c for c in () if")),
+    words("run: batches are never dropped", FUZZ, (_Rank.drop, "if isinstance(batches, Units):", "if False:")),
     words("nest: more units in flight than may be", BESIDE, (nest._Nest.fits, "if self.total + 1 > self.what.in_flight + 1e-9 or", "if False or")),
 ]

@@ -13,12 +13,12 @@ from helpers import SEED
 
 import lf
 from lf import parity
-from lf.chain_layouts import Layouts, Place, chain_layouts
+from lf.chain_layouts import Joint, Layouts, Place, chain_layouts
 from lf.models.trio import trio
 from lf.models.trio_data import sample
-from lf.schedule import Action, Program, ProgramError, build_chains, check, dumps, loads, lower
+from lf.schedule import Action, Program, ProgramError, build_chains, check, cost, dumps, loads, lower
 from lf.schedule.beside import Beside, beside
-from lf.schedule.ir import COMPUTE
+from lf.schedule.ir import COMPUTE, flat
 from lf.schedule.named import SCHEDULES
 from lf.schedule.text import to_csv
 
@@ -104,6 +104,15 @@ def test_sums_of_a_chain_over_rows_meet() -> None:
         check(early, LAYOUTS, 3)
 
 
+def test_sums_over_rows_are_in_one_order() -> None:
+    program = built("nested")
+    at = [i for i, a in enumerate(program[0]) if a.op == "REDUCE" and a.chain == "vision"][-2:]
+    row = list(program[0])
+    row[at[0]], row[at[1]] = row[at[1]], row[at[0]]
+    with pytest.raises(ProgramError, match="deadlock"):
+        check((tuple(row), program[1]), LAYOUTS, 3)
+
+
 def test_nothing_goes_back_to_what_is_frozen() -> None:
     program = built("decoupled", FROZEN)
     words = [str(a) for row in program for a in row]
@@ -122,6 +131,13 @@ def test_a_decoder_that_is_frozen_hands_gradients_on() -> None:
     assert not {("decoder", op) for op in ("B", "W", "REDUCE")} & ops.keys()
     assert ops["decoder", "I"] == 2 * 3
     assert {("vision", "B"), ("vision", "REDUCE"), ("head", "B")} <= ops.keys()
+
+
+def test_a_chain_that_stands_nowhere_is_named() -> None:
+    for chain in ("vision", "head"):
+        compute = tuple(tuple(a for a in row if a.op in COMPUTE and a.segment is None and a.chain != chain) for row in built())
+        with pytest.raises(ProgramError, match=f"every forward of chain '{chain}', which stands on no rank"):
+            check(compute, LAYOUTS, 3)
 
 
 def test_units_stand_where_they_can() -> None:
@@ -149,6 +165,39 @@ def test_without_a_layout(kind: str, name: str) -> None:
         to_csv(program)
     with pytest.raises(ProgramError):
         check(without("0BRIDGE_F1[eyes.out]")(lowered), joints=joints)
+
+
+def test_without_a_layout_at_random() -> None:
+    """Joints into any stage, one chain into another, heads, evaluations: what `beside` writes is accepted, survives its text, and costs as much when
+    it is lowered by hand."""
+    found: Counter[str] = Counter()
+    for i in range(60):
+        rng = random.Random(f"{SEED} {i}")
+        schedule, m = SCHEDULES[rng.choice(list(SCHEDULES))], rng.choice((1, 2, 3, 5, 8))
+        main = schedule.generate(schedule.place(rng.choice((1, 2, 3, 4)), schedule.chunks), m)
+        last = max(a.stage for row in main for a in flat(row))
+        joints = [Joint("a.out", "a", 0, "", rng.randrange(last + 1)), Joint("a.deep", "a", 0, "", rng.randrange(last + 1))]
+        kind = rng.choice(("inline", "decoupled", "nested", "dedicated"))
+        places = {"a": Beside(kind, units=rng.choice((None, min(2, m))) if kind in ("decoupled", "nested") else None)}
+        if rng.random() < 0.4:
+            joints.append(Joint(".hidden", "", last, "head", 0))
+            places["head"] = Beside(rng.choice(("inline", "dedicated")))
+        elif rng.random() < 0.4:
+            joints.append(Joint("b.out", "b", 0, rng.choice(("a", "")), 0))
+            places["b"] = Beside("decoupled")
+        if rng.random() < 0.2:
+            main = tuple(tuple(a for a in row if a.op == "F") for row in main)
+        program = beside(main, joints, places)
+        lowered = lower(program, joints=joints)
+        assert check(program, joints=joints) == check(lowered, joints=joints), dumps(program)
+        assert loads(dumps(lowered)) == lowered
+        assert cost(lowered, joints=joints).makespan > 0
+        row = rng.choice([r for r, actions in enumerate(lowered) if actions])
+        k = rng.randrange(len(lowered[row]))
+        with pytest.raises(ProgramError):
+            check(tuple(actions[:k] + actions[k + 1 :] if r == row else actions for r, actions in enumerate(lowered)), joints=joints)
+        found[kind] += 1
+    assert len(found) == 4
 
 
 def data(step: int, i: int, multiple: int) -> lf.Batch:

@@ -27,6 +27,7 @@ from lf.models.trio_data import Amounts, sample
 from lf.schedule import OVERLAP, Action, Program, ProgramError, build_chains, check, dumps, loads
 from lf.schedule.beside import Beside
 from lf.schedule.bind import bind
+from lf.schedule.feed import Units
 from lf.schedule.ir import BACKWARD, COMPUTE, OPS, flat
 from lf.schedule.named import SCHEDULES
 from lf.schedule.pieces import stages
@@ -97,6 +98,8 @@ def results(layouts: Layouts, program: Program, data: Sequence[Sequence[lf.Batch
         bound = bind(lf.schedule.complete(program, layouts, len(data)), layouts, ctx)
         feed = chain_feed.feed(bound.ground, data, ctx)
         terms: Terms = run(bound, params, feed, {}, ctx)[1]
+        dealt = [units for c, units in feed.batches.items() if c != "decoder"]
+        assert not any(isinstance(units, Units) and units.made for units in dealt)  # gone with their last action
         zero = torch.zeros((), dtype=torch.float64)
         return {}, {k: ctx.axes.world.sum(terms.get("losses", {}).get(k, zero)).item() for k in ("cross_entropy", "action")}
 
@@ -294,6 +297,12 @@ def case(seed: str) -> str:
     except Exception as error:
         raise AssertionError(f"check accepts what does not run right: {error!r}\n{text}") from error
     return "right" if any(a.op in BACKWARD for row in program for a in flat(row)) else "evaluated"
+
+
+def test_an_evaluation_keeps_no_batches() -> None:
+    for kind in SAME:
+        program = built(0, 0, 3, kind, "1f1b", None)
+        compared(tuple(tuple(a for a in row if a.op == "F") for row in program), laid(0, 0), 0, 3)
 
 
 def test_a_sample_of_what_check_accepts_runs_right(monkeypatch: pytest.MonkeyPatch) -> None:
