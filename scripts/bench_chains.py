@@ -14,7 +14,7 @@ import json
 import os
 import statistics
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ def main(config: Config) -> None:
         x = out[kind]
         evenness = " → ".join(f"{float(results[kind][f'vision_imbalance{end}']):.2f}" for end in ("_before", ""))
         rows.append((kind, f"{x['ms']:.1f}", f"{ratio:.3f}", f"{x['predicted']:.3f}", f"{x['bubble']:.1%}", f"{row:.3g}", f"{total:.3g}", evenness))
-    of = Counter[tuple[str, int]]()
+    of = defaultdict[tuple[str, int], float](float)
     for (chain, _, stage), t in took.items():
         of[chain, stage] += t
     stages = [of["decoder", s] for s in range(len(layouts.chains["decoder"].stages))]
@@ -109,9 +109,9 @@ def main(config: Config) -> None:
     columns = ("encoder", "step, ms", f"/ {kinds[0]}", "predicted", "bubble", "held on a row", "in all", "imbalance")
     screen.print(lf.console.table(title, columns, rows))
     screen.print("held: units of the encoder at most · imbalance: of the ranks that share a unit, in the images' order → as dealt", style="dim")
-    each = ", ".join(f"{t * 1e3:.1f}" for t in stages)
+    even = ", ".join(f"{t * 1e3:.1f}" for t in stages)
     busy = f", {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}" if device.NAME == "cpu" else ""
-    screen.print(f"a microbatch, forward and backward: stages {each} ms, head {of['head', 0] * 1e3:.1f}, encoder {of['vision', 0] * 1e3:.1f}{busy}")
+    screen.print(f"a microbatch, forward and backward: stages {even} ms, head {of['head', 0] * 1e3:.1f}, encoder {of['vision', 0] * 1e3:.1f}{busy}")
     screen.print(f"{fixed:.0%} of the encoder's time does not shrink where ranks share its images", style="dim")
     screen.print("loss and gradient norm are equal" if same else "loss or gradient norm DIFFER between placements", style=None if same else "red")
     if config.picture:
@@ -185,7 +185,7 @@ def measured(program: Program, layouts: Layouts, step: Callable[..., Any], param
 def constant(mine: Sequence[Action], runs: Sequence[Mapping[int, float]], layouts: Layouts, data: Any) -> float:
     """Of a rank that does each microbatch of the encoder alone: a / mean of t, where t = a + b · cost is the line through their times."""
     assert layouts.model is not None
-    times = Counter[int]()
+    times = defaultdict[int, float](float)
     for i in runs[0]:
         if mine[i].chain == "vision" and mine[i].op in COMPUTE and (unit := mine[i].microbatch) is not None:
             times[unit] += statistics.median(run[i] for run in runs)
