@@ -100,6 +100,22 @@ def test_placements_are_measured_and_agree(tmp_path: Path) -> None:
     assert found["equal"]
     assert [*found["placements"]] == ["inline", "decoupled", "nested"]
     assert all((tmp_path / f"step-{kind}.svg").exists() for kind in found["placements"])
+    assert 0 <= found["fixed"] <= 1
+    assert f"{found['fixed']:.0%} of the encoder's time does not shrink" in said
+
+
+def test_the_constant_part_of_a_measured_encoder() -> None:
+    """Times that are a line over the cost of the images: 3 s and, on average, 2 s more."""
+    layouts = chain_layouts(MODEL, {**PLACES, "vision": Place(lf.Mesh(dp=1), (0,))})
+    program = build_chains(layouts, 4, {"vision": "inline", "head": "inline"})
+    data = [[sample(MODEL.config, 0, m, 0, 2)] for m in range(4)]
+    costs = [sum(MODEL.chains["vision"].items(row[0]).cost) for row in data]
+    mean = sum(costs) / len(costs)
+    mine = program[0]
+    share = {m: sum(a.chain == "vision" and a.op in "FB" and a.microbatch == m for a in mine) for m in range(4)}
+    times = {i: (3 + 2 * costs[a.microbatch] / mean) / share[a.microbatch] for i, a in enumerate(mine) if a.chain == "vision" and a.op in "FB"}
+    assert bench_chains.constant(mine, [times], layouts, data) == pytest.approx(0.6)
+    assert bench_chains.constant(program[1], [{}], layouts, data) == 0.0  # this row has nothing of it
 
 
 def test_parity_as_a_user_asks_for_it(capsys: Any) -> None:

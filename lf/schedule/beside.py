@@ -37,13 +37,15 @@ class Beside:
     than about four units of a pipeline that needs one a row, however many microbatches there are. Of `dedicated`: twice as many as needed.
     blocks: for each stage of the chain the sets of rows that a unit can stand on, as `lf.chain_layouts.Layouts.blocks`; the k-th ones of all stages
     belong together. Default: one stage; each row of the main program is a block, of `inline` each row at all, of `dedicated` one row behind all
-    others. Rows are those of the whole program: the rows of dedicated chains, and the main program's in their order on those that are left.
+    others. fixed: the part of a unit's times that does not shrink where rows share it, as of `cost`: it decides whether `nested` shares units. Rows
+    are those of the whole program: the rows of dedicated chains, and the main program's in their order on those that are left.
     """
 
     kind: str
     units: int | None = None
     in_flight: int | None = None
     blocks: tuple[tuple[Block, ...], ...] | None = None
+    fixed: float = 0.0
 
 
 def beside(
@@ -173,7 +175,7 @@ def _dedicated(laid: Plan, chain: str, place: Beside) -> Program:
 
 
 def _nested(laid: Plan, chain: str, place: Beside, times: Times, link: Link) -> Program:
-    """The quickest of a few: whole units to rows, as many in flight as may be or a few less, and all units shared by all rows."""
+    """The quickest of a few: whole units to rows, as many in flight as may be or a few less, and all units shared by all rows; or hardly any."""
     assert place.blocks is not None
     blocks, least = place.blocks[0], least_in_flight(laid, chain)
     limit = least * min(4, len(blocks)) if place.in_flight is None else place.in_flight
@@ -182,10 +184,11 @@ def _nested(laid: Plan, chain: str, place: Beside, times: Times, link: Link) -> 
     forward, backward = (time(_action(op, chain, 0, 0)) for op in "FB")
     joints = [j for j in laid.joints if {j.source, j.target} <= {*laid.placed, chain}]
     best, back = None, _backward(laid, chain)
-    for whole, few in ((True, limit), (True, max(least, limit - len(blocks))), (False, limit)):
-        added = nest(laid, Nested(chain, blocks, forward, backward, few, whole))
+    ways = [(True, limit, True), (True, max(least, limit - len(blocks)), True), (False, limit, True)]
+    for whole, few, shared in [*ways, (True, limit, False)] if place.fixed else ways:  # where sharing costs nothing, all may share
+        added = nest(laid, Nested(chain, blocks, forward, backward, few, whole, place.fixed, shared))
         program = laid.with_(added if back else [entry for entry in added if entry[2].op == "F"])
-        timeline = cost(program, times, link, joints=joints)
+        timeline = cost(program, times, link, joints=joints, fixed={chain: place.fixed})
         if (not whole or held(timeline, chain)[1] <= limit + 1e-9) and (best is None or timeline.makespan < best[0]):
             best = (timeline.makespan, program)
     assert best is not None
@@ -247,6 +250,8 @@ def _filled(main: Program, joints: Sequence[Joint], placements: Mapping[str, Bes
             raise ProgramError(f"chain {chain!r}: in_flight={place.in_flight} does not go with {kind} here: leave it out")
         if place.in_flight is not None and place.in_flight < 1:
             raise ProgramError(f"chain {chain!r}: in_flight={place.in_flight} must be at least 1")
+        if not 0 <= place.fixed <= 1:
+            raise ProgramError(f"chain {chain!r}: fixed={place.fixed} is a part of a unit's time: give 0 to 1")
         if place.blocks is not None:
             blocks = place.blocks
         elif kind == "dedicated":

@@ -40,6 +40,7 @@ def cost(
     link: Link = 0.0,
     memory: Callable[[Action], float] | None = None,
     joints: Sequence[Joint] = (),
+    fixed: Mapping[str, float] | None = None,
 ) -> Timeline:
     """Simulates one step.
 
@@ -50,10 +51,11 @@ def cost(
     that receives), of which a BRIDGE takes the longest. memory: what an action adds to what its rank holds: from its start on if positive, from its
     end on if negative. Default: a microbatch of a stage counts as 1 from its F to its B or W (to its I if there is neither, not at all without a
     backward), but before a REMAT of all of it and while it is offloaded; on each of n rows as 1/n. joints: how the chains wait for each other.
+    fixed: of a chain the part of its times, 0 to 1, that does not shrink where rows share a unit, and each takes whole: launches, weights to be read.
 
     Raises ProgramError for a program that cannot go on, with the action that each rank is stuck at and what that waits for.
     """
-    return _Simulation(program, times, link, memory, joints).run()
+    return _Simulation(program, times, link, memory, joints, fixed or {}).run()
 
 
 def held(timeline: Timeline, chain: str) -> tuple[tuple[float, ...], float]:
@@ -68,6 +70,11 @@ def held(timeline: Timeline, chain: str) -> tuple[tuple[float, ...], float]:
     together = [pair for row in changes for pair in row]
     *each, whole = (max(level for _, level in _levels(some)) for some in (*changes, together))
     return tuple(each), whole
+
+
+def share(rows: int, fixed: float = 0.0) -> float:
+    """What each of so many rows takes of a unit's time, of which a part is fixed."""
+    return fixed + (1 - fixed) / rows
 
 
 @attrs.define
@@ -85,8 +92,15 @@ class _Rank:
 
 class _Simulation:
     def __init__(
-        self, program: Program, times: Times | None, link: Link, memory: Callable[[Action], float] | None = None, joints: Sequence[Joint] = ()
+        self,
+        program: Program,
+        times: Times | None,
+        link: Link,
+        memory: Callable[[Action], float] | None = None,
+        joints: Sequence[Joint] = (),
+        fixed: Mapping[str, float] | None = None,
     ):
+        self.fixed = fixed or {}
         self.program, self.ranks = program, [_Rank() for _ in program]
         self.parts: Counter[Key] = Counter()
         self.home: dict[tuple[str, int, int | None], tuple[int, ...]] = {}
@@ -116,7 +130,7 @@ class _Simulation:
 
     def share_of(self, whole: Callable[[Action], float]) -> Callable[[Action], float]:
         """What each row takes where several share a unit."""
-        return lambda a: whole(a) / self.shared.get((a.chain, a.stage, a.microbatch), 1)
+        return lambda a: whole(a) * share(self.shared.get((a.chain, a.stage, a.microbatch), 1), self.fixed.get(a.chain, 0.0))
 
     def on_a_row(self) -> Counter[Key]:
         """How many actions there are of each key on a row that has some."""

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import attrs
 
+from lf.schedule.cost import share
 from lf.schedule.ir import Action, ProgramError
 from lf.schedule.plan import Plan
 
@@ -27,7 +28,8 @@ Block = tuple[int, ...]
 class Nested:
     """What is to be laid: a chain of one stage · `forward`, `backward`: what they take of a unit, on one row · `in_flight`: the most units that may
     be between the two · `blocks`: the sets of rows that a unit may stand on · `whole`: whether a unit may stand on some of them; if not, all are on
-    all, each row does them in one order, and at no moment are there more than `in_flight`."""
+    all, each row does them in one order, and at no moment are there more than `in_flight` · `fixed`: the part of its times that each row takes whole
+    where several share a unit · `shared`: whether several rows share a unit also where each could do one of its own."""
 
     chain: str
     blocks: tuple[Block, ...]
@@ -35,6 +37,8 @@ class Nested:
     backward: float
     in_flight: int
     whole: bool = True
+    fixed: float = 0.0
+    shared: bool = True
 
 
 def least_in_flight(plan: Plan, chain: str) -> int:
@@ -80,7 +84,7 @@ class _Nest:
         self.most = what.in_flight / len(what.blocks)  # on a block, where that can be had
         self.since = 0.0  # since when there is room for what is held
         n = len(what.blocks)
-        self.counts = range(1, n + 1) if what.whole else (n,)  # on how many blocks a unit may stand
+        self.counts = (n,) if not what.whole else range(1, n + 1) if what.shared else (1,)  # on how many blocks a unit may stand
         self.added: list[tuple[int, float, Action]] = []
 
     def run(self) -> list[tuple[int, float, Action]]:
@@ -143,7 +147,7 @@ class _Nest:
                 time = part.release if until == float("inf") else max(part.release, min(until, self.plan.end))
                 self.added.append((r, time, Action("B", 0, part.unit, chain=self.what.chain)))
                 continue
-            length = self.what.backward * part.share / len(block)
+            length = self.length(block, round(1 / part.share), self.what.backward)
             start = self.take(r, length, part.release, until)
             time = max(part.release, min(until, self.plan.end)) if start is None else start
             self.added.append((r, time, Action("B", 0, part.unit, chain=self.what.chain)))
@@ -151,7 +155,7 @@ class _Nest:
         return done
 
     def length(self, block: Block, n: int, whole: float) -> float:
-        return whole / (n * len(block))
+        return whole * share(n * len(block), self.what.fixed)
 
     def gap(self, row: int, length: float, low: float, high: float) -> float | None:
         """The first time in a gap of a row at which so much can start at `low` or later and end at `high` or earlier."""
@@ -183,7 +187,7 @@ class _Nest:
         """All rows do units i and following at once, and others go back before to make room. How many."""
         time = self.quiet(self.due[self.order[i]])
         ahead = min(len(self.what.blocks), len(self.order) - i) if self.what.whole else 1
-        if self.total + 1 <= self.what.in_flight + 1e-9:  # only those that have no gap of their own
+        if self.what.shared and self.total + 1 <= self.what.in_flight + 1e-9:  # only those that have no gap of their own
             ahead = next((k for k in range(1, ahead) if self.fits(i + k, lay=False)), ahead)
         for count in (k for k in range(ahead, 1, -1) if len(self.what.blocks) % k == 0):
             if self.room(count, time):

@@ -206,6 +206,21 @@ def test_what_nested_holds_does_not_grow_with_the_step() -> None:
     assert {round(r.held[1], 6) for r in fixed} == {8}
 
 
+@pytest.mark.parametrize(("ranks", "micro", "share"), [(2, 8, 0.4), (4, 16, 0.4), (4, 16, 1.5)])
+def test_nested_shares_units_less_where_sharing_costs(ranks: int, micro: int, share: float) -> None:
+    """What does not shrink each row takes: who knows it shares fewer units, and is quicker for it."""
+    times, known = {"vision:F": share, "vision:B": 2 * share}, {"vision": 0.7}
+
+    def found(fixed: float) -> tuple[float, int]:
+        program = beside(one_f_one_b(ranks, micro), [VISION], {"vision": Beside("nested", fixed=fixed)}, times=times)
+        shared = sum(len(rows) > 1 for (op, _, _), rows in stands(program, "vision").items() if op == "F")
+        return cost(program, times, joints=[VISION], fixed=known).makespan, shared
+
+    (slow, many), (quick, few) = found(0.0), found(0.7)
+    assert quick < slow
+    assert few < many
+
+
 def test_room_by_hand() -> None:
     """1F1B on two ranks is idle 3 on each: rank 0 for 2 before its first B and 1 after it, rank 1 for 1 before its first F and 2 after its last B."""
     main = one_f_one_b(2, 2)
@@ -230,6 +245,7 @@ BLOCKS = (((0,), (1,)),)
         ([VISION], {"vision": Beside("nested", in_flight=1)}, "in_flight=1 the program cannot go on: 2 of its units .* use in_flight=2 or more"),
         ([VISION], {"vision": Beside("dedicated", in_flight=1)}, "in_flight=1 the program cannot go on: 2 of its units"),
         ([VISION], {"vision": Beside("inline", in_flight=4)}, "in_flight=4 does not go with inline"),
+        ([VISION], {"vision": Beside("nested", fixed=1.5)}, "chain 'vision': fixed=1.5 is a part of a unit's time: give 0 to 1"),
         ([VISION], {"vision": Beside("nested", units=5)}, "chain 'vision': units=5 of 4 microbatches"),
         ([VISION], {"vision": Beside("inline", units=2)}, "units=2, and inline has one for each of the 4 microbatches"),
         ([HEAD], {"head": Beside("dedicated", units=2)}, "chain 'head': units=2"),

@@ -186,6 +186,14 @@ def test_a_unit_of_several_microbatches_and_rows() -> None:
     assert (cost(cut).makespan, cost(cut, lambda a: 3.0).makespan) == (0.5 + 1, 4.5)  # its segments and rows share a unit
 
 
+def test_what_rows_that_share_a_unit_each_take_whole() -> None:
+    text = loads("vision:0F0 vision:0B0\nvision:0F0 0F0 0B0 vision:0B0")
+    times = {"vision:F": 4, "vision:B": 8}
+    for fixed, ends in ((0.0, (2, 9)), (0.5, (3, 12)), (1.0, (4, 15))):  # each row takes 4 · (fixed + (1 - fixed) / 2), then 1 + 2, then its B
+        t = cost(text, times, joints=[VISION], fixed={"vision": fixed, "": 0.9})  # the main chain shares nothing
+        assert (at(t, "0F0")[0], t.makespan) == ends
+
+
 def test_bridges_take_what_their_absence_does() -> None:
     compute = "vision:0F0 vision:0F1 vision:0B0 vision:0B1\n0F0 0F1 0B0 0B1\n1F0 1B0 1F1 1B1"
     bridged = """

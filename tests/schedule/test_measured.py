@@ -45,6 +45,25 @@ def test_each_rank_gets_the_timeline_of_its_own_pipeline() -> None:
         assert timeline.busy(1) == pytest.approx(3 * slow)
 
 
+def of_rows(axes: Any, program: Any, rows: Any) -> Any:
+    """Every rank has measured each action of its row for a tenth of a second, times its rank plus one."""
+    row = next(r for r, ranks in enumerate(rows) if axes.rank in ranks)
+    taken = {i: (float(i), i + (axes.rank + 1) / 10, None) for i in range(len(program[row]))}
+    return gathered(program, taken, axes, rows=rows)
+
+
+def test_of_several_chains_the_first_rank_of_each_row_is_shown() -> None:
+    """The rows are of two ranks that do not lie next to each other, and of one that runs nothing of the main chain."""
+    vision = tuple(Action(op, 0, m, chain="vision") for op in "FB" for m in range(2))
+    program = (*one_f_one_b(2, 2), vision)
+    shown = lf.sim.spmd(lf.Mesh(dp=5), of_rows, program, ((0, 3), (1, 4), (2,)))
+    assert all(timeline == shown[0] for timeline in shown)
+    assert [[s.action for s in row] for row in shown[0].rows] == [list(row) for row in program]
+    assert [row[0].end for row in shown[0].rows] == pytest.approx([0.1, 0.2, 0.3])
+    with pytest.raises(ProgramError, match="for 2 pipeline ranks"):
+        lf.sim.spmd(lf.Mesh(dp=5), of_rows, program[:2], ((0, 3), (1, 4), (2,)))
+
+
 def test_what_does_not_fit_the_program_is_refused() -> None:
     with pytest.raises(ProgramError, match=r"for 2 pipeline ranks; mesh .* has pp=1"):
         gathered(PROGRAM, {}, lf.solo())
