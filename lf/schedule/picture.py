@@ -69,7 +69,9 @@ def _rows(ax: Any, timeline: Timeline, look: Looks, inches: float) -> None:
                 size = min(8.0, (room - 1) / (0.62 * digits))
                 if number and size >= 4:
                     middle = ((s.start + s.end) / 2, y + height / 2)
-                    ax.text(*middle, number, ha="center", va="center_baseline", fontsize=size if height > 0.5 else min(size, 6), color=ink(back))
+                    behind = {"facecolor": back, "edgecolor": "none", "pad": 0.4} if look.is_shared(action) else None  # or it is lost in the hatching
+                    ax.text(*middle, number, ha="center", va="center_baseline", fontsize=size if height > 0.5 else min(size, 6), color=ink(back),
+                            bbox=behind)  # fmt: skip
     thin = len(timeline.rows) * max(map(len, timeline.rows), default=0) > 3000  # edges would hide what they part
     for (back, shared), corners in boxes.items():
         hatch = HATCH if shared else None

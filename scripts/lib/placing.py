@@ -197,6 +197,7 @@ def picture(found: list[Placed], path: Path, schedule: str) -> None:
     """Above, how far each placement is over the bound; below, what of the encoder a rank holds; by the number of microbatches."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     figure = Figure(figsize=(11, 6.2), layout="constrained")
     axes = figure.subplots(2, len(RANKS), sharex="col", sharey="row")
@@ -215,12 +216,14 @@ def picture(found: list[Placed], path: Path, schedule: str) -> None:
         axes[1][column].set_xlabel("microbatches of a step", fontsize=8)
         for ax in axes[:, column]:
             ax.set_xscale("log", base=2)
+            ax.xaxis.set_major_formatter(ScalarFormatter())
             ax.tick_params(labelsize=7)
             ax.spines[["top", "right"]].set_visible(False)
             ax.grid(alpha=0.25)
     axes[0][0].set_yscale("log")
     axes[1][0].set_yscale("log", base=2)
-    axes[0][0].set_ylabel("% over the bound (line: 5)", fontsize=8)
+    axes[1][0].yaxis.set_major_formatter(ScalarFormatter())
+    axes[0][0].set_ylabel("% over the bound (line: 5; 0.05: or less)", fontsize=8)
     axes[1][0].set_ylabel("encoder held on a rank, microbatches", fontsize=8)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     with rc_context({"svg.hashsalt": "lf", "svg.fonttype": "none"}):
