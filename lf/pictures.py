@@ -16,7 +16,7 @@ from lf.chain_layouts import Joint, Layouts, runs
 from lf.console import console, table
 from lf.layouts import Layout
 from lf.schedule import Program, cost
-from lf.schedule.draw import COLOURS, MEANING, OTHER
+from lf.schedule.looks import COLOURS, MEANING, OTHER
 from lf.segment import path_of
 
 

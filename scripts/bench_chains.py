@@ -241,10 +241,8 @@ def pictures(file: str, programs: Mapping[str, Program], steps: Mapping[str, Any
         steps[kind](params, data, clock)
         timeline = clock.timeline(program, layouts.rows)
         if not ctx.axes.rank:
-            main = layouts.main  # drawn as what it is: the chain that the others are beside
-            rows = tuple(tuple(attrs.evolve(s, action=attrs.evolve(s.action, chain=s.action.chain if s.action.chain != main else ""))
-                               for s in row) for row in timeline.rows)  # fmt: skip
-            lf.schedule.picture(attrs.evolve(timeline, rows=rows), path.with_name(f"{path.stem}-{kind}{path.suffix}"), f"encoder {kind}, measured")
+            out = path.with_name(f"{path.stem}-{kind}{path.suffix}")
+            lf.schedule.picture(timeline, out, f"encoder {kind}, measured", main=layouts.main)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     scripts/launch schedule --compare --ranks 8 --microbatches 32 --times f=1,b=2,link=0.1
     scripts/launch schedule --schedule mine.py:snake --placement 0,1,2,2,1,0 --text
     scripts/launch schedule --chains vision=0.5 --ranks 4 --microbatches 8 --out runs/chains
+    scripts/launch schedule --chains vision=0.5:0+2,head=0.1:after --beside nested,head=dedicated --show all
     scripts/launch schedule --chains-table --out runs/chains
 
 Times and what is held are those of a rank's whole share of a microbatch; a stage that is one of v on its rank has a v-th of it. So schedules with
@@ -48,15 +49,16 @@ class Config:
     times: str = ""  # of a rank's share of a microbatch and of a message, as f=1,b=2,i=1,w=1,link=0.1; without, these and link=0
     show: str = "compute"  # all: with the messages between ranks as well
     text: bool = False  # print the program, too, a line a rank
-    chains: str = ""  # an encoder beside the pipeline, as vision=0.5: its forward of a microbatch, of that of a rank's share
-    beside: str = "all"  # where it goes: inline, decoupled, nested, dedicated; each of them, with a table, without
-    in_flight: int | None = None  # of nested and dedicated: units of the encoder between forward and backward
+    chains: str = ""  # beside the pipeline, as vision=0.5,depth=0.2:1+2,head=0.1:after: forward, of a rank's share; the stages fed, or after the last
+    beside: str = "all"  # where they go: inline, decoupled, nested, dedicated; one as head=dedicated; without, each in turn, and what is after inline
+    in_flight: int | None = None  # of nested and dedicated: units between forward and backward
+    units: int | None = None  # of all but inline: in how many a step is; without, one of decoupled, of others as many as microbatches
     chains_table: bool = False  # encoders of 10, 50 and 150 % on pipelines of 4, 8 and 16 ranks, as a table and a picture
     links: bool = False  # lines in the pictures from what is sent to where it arrives
     out: str | None = None  # a folder for NAME.svg, NAME.png, NAME.json (a trace for ui.perfetto.dev), NAME.txt and NAME.csv
 
 
-COUNTS = ("ranks", "microbatches", "chunks", "stages")
+COUNTS = ("ranks", "microbatches", "chunks", "stages", "in_flight", "units")
 
 
 def main(config: Config) -> None:
@@ -65,14 +67,17 @@ def main(config: Config) -> None:
     lf.config.at_least(1, SimpleNamespace(**given), *given)
     if config.chunks is not None and config.stages is not None:
         raise ConfigError(f"--chunks {config.chunks} and --stages {config.stages} both say how many stages there are: give one")
+    placing.refused(config, Config())
     times = parsed(config.times)
     names = (config.schedule,) if config.compare is None else config.compare or tuple(SCHEDULES)
     for name in names:
         resolve(name)  # a name that nothing has is a mistake; one that does not go with these numbers is left out of a comparison
     if config.out is not None:
         writable(config.out, names)
-    if config.chains or config.chains_table:
-        (placing.table if config.chains_table else placing.drawn)(config, times)
+    if config.chains_table:
+        placing.table(config)
+    elif config.chains:
+        placing.drawn(config, times, made(config, config.schedule))
     elif config.compare is not None:
         compare(config, times)
     else:

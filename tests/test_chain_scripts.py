@@ -46,21 +46,67 @@ def test_placements_are_drawn(tmp_path: Path, capsys: Any, monkeypatch: pytest.M
     monkeypatch.setenv("COLUMNS", "150")
     out = drawn(capsys, chains="eyes=0.5", ranks=4, microbatches=8, out=str(tmp_path))
     for kind in ("inline", "decoupled", "nested", "dedicated"):
-        assert f"eyes {kind}: 50% of a rank's share" in out
+        assert f"eyes {kind} (50%) beside 1f1b, 4 ranks, 8 microbatches" in out
         assert (tmp_path / f"eyes-{kind}.svg").read_text().count("eyes: forward") == 1
         assert "eyes:0F0" in (tmp_path / f"eyes-{kind}.txt").read_text()
-    assert "v3" not in out
-    assert "eF0" in out or "e " in out
+        assert json.loads((tmp_path / f"eyes-{kind}.json").read_text())["traceEvents"]
+    assert "eF0" in out
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line.startswith("│ ")]
+    found = {kind: (float(time), float(bound), float(over), held) for kind, _, time, bound, over, _, held in cells}
+    (one,) = (x for x in comparison((0.5,), (4,), (2,), "1f1b", ("nested",)))
+    assert found["nested"] == (pytest.approx(one.time, abs=0.0051), one.bound, pytest.approx(100 * one.over, abs=0.06), f"{one.held[0]:.3g} / 8")
+    assert found["inline"][3] == "4 / 4"
+    assert found["decoupled"][3] == "2 / 8"
+    assert min(over for _, _, over, _ in found.values()) >= 0
+
+
+def test_several_chains_are_drawn(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "150")
+    asked = {"chains": "eyes=0.5:0+1,ears=0.2,hand=0.1:after", "ranks": 2, "microbatches": 4, "text": True, "show": "all", "out": str(tmp_path)}
+    out = drawn(capsys, beside="nested,ears=decoupled,hand=dedicated", units=2, in_flight=4, **asked)
+    assert "eyes nested (50%), ears decoupled (20%), hand dedicated (10%) beside 1f1b, 2 ranks, 4 microbatches" in out
+    assert "rank 2: hand" in out
+    assert "0BRIDGE_F0[eyes.output]" in out
+    assert "1BRIDGE_F0[eyes.output]" in out
+    assert "hand:0BRIDGE_F0[output]" in out
+    program = lf.schedule.loads((tmp_path / "eyes-nested-ears-decoupled-hand-dedicated.txt").read_text())
+    assert [lf.schedule.units(program, c) for c in ("", "eyes", "ears", "hand")] == [4, 2, 2, 4]
+    out = drawn(capsys, **asked)  # what is after stays where the pipeline ends
+    assert [f"eyes {kind} (50%), ears {kind} (20%), hand inline" in out for kind in ("inline", "decoupled", "nested", "dedicated")] == [True] * 4
+
+
+def test_chains_stand_beside_any_program(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "p.txt").write_text(lf.schedule.dumps(lf.schedule.one_f_one_b(3, 5)))
+    out = drawn(capsys, chains="eyes=0.5:2", beside="inline", schedule=str(tmp_path / "p.txt"))
+    assert "3 ranks, 5 microbatches" in out
+    out = drawn(capsys, chains="eyes=0.5:2", beside="inline", placement="0,1,2,3,3,2,1,0", schedule="zb-v", microbatches=4)
+    assert "4 ranks, 4 microbatches" in out
 
 
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"chains": "eyes"}, "give a name and a time, as vision=0.5"),
-        ({"chains": "eyes=-1"}, "give a name and a time"),
+        ({"chains": "eyes"}, "--chains eyes: give a name and a time, as vision=0.5"),
+        ({"chains": "ears=1,eyes=-1"}, "--chains eyes=-1: give a name and a time"),
+        ({"chains": "eyes=nan"}, "--chains eyes=nan: give a name and a time"),
+        ({"chains": "eyes=0.5,eyes=0.5:1"}, r"--chains eyes=0.5:1: eyes is there already; .* as eyes=0.5:0\+2"),
+        ({"chains": "eyes=0.5:4"}, "--chains eyes=0.5:4: '4' of eyes should be a stage that it feeds, 0 to 3"),
+        ({"chains": "eyes=0.5:1+1"}, "'1' of eyes should be a stage that it feeds, 0 to 3, each once"),
+        ({"chains": "eyes=0.5:"}, "'' of eyes should be a stage"),
+        ({"chains": "eyes=0.5:behind"}, "'behind' of eyes should be a stage .*; or 'after'"),
         ({"chains": "eyes=0.5", "beside": "above"}, "unknown value for --beside: 'above'"),
+        ({"chains": "eyes=0.5", "beside": "eyes=above"}, "unknown value for --beside eyes: 'above'"),
+        ({"chains": "eyes=0.5", "beside": "ears=inline"}, "unknown chain for --beside: 'ears'"),
+        ({"chains": "hand=0.5:after", "beside": "hand=nested"}, "chain 'hand' takes from chain '', so it cannot be nested"),
         ({"chains": "eyes=0.5", "compare": ()}, "leave out --compare"),
         ({"chains": "eyes=0.5", "beside": "nested", "in_flight": 1}, "use in_flight=4 or more"),
+        ({"chains": "eyes=0.5", "beside": "inline", "in_flight": 4}, "--in-flight 4: for chains that feed .* and are dedicated or nested: none is"),
+        ({"chains": "eyes=0.5", "beside": "inline", "units": 4}, "--units 4: for chains that feed"),
+        ({"chains": "eyes=0.5", "beside": "decoupled", "units": 9}, "chain 'eyes': units=9 of 8 microbatches"),
+        ({"chains": "eyes=0.5", "units": 0}, "--units 0: must be at least 1"),
+        ({"beside": "nested", "units": 2}, "--beside, --units: of chains beside the pipeline; name some with --chains"),
+        ({"chains_table": True, "ranks": 4, "in_flight": 3}, "leave out --in-flight, --ranks"),
+        ({"chains_table": True, "schedule": "mine.py:snake"}, "unknown schedule for --chains-table"),
     ],
 )
 def test_odd_requests_are_refused(options: dict[str, Any], why: str, capsys: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import attrs
 
 from lf.schedule.ir import COMPUTE, MEMORY, Action
+from lf.schedule.looks import looks
 from lf.schedule.picture import pairs
 from lf.schedule.timeline import Span, Timeline
 
@@ -20,18 +21,19 @@ THREADS = ("compute", "communication", "memory")
 LANES = 100  # at most of one kind of thread: what overlaps goes into lanes of its own, for boxes of one thread may not cross
 
 
-def chrome(timeline: Timeline, path: str | Path) -> Path:
+def chrome(timeline: Timeline, path: str | Path, main: str = "") -> Path:
     """Writes the trace to `path`: a process for each pipeline rank, its threads compute, communication and memory; an arrow from each SEND to its
     RECV, which lasts until the message is there (of a timeline without them, from each forward and backward to what waits for it on another
-    rank); and a counter of what is held. Seconds become microseconds; a unit of the times given to `cost` becomes one, too.
+    rank), and from who gives to who takes in a BRIDGE; and a counter of what is held. Seconds become microseconds; a unit of the times given to
+    `cost` becomes one, too. main: the main chain of several, where it has a name.
     """
     scale = 1e6 if timeline.unit == "s" else 1.0
-    arrows = list(pairs(timeline))
+    arrows, look = list(pairs(timeline)), looks(timeline, main)
     until = {b: max(a.end, b.end) for _, a, _, b in arrows if b.action.op in ("RECV_F", "RECV_B")}
     events: list[dict[str, Any]] = []
     thread: dict[tuple[int, Action], int] = {}
     for rank, row in enumerate(timeline.rows):
-        events.append({"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"pipeline rank {rank}"}})
+        events.append({"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"pipeline {look.label(rank)}"}})
         events.append({"ph": "M", "name": "process_sort_index", "pid": rank, "args": {"sort_index": rank}})
         free: dict[int, list[float]] = defaultdict(list)  # of each kind of thread, when each of its lanes is free
         for s in sorted((attrs.evolve(s, end=until.get(s, s.end)) for s in row), key=lambda s: s.start):
@@ -39,7 +41,7 @@ def chrome(timeline: Timeline, path: str | Path) -> Path:
             lane = next((i for i, end in enumerate(free[kind]) if end <= s.start), len(free[kind]))
             free[kind][lane : lane + 1] = [s.end]
             thread[rank, s.action] = tid = kind * LANES + lane
-            about = {"stage": s.action.stage, "microbatch": s.action.microbatch, "segment": s.action.segment}
+            about = {"chain": s.action.chain or None, "stage": s.action.stage, "microbatch": s.action.microbatch, "segment": s.action.segment}
             args = {k: v for k, v in about.items() if v is not None}
             times = {"ts": s.start * scale, "dur": (s.end - s.start) * scale}
             events.append({"ph": "X", "name": str(s.action), "cat": s.action.op, "pid": rank, "tid": tid, **times, "args": args})

@@ -1,7 +1,6 @@
 """Programs and timelines on a terminal: `draw` writes a program, a line a rank; `grid` shows who computes what when, and who waits.
 
-`draw` needs nothing but the program: errors are made of it. Colours and the two ways to tell them apart (hue: the op, lightness: which of a
-rank's stages) are shared with the pictures.
+`draw` needs nothing but the program: errors are made of it. Colours are those of the pictures (looks.py).
 """
 
 from __future__ import annotations
@@ -14,36 +13,12 @@ from typing import Any
 import attrs
 
 from lf.schedule.ir import COMPUTE, Action, Program, ProgramError, flat
+from lf.schedule.looks import COLOURS, MEANING, Looks, amount, ink, looks, mixed, ops, span_of_time
 from lf.schedule.timeline import Span, Timeline
 
 WIDTH = 120  # columns of a drawing with a mark: an error is read on a screen
 
-# Hues that a colour-blind person tells apart (Okabe & Ito 2008; the violet of REMAT and the brown of copies are added), and their greys differ.
-COLOURS = {
-    "F": "#56B4E9",
-    "B": "#009E73",
-    "I": "#E69F00",
-    "W": "#F0E442",
-    "REMAT": "#8E7CC3",
-    "REDUCE": "#CC79A7",
-    "OFFLOAD": "#A5714B",
-    "FETCH": "#A5714B",
-}
-BESIDE = {"F": "#CC6677", "B": "#882255", "I": "#AA4466", "W": "#DDAABB", "REMAT": "#B86B9E"}
-"""Of chains that have a name. The main one is drawn without."""
-OTHER = "#999999"
 LETTERS = {"REMAT": "R"}  # of the others the op itself
-MEANING = {
-    "F": "forward",
-    "B": "backward",
-    "I": "backward, input",
-    "W": "backward, weights",
-    "REMAT": "forward again",
-    "REDUCE": "sum of gradients",
-    "OFFLOAD": "to the host",
-    "FETCH": "and back",
-}
-
 Mark = tuple[int, int] | Mapping[int, int] | Sequence[int | None]
 
 
@@ -98,50 +73,12 @@ def _window(words: Sequence[str], near: int, width: int) -> str:
         lo, hi = (lo, hi + 1) if fitting[0] else (lo - 1, hi)
 
 
-def chunks(timeline: Timeline) -> tuple[tuple[int, ...], ...]:
-    """The stages of each rank, in their order, of the chain that has no name."""
-    return tuple(tuple(sorted({a.stage for s in row for a in flat([s.action]) if a.op in COMPUTE and not a.chain})) for row in timeline.rows)
-
-
-def named(timeline: Timeline) -> tuple[str, ...]:
-    """The chains beside the main one."""
-    return tuple(dict.fromkeys(a.chain for row in timeline.rows for s in row for a in flat([s.action]) if a.op in COMPUTE and a.chain))
-
-
-def colour(action: Action, stages: Sequence[int]) -> str:
-    """As #rrggbb: the hue is that of the op; of a rank's `stages` the first is the lightest and the last the darkest."""
-    back = (BESIDE if action.chain and action.op in BESIDE else COLOURS).get(action.op, OTHER)
-    if action.chain or len(stages) < 2 or action.stage not in stages or action.op not in COMPUTE:
-        return back
-    at = 2 * stages.index(action.stage) / (len(stages) - 1) - 1  # from -1 to 1
-    return _mixed(back, 255, -at / 2) if at < 0 else _mixed(back, 0, at / 5)
-
-
-def _mixed(back: str, other: int, share: float) -> str:
-    """The colour with this share of white (255) or black (0)."""
-    return "#" + "".join(f"{round(int(back[i : i + 2], 16) * (1 - share) + other * share):02x}" for i in (1, 3, 5))
-
-
-def ink(background: str) -> str:
-    """What can be read on it: black or white."""
-    r, g, b = (int(background[i : i + 2], 16) for i in (1, 3, 5))
-    return "#000000" if 0.299 * r + 0.587 * g + 0.114 * b > 115 else "#ffffff"
-
-
-def amount(held: float, unit: str) -> str:
-    """What is held: bytes where it was measured, else in the unit of whoever made the timeline."""
-    return f"{held / 2**30:.2f} GiB" if unit == "s" else f"{held:.4g}"
-
-
-def span_of_time(t: float, unit: str) -> str:
-    return f"{t:.4g}" if not unit else f"{t:.4g} s" if t >= 1 else f"{t * 1e3:.4g} ms"
-
-
 @attrs.frozen
 class Grid:
     """A timeline for rich to print: console.print(grid(timeline)). A notebook shows one at the end of a cell by itself."""
 
     timeline: Timeline
+    main: str = ""
 
     def _repr_mimebundle_(self, **asked: Any) -> dict[str, str]:
         from rich.jupyter import JupyterMixin
@@ -153,31 +90,33 @@ class Grid:
         from rich.text import Text
 
         t, coloured = self.timeline, console.color_system is not None and not console.no_color
-        ranks = range(len(t.rows))
+        ranks, look = range(len(t.rows)), looks(t, self.main)
         beside = [[f"{t.bubble(r) / t.makespan:.1%}" if t.makespan else "", *([amount(t.peak(r), t.unit)] if t.memory else [])] for r in ranks]
         heads = ["bubble", "peak"][: len(beside[0]) if beside else 0]
         widths = [max(len(row[k]) for row in [heads, *beside]) for k in range(len(heads))]
-        label = len(f"rank {len(t.rows) - 1} ")
+        names = [look.label(r) for r in ranks]
+        label = max(map(len, names), default=0) + 1
         scale = _scale(t, max(options.max_width - label - 2 - sum(w + 2 for w in widths), 10))
         columns = math.ceil(t.makespan * scale - 1e-6)
         yield Text(" " * (label + columns + 2) + "".join(f"  {h:>{w}}" for h, w in zip(heads, widths)), style="dim" if coloured else "", no_wrap=True)
-        for r, stages in zip(ranks, chunks(t)):
-            line = Text(f"rank {r:<{label - 6}} │", no_wrap=True, overflow="crop")
-            line.append_text(_row(t.rows[r], stages, scale, columns, coloured)).append("│")
+        for r in ranks:
+            line = Text(f"{names[r]:<{label}}│", no_wrap=True, overflow="crop")
+            line.append_text(_row(t.rows[r], look, r, scale, columns, coloured)).append("│")
             yield line.append("".join(f"  {cell:>{w}}" for cell, w in zip(beside[r], widths)))
         end = span_of_time(t.makespan, t.unit)
         yield Text(" " * (label + 1) + "0" + end.rjust(columns - 1), no_wrap=True)
-        yield Padding(_legend(t, coloured), (0, 0, 0, label + 1), expand=False)
+        yield Padding(_legend(t, look, coloured), (0, 0, 0, label + 1), expand=False)
 
 
-def grid(timeline: Timeline) -> Grid:
+def grid(timeline: Timeline, main: str = "") -> Grid:
     """Who computes what when, for the terminal: a row a rank, time to the right as wide as the terminal allows, with the microbatch where it fits.
 
     Blank is a bubble; beside each row its share of the makespan, and the most that the rank holds where the timeline knows. Where there are no
     colours (NO_COLOR, a pipe, a file) letters stand for them: F3─ is a forward of microbatch 3; of a rank with several stages 2F3─ is one of
-    stage 2, and where that does not fit the stages after the first have small letters.
+    stage 2, and where that does not fit the stages after the first have small letters. main: the main chain of several, where it has a name; of
+    the others vF3─ is a forward of unit 3 of vision, v of any and V a backward; what several ranks do a part of each is underlined: vF3═.
     """
-    return Grid(timeline)
+    return Grid(timeline, main)
 
 
 def _scale(t: Timeline, width: int) -> float:
@@ -191,7 +130,7 @@ def _scale(t: Timeline, width: int) -> float:
     return math.floor(scale * least + 1e-9) / least if whole and scale * least >= 1 else scale
 
 
-def _row(row: Sequence[Span], stages: Sequence[int], scale: float, columns: int, coloured: bool) -> Any:
+def _row(row: Sequence[Span], look: Looks, rank: int, scale: float, columns: int, coloured: bool) -> Any:
     """The columns of one rank. A column shows what happens at its middle, so that what is shorter than a column leaves no gap."""
     from rich.text import Text
 
@@ -200,56 +139,58 @@ def _row(row: Sequence[Span], stages: Sequence[int], scale: float, columns: int,
     for s in order:
         lo, hi = (min(math.floor(x * scale + 0.5 + 1e-9), columns) for x in (s.start, s.end))
         if hi > lo:
-            cells[lo:hi] = (_coloured if coloured else _lettered)(s.action, stages, hi - lo)
+            cells[lo:hi] = (_coloured if coloured else _lettered)(s.action, look, rank, hi - lo)
     out = Text()
     for style, run in groupby(cells, key=lambda cell: cell[1]):
         out.append("".join(char for char, _ in run), style)
     return out
 
 
-def _coloured(action: Action, stages: Sequence[int], width: int) -> list[tuple[str, str]]:
+def _coloured(action: Action, look: Looks, rank: int, width: int) -> list[tuple[str, str]]:
     if action.op == "OVERLAP":  # one above the other; a number at each end
-        (a, b), (upper, lower) = action.pair, [colour(part, stages) for part in action.pair]
+        (a, b), (upper, lower) = action.pair, [look.colour(part, rank) for part in action.pair]
         cells = [("▀", f"{upper} on {lower}")] * width
         first, last = _number(a), _number(b)
         if len(first) + len(last) < width:
             cells[: len(first)] = [(c, f"{ink(upper)} on {upper}") for c in first]
             cells[width - len(last) :] = [(c, f"{ink(lower)} on {lower}") for c in last]
         return cells
-    back = colour(action, stages)
+    back = look.colour(action, rank)
     if action.op == "REDUCE":
         return [("▄", back)] * width
     if (action.microbatch or 0) % 2:  # neighbours differ, so that each is seen where no number fits
-        back = _mixed(back, 0, 0.14)
+        back = mixed(back, 0, 0.14)
     number = _number(action)
-    return [(c, f"{ink(back)} on {back}") for c in (number if len(number) <= width else "").center(width)]
+    style = f"{ink(back)} on {back}" if not look.is_shared(action) else f"underline {ink(back)} on {back}"
+    return [(c, style) for c in (number if len(number) <= width else "").center(width)]
 
 
-def _lettered(action: Action, stages: Sequence[int], width: int) -> list[tuple[str, str]]:
+def _lettered(action: Action, look: Looks, rank: int, width: int) -> list[tuple[str, str]]:
     parts = flat([action])
-    letters = [a.chain[:1] + LETTERS.get(a.op, a.op) if a.op != "REDUCE" else "+" for a in parts]
-    if len(stages) > 1:
-        letters = [word.lower() if a.stage in stages[1:] and not a.chain else word for word, a in zip(letters, parts)]
-    numbered = [letter + _number(a) for letter, a in zip(letters, parts)]
-    staged = [f"{a.chain[:1]}{a.stage}{LETTERS.get(a.op, a.op)}{_number(a)}" for a in parts]
-    choices = ["&".join(numbered), "&".join(letters), "&".join(a.chain[:1] or word for a, word in zip(parts, letters)), "&"]
+    stages = look.of(rank, parts[0].chain)
+    letters = [LETTERS.get(a.op, a.op) if a.op != "REDUCE" else "+" for a in parts]
+    letters = [word.lower() if a.stage in look.of(rank, a.chain)[1:] else word for word, a in zip(letters, parts)]
+    signs = [look.sign(a.chain) if a.op != "REDUCE" else "" for a in parts]
+    numbered = [sign + letter + _number(a) for sign, letter, a in zip(signs, letters, parts)]
+    staged = [f"{sign}{a.stage}{LETTERS.get(a.op, a.op)}{_number(a)}" for sign, a in zip(signs, parts)]
+    choices = ["&".join(numbered), "&".join(map("".join, zip(signs, letters))), "&".join(map(_short, signs, letters, parts)), "&"]
+    choices.append(_short(signs[0][:1], letters[0], parts[0]))  # where not even the sign of a chain has room
     if len(stages) > 1 and action.op != "REDUCE" and len(both := "&".join(staged)) < width:  # a number at its end would meet the next one's stage
         choices.insert(0, both)
     words = next(word for word in choices if len(word) <= width)
-    return [(c, "") for c in words.ljust(width, "+" if action.op == "REDUCE" else "─")]
+    return [(c, "") for c in words.ljust(width, "+" if action.op == "REDUCE" else "═" if look.is_shared(action) else "─")]
+
+
+def _short(sign: str, letter: str, action: Action) -> str:
+    """Of a chain beside the main one its sign alone: small is forward, capital is backward."""
+    return letter if not sign else sign.lower() if action.op in ("F", "REMAT") else sign.upper()
 
 
 def _number(action: Action) -> str:
     return "" if action.microbatch is None else str(action.microbatch)
 
 
-def ops(timeline: Timeline) -> list[str]:
-    """Those that occur and have a meaning to tell, in one order always."""
-    seen = {a.op for row in timeline.rows for s in row for a in flat([s.action])}
-    return [op for op in MEANING if op in seen]
-
-
-def _legend(t: Timeline, coloured: bool) -> Any:
+def _legend(t: Timeline, look: Looks, coloured: bool) -> Any:
     from rich.text import Text
 
     out = Text()
@@ -258,10 +199,16 @@ def _legend(t: Timeline, coloured: bool) -> Any:
             sign = LETTERS.get(op, op) if op != "REDUCE" else "▄" if coloured else "+"
             back = COLOURS[op]
             out.append(f" {sign} ", (back if op == "REDUCE" else f"{ink(back)} on {back}") if coloured else "").append(f" {MEANING[op]}   ")
-    for chain in named(t):
-        back = BESIDE["F"]
-        out.append(f" {chain[:1]} " if not coloured else "   ", f"{ink(back)} on {back}" if coloured else "").append(f" {chain}   ")
-    several = max(map(len, chunks(t)), default=0)
-    if several > 1:
+    for chain in look.beside:
+        if coloured:
+            for op, back in look.used(t, chain).items():
+                out.append(f" {LETTERS.get(op, op)} ", f"{ink(back)} on {back}")
+            out.append(f" {chain}   ")
+        else:
+            sign = look.sign(chain)
+            out.append(f" {sign}  {chain}, {sign.upper()} its backward   ")
+    if look.shared:
+        out.append("underlined: several ranks do a part each   " if coloured else " ═  several ranks do a part each   ")
+    if len(look.most) > 1:
         out.append("a rank's stages: light to dark" if coloured else "small letters: a rank's later stages")
     return out
