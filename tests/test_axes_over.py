@@ -156,6 +156,24 @@ def test_ranks_that_have_made_different_numbers_of_groups_find_each_other() -> N
     assert processes(mesh, trap, timeout_s=60) == spmd(mesh, trap)
 
 
+def apart(axes) -> list[str]:
+    """Two chains without a rank in common, rank 5 in neither, and groups of the world's own mesh before and after."""
+    out = [axes["tp"].sum(torch.tensor(1.0 + axes.rank))] if axes.rank < 2 else []
+    one, other = axes.over(Mesh(pp=2), (1, 0)), axes.over(Mesh(dp=2), (4, 3))
+    out += [linked(axes), *(piped(one) if one else []), *([other.world.all_gather(torch.tensor([1.0 * axes.rank]), [1, 1])] if other else [])]
+    return [str(x) for x in [*out, axes["dp"].sum(torch.tensor(1.0 + axes.rank)), axes["tp"].sum(torch.tensor(1.0 + axes.rank))]]
+
+
+def test_ranks_that_share_no_chain_have_links() -> None:
+    mesh = Mesh(dp=3, tp=2)
+    real = processes(mesh, apart, timeout_s=60)
+    assert real == spmd(mesh, apart)
+    for rank, got in enumerate(real):
+        links = str([[10.0 * r + rank, float(n)] for r in range(6) if r != rank for n in range(2)])
+        assert got[int(rank < 2)] == links
+        assert got[-2:] == [f"tensor({sum(r + 1.0 for r in group):.0f}.)" for group in (range(rank % 2, 6, 2), (rank // 2 * 2, rank // 2 * 2 + 1))]
+
+
 def test_two_meshes_over_the_same_ranks_do_not_meet() -> None:
     """One rank is in one of them while the other is in the other: with threads that is told, and no tensor goes to the wrong chain."""
 
