@@ -98,7 +98,7 @@ def _inline(laid: Plan, chain: str, place: Beside) -> Program:
     wanted = [laid.wanted(chain, u) for u in range(laid.units[chain])]
     for u in sorted(range(len(wanted)), key=lambda u: wanted[u]):
         due, release = wanted[u]
-        takers = [laid.at.get(("F", j.target, j.target_stage, u), []) for j in laid.joints if j.source == chain]
+        takers = [laid.standing("F", j.target, j.target_stage, laid.data(chain, u)) for j in laid.joints if j.source == chain]
         first = min((each for each in takers if each), key=lambda each: min(laid.starts[r][i] for r, i in each))
         k = _block_at(chain, place, [r for r, _ in first])
         added += [(r, due, _action("F", chain, s, u)) for s in stages for r in place.blocks[s][k]]
@@ -127,7 +127,7 @@ def _following(laid: Plan, chain: str, place: Beside) -> Added:
     stages, back = range(len(place.blocks)), any(op in ("B", "I") for op, *_ in laid.at)
     given = [laid.given(chain, u) for u in range(laid.units[chain])]
     for u in sorted(range(len(given)), key=lambda u: given[u]):
-        givers = [laid.at.get(("F", j.source, j.source_stage, u), []) for j in laid.joints if j.target == chain]
+        givers = [laid.standing("F", j.source, j.source_stage, laid.data(chain, u)) for j in laid.joints if j.target == chain]
         last = max((each for each in givers if each), key=lambda each: max(laid.ends[r][i] for r, i in each))
         k = _block_at(chain, place, [r for r, _ in last]) if place.kind == "inline" else 0
         added += [(r, given[u], _action("F", chain, s, u)) for s in stages for r in place.blocks[s][k]]

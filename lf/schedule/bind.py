@@ -180,7 +180,7 @@ def _piece(
     products = tuple((s, n, path) for s, n, path, w in trained if w)
     into = [(e, k) for k in on.into(chain, index) for e in on.joints[k].edges]
     fed = tuple(Fed(i, e.input, k, on.live[k]) for i, s in enumerate(mine) for e, k in into if e.segment == s.name)
-    taken = {on.joints[k].name.partition(".")[2] for k in on.out(chain, index)}
+    taken = {on.joints[k].edges[0].output for k in on.out(chain, index)}
     outputs = tuple(o for s in mine for o in s.outputs if o in taken)
     return Piece(index, name, kinds, names, leaves, products, upstream, hi > stage.stop, fed, outputs)
 

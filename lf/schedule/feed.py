@@ -12,7 +12,8 @@ from lf.bridge import Bridge, Table
 
 
 class Units(Mapping[int, Batch]):
-    """The batches of a chain's units, each made when it is first asked for and gone when it is dropped: what many units read is never all there."""
+    """The batches of a chain's units, each made when it is first asked for and gone when it is dropped: what many units read is not all there at
+    once. Of a chain with an objective they are all made before the first action, which counts them."""
 
     def __init__(self, make: Mapping[int, Callable[[], Batch]]):
         self.make, self.made = make, dict[int, Batch]()

@@ -107,7 +107,7 @@ class Ground:
         if self.layouts is None or self.layouts.model is None:
             return (True,) * len(self.joints)
         wanted = live_outputs(self.layouts)
-        return tuple(wanted[j.source, j.name.partition(".")[2]] for j in self.joints)
+        return tuple(wanted[j.source, j.edges[0].output] for j in self.joints)
 
     def bridge(self, a: Action) -> int | None:
         """The joint that a BRIDGE is of."""

@@ -55,6 +55,11 @@ class Plan:
         """The microbatches of the data that a unit has."""
         return data_of(unit, self.units[chain], max(self.units.values()))
 
+    def standing(self, op: str, chain: str, stage: int, data: range) -> list[tuple[int, int]]:
+        """The rows and places of an op of the units of a chain that have any of these microbatches; none where it is not placed."""
+        units = units_of(data, self.units[chain], max(self.units.values()))
+        return [place for u in units for place in self.at.get((op, chain, stage, u), ())]
+
     def wanted(self, chain: str, unit: int) -> tuple[float, float]:
         """When the first forward starts that takes what a unit gives, and when the last backward ends that brings its gradient; where none
         does, when the last of those forwards ends."""

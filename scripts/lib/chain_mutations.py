@@ -51,7 +51,7 @@ CHAIN = [
     words(
         "feed: a batch of every item",
         LAW,
-        (chain_feed._batches, "for s in hand.shares[u, place]]", "for k in hand.shares if k[0] == u for s in hand.shares[k]]"),
+        (chain_feed._batches, "shares = hand.shares[u, place]", "shares = [s for k in hand.shares if k[0] == u for s in hand.shares[k]]"),
     ),
     words("feed: rows of the first rank of a place", LAW, (Feed.takes, 'part = coords["cp"]', 'part = 0 * coords["cp"]')),
     words(

@@ -267,3 +267,12 @@ def test_what_cannot_be_placed_is_refused(joints: list[Joint], places: dict[str,
 def test_the_main_program_is_of_compute_alone() -> None:
     with pytest.raises(ProgramError, match="compute of chain 'decoder' alone, and has 0SEND_F0"):
         beside(loads("0F0 0SEND_F0 0RECV_B0 0B0\n1RECV_F0 1F0 1B0 1SEND_B0"), [], {}, "decoder")
+
+
+def test_inline_beside_a_chain_of_fewer_units() -> None:
+    """A unit goes with the one that has its microbatch: all are of the one unit of a chain that is decoupled."""
+    joints = (Joint("eyes.out", "eyes", 0, "", 0), Joint("lens.out", "lens", 0, "eyes", 0))
+    main = one_f_one_b(2, 4)
+    program = beside(main, joints, {"eyes": Beside("decoupled"), "lens": Beside("inline")})
+    assert Counter((a.chain, a.op) for row in program for a in row if a.chain == "lens") == {("lens", "F"): 4, ("lens", "B"): 4}
+    assert cost(program, joints=joints).makespan > cost(main).makespan

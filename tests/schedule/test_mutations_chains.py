@@ -249,8 +249,7 @@ def changed(rng: random.Random, program: Program, names: Sequence[str | None]) -
 
 @cache
 def built(which: int, frozen: int, count: int, kind: str, schedule: str, units: int | None) -> Program:
-    head = "dedicated" if which < 0 else "inline"
-    return build_chains(laid(which, frozen), count, {"vision": Beside(kind, units), "head": head}, SCHEDULES[schedule].generate)
+    return build_chains(laid(which, frozen), count, {"vision": Beside(kind, units), "head": "inline"}, SCHEDULES[schedule].generate)
 
 
 def compute(program: Program) -> Program:
