@@ -69,6 +69,8 @@ class Graphs:
             fed = tuple({f.input: x[f.name] for f in piece.fed if f.segment == i} for i in range(len(piece.names)))
             x = {k: v for k, v in x.items() if k not in names}
         y, losses, outputs = fn(values, _unwrap(x), self.batches[m], ctx, fed)
+        if not piece.outputs:
+            return _wrap(y), losses
         return {**_wrap(y), **{tap(name): outputs[name] for name in piece.outputs if name in outputs}}, losses
 
     def fed(self, piece: Piece, carry: dict[str, Tensor], m: int) -> dict[str, Tensor]:
@@ -82,8 +84,8 @@ class Graphs:
         split = (piece.stage, m, piece.name) in self.bound.split
         values, kept.probes = self.probed(piece, m) if split else (self.summed(piece), ())
         fn, x = piece.fn["probe" if split else "acc"], {k: v.detach() for k, v in carry.items()}
-        live = {f.name: f.live for f in piece.fed}
-        wanted = [k for k, v in x.items() if live.get(k, piece.upstream) and v.is_floating_point()]
+        live = dict.fromkeys(x, piece.upstream) | {f.name: f.live for f in piece.fed}
+        wanted = [k for k, v in x.items() if live[k] and v.is_floating_point()]
         if again or away:
             slots = kept.slots = Slots(self.storages(m), again)
             ctx = attrs.evolve(ctx, ops=slots.table(ctx.ops)) if again else ctx
