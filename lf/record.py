@@ -49,7 +49,8 @@ def record_of(
     """(the record, the signal that some rank has got or 0). `ended`: when the next step began; None: now, when all is read.
 
     tokens(i): those that the steps before step i take from the data, over all ranks."""
-    values = {k: v.item() for k, v in done.metrics().items() if k != "finite"}
+    metrics, sums = done.metrics(), layout.model.sums
+    values = {k: v.item() for k, v in metrics.items() if k != "finite" and k not in sums}
     stop, held, *flops = done.signs().tolist()
     seconds, ranks = (time.perf_counter() if ended is None else ended) - done.began, ctx.axes.world.size
     before, after = tokens(done.step - 1), tokens(done.step)
@@ -62,6 +63,7 @@ def record_of(
         record["tflops_per_device"] = rate / 1e12
         if peak := ctx.device.peak_flops(ctx.precision.compute):
             record["mfu"] = rate / peak
+    record |= layout.model.report({name: metrics[name] for name in sums})
     return {**record, "memory_gib": round(held / 2**30, 3), "skipped": int(values["skipped"])}, int(stop)
 
 

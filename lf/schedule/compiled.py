@@ -21,16 +21,17 @@ from lf.segment import Apply
 
 Fed = tuple[dict[str, Tensor], ...]
 """Of each segment, what edges bring to it, by name; () where they bring nothing to the layer."""
-LayerFn = Callable[[Sequence[dict[str, Tensor | W]], Any, Any, Any, Fed], tuple[Any, dict[str, Tensor], dict[str, Tensor]]]
+Told = tuple[Any, dict[str, Tensor], dict[str, Tensor], dict[tuple[int, str], Tensor]]
+"""x, losses, outputs for edges, sums by the number of the segment and their name."""
+LayerFn = Callable[[Sequence[dict[str, Tensor | W]], Any, Any, Any, Fed], Told]
 
 
 def layer_fn(applies: tuple[Apply, ...]) -> LayerFn:
-    """The segments of a layer one after another: (parameters of each segment by name, x, batch, ctx, fed) → (x, losses, outputs for edges)."""
+    """The segments of a layer one after another: (parameters of each segment by name, x, batch, ctx, fed) → (x, losses, outputs for edges, sums)."""
 
-    def layer(
-        values: Sequence[dict[str, Tensor | W]], x: Any, batch: Any, ctx: Any, fed: Fed
-    ) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+    def layer(values: Sequence[dict[str, Tensor | W]], x: Any, batch: Any, ctx: Any, fed: Fed) -> Told:
         losses: dict[str, Tensor] = {}
+        sums: dict[tuple[int, str], Tensor] = {}
         outputs: dict[str, Tensor] = {}
         for i, (apply, mine) in enumerate(zip(applies, values)):
             if fed and fed[i]:
@@ -38,7 +39,9 @@ def layer_fn(applies: tuple[Apply, ...]) -> LayerFn:
             x, terms = apply(mine, x, batch, ctx)  # type: ignore[arg-type]
             losses.update(terms.get("losses", {}))
             outputs.update(terms.get("outputs", {}))
-        return x, losses, outputs
+            for name, value in terms.get("sums", {}).items():
+                sums[i, name] = value
+        return x, losses, outputs, sums
 
     return layer
 
