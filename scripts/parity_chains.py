@@ -5,7 +5,7 @@ a head; on ranks simulated in one process, or on real ones where there are sever
     scripts/launch parity_chains --device cpu --decoder pp=2,tp=2 --vision dp=4 --head tp=2@2-3 --place nested --place decoupled --schedule zb-h1
     scripts/launch --nproc 2 parity_chains --device cuda --decoder pp=2 --vision tp=2 --head dp=1@1
 
-Exit code 0: all agree. 1: some quantity disagrees. 2: it could not run, whatever the reason.
+Exit code 0: all agree. 1: some quantity disagrees. 2: it could not run, whatever the reason, or none of the placements goes on these meshes.
 """
 
 import os
@@ -56,7 +56,7 @@ def main(config: Config) -> None:
     places = {name: placed(getattr(config, name), name, config.freeze) for name in ("vision", "decoder", "head")}
     mesh = places["decoder"].mesh
     places["decoder"] = attrs.evolve(places["decoder"], placement=schedule.place(mesh.pp, config.chunks or schedule.chunks))
-    model, ok = trio(), True
+    model, ok, compared = trio(), True, 0
 
     def data(step: int, i: int, multiple: int) -> lf.Batch:
         return sample(model.config, config.seed + step, i, 0, multiple)
@@ -91,9 +91,11 @@ def main(config: Config) -> None:
                 raise
             say(f"left out: {about}: {str(error).splitlines()[0]}", soft_wrap=True, markup=False)
             continue
-        ok = ok and report.ok
+        ok, compared = ok and report.ok, compared + 1
         words = attrs.evolve(report, about=about)
         say(f"{'ok' if report.ok else 'DISAGREES'}: {words}", style=None if report.ok else "red", markup=False, soft_wrap=True)
+    if not compared:
+        raise ConfigError("nothing was compared, every placement was left out; change the meshes or their ranks, --head-place, or --schedule")
     if not ok:
         sys.exit(1)
 

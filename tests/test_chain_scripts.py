@@ -177,6 +177,18 @@ def test_parity_as_a_user_asks_for_it(capsys: Any) -> None:
             parity_chains.main(parity_chains.Config(device="cpu", microbatches=2, **options))  # type: ignore[arg-type]
 
 
+def test_nothing_compared_is_no_agreement(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each placement is left out with its reason, and the end is an error that says so, not the 0 of "all agree"."""
+    monkeypatch.setattr(sys, "argv", ["parity_chains", "--device", "cpu", "--microbatches", "2", "--head", "dp=1@0"])
+    with pytest.raises(SystemExit) as end:
+        lf.cli.judge(parity_chains.main, parity_chains.Config)
+    said = capsys.readouterr()
+    assert end.value.code == 2
+    assert said.out.count("left out: encoder ") == 4
+    assert "nothing was compared, every placement was left out" in said.err
+    assert "ok:" not in said.out
+
+
 def step(axes: Any, layouts: Any, program: Any, m: int) -> Any:
     ctx = chain_context(layouts, axes, lf.devices.get("cpu"), "fp64")
     data = [[sample(MODEL.config, 0, i, 0, 2)] for i in range(m)]

@@ -74,11 +74,8 @@ def test_a_second_step_knows_nothing_of_the_first() -> None:
         assert all(torch.equal(a[path], b[path]) for path in a)
 
 
-@pytest.mark.parametrize("kind", ["inline", "decoupled", "nested"])
-def test_evaluation_has_the_same_losses_and_no_gradient(kind: str) -> None:
-    """A program of forwards alone, of all chains."""
-    layouts, batches = chain_layouts(MODEL, PLACES), data(3)
-    program = build_chains(layouts, 3, {"vision": kind, "head": "inline"}, forward_only)
+def evaluated(layouts: Layouts, program: Program, batches: Data) -> None:
+    """The losses of a program of forwards alone are those of the oracle."""
     want, _ = one_rank(batches)
 
     def fn(axes: Any) -> Any:
@@ -93,6 +90,26 @@ def test_evaluation_has_the_same_losses_and_no_gradient(kind: str) -> None:
     for name, s in want.sums.items():
         mine = torch.stack([losses[name] for losses in found if name in losses]).sum()
         torch.testing.assert_close(mine, torch.as_tensor(s, dtype=torch.float64), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["inline", "decoupled", "nested"])
+def test_evaluation_has_the_same_losses_and_no_gradient(kind: str) -> None:
+    """A program of forwards alone, of all chains."""
+    layouts = chain_layouts(MODEL, PLACES)
+    evaluated(layouts, build_chains(layouts, 3, {"vision": kind, "head": "inline"}, forward_only), data(3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "gone", "rows"), [("decoupled", "vision:0F0", (0,)), ("decoupled", "vision:0F0", (1,)), ("nested", "vision:0F2", (0, 1))]
+)
+def test_an_evaluation_without_a_forward_is_another_division(kind: str, gone: str, rows: tuple[int, ...]) -> None:
+    """Nothing but its F says that a unit of an evaluation stands on a row, or that it is there. Without it, and with no other change, the other row
+    has all items of the unit, or the unit before it those of its microbatch: `check` accepts that, so the losses must be the same."""
+    layouts = chain_layouts(MODEL, PLACES)
+    whole = build_chains(layouts, 3, {"vision": kind, "head": "inline"}, forward_only)
+    program = tuple(tuple(a for a in row if str(a) != gone or r not in rows) for r, row in enumerate(whole))
+    assert program != whole
+    evaluated(layouts, program, data(3))
 
 
 def bare(batch: Batch) -> Batch:

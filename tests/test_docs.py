@@ -183,7 +183,7 @@ def test_the_commands_of_a_page_run_one_after_another(page: str, here: Path, cap
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_what_a_page_mentions_exists(page: Path) -> None:
     prose = re.sub(r"^```\w*\n.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
-    ours = set().union(*(flags(name) for name in ("pretrain", "tokenize", "evaluate", "export", "schedule", "parity"))) | {"--config"}
+    ours = set().union(*(flags(name) for name in ("pretrain", "tokenize", "evaluate", "export", "schedule", "parity", "bench_chains"))) | {"--config"}
     for words in re.findall(r"`([^`\n]+)`", prose):
         first = words.split()[0]
         if re.fullmatch(r"lf(\.\w+)+", first):

@@ -25,6 +25,8 @@ def check(program: Program, where: Where = None, microbatches: int | None = None
 
     A program of compute alone is lowered first. `microbatches`: how many there are (default: those that the program names). `joints`: between the
     chains of a program without a layout.
+    On which rows a unit stands, and how many units a chain has, is what the program says: of an evaluation its forwards alone. One without such a
+    forward may so be another program, which is right, too.
     Raises ProgramError with the program drawn and the failing action marked when an action lacks what it needs, stands twice, names what is not
     there, ranks wait for each other, a gradient is missing or is reduced too early, twice or never, or something stays alive.
     """

@@ -41,7 +41,11 @@ CHAIN = [
     words("edges: an output's gradient is not returned", LAW, (Edges.returned, "out[tap(name)] = self", "_ = self")),
     words("edges: what was made is kept", LAW, (Edges.forward, "del self.made[source]", "pass")),
     words("edges: one bridge is all", LAW, (Edges.last, "if n < ", "if 1 > ")),
-    words("graphs: what edges bring has no gradient", LAW, (Graphs.make, "{f.name: f.live for f in piece.fed}", "{f.name: False for f in piece.fed}")),
+    words(
+        "graphs: what edges bring has no gradient",
+        LAW,
+        (Graphs.make, "{f.name: f.live for f in piece.fed}", "{f.name: False for f in piece.fed}"),
+    ),
     words("trainable: edges bring nothing that is wanted", LAW, (_walked, "or wanted[edge.source, edge.output]", "or False")),
     words(
         "trainable: outputs of what is frozen are wanted",
