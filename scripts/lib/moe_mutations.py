@@ -11,6 +11,7 @@ from lf.schedule.graphs import Graphs
 from lf.spec import Param, Spec
 
 LAW = "tests/test_moe.py::test_law_1_of_each_router"
+COPIES = "tests/test_moe.py::test_law_1_where_other_ranks_have_the_same_experts"
 MOE = "tests/test_moe.py"
 ROUTER = "tests/models/test_router.py"
 MTP = "tests/models/test_mtp.py"
@@ -20,7 +21,7 @@ SUM_AXES = Spec.__dict__["sum_axes"].fget
 MIXTURES = [
     words("experts: gradients summed over ep, too", LAW, (SUM_AXES, "a not in self.names", "(a not in self.names or a == 'ep')")),
     words("experts: gradients summed over etp, too", LAW, (SUM_AXES, "a not in self.names", "(a not in self.names or a == 'etp')")),
-    words("experts: gradients not summed over edp", LAW, (SUM_AXES, "a not in self.names", "a not in self.names and a != 'edp'")),
+    words("experts: gradients not summed over edp", COPIES, (SUM_AXES, "a not in self.names", "a not in self.names and a != 'edp'")),
     words("experts: biases not summed over etp", LAW, (SUM_AXES, "a not in self.names", "a not in self.names and a != 'etp'")),
     words("experts: the bias out once for each rank of etp", LAW, (moe.experts_block, 'ctx.axes["etp"], R, P', 'ctx.axes["etp"], P, R')),
     words("dispatch: rows of the wrong expert", LAW, (expert.sorted_by_expert, "lengths = blocks.T.", "lengths = blocks.T.flip(0).")),
