@@ -116,8 +116,13 @@ def attention_block(
 
 
 def attention_flops(a: Attention, dim: int, batch: Batch) -> float:
+    tokens, pairs = int(batch.plan["cu_seqlens"][-1]), pairs_seen(batch, a.window)
+    return float(3 * (2 * tokens * (2 * a.heads + 2 * a.kv_heads) * a.head_dim * dim + 4 * pairs * a.heads * a.head_dim))
+
+
+def pairs_seen(batch: Batch, window: int | None) -> float:
+    """How many pairs of a query and a key that it sees there are."""
     edges = batch.plan["cu_seqlens"].numpy().astype(np.float64)
     lengths = np.diff(edges, append=edges[-1:])
-    seen = np.minimum(lengths, a.window or np.inf)
-    pairs = (seen * (seen + 1) / 2 + (lengths - seen) * seen).sum()
-    return float(3 * (2 * edges[-1] * (2 * a.heads + 2 * a.kv_heads) * a.head_dim * dim + 4 * pairs * a.heads * a.head_dim))
+    seen = np.minimum(lengths, window or np.inf)
+    return float((seen * (seen + 1) / 2 + (lengths - seen) * seen).sum())
