@@ -7,6 +7,7 @@ from typing import Any
 
 import attrs
 from chain_mutations import CHAIN
+from moe_mutations import MIXTURES
 from mutation import Mutation, rewritten, stale, words
 from schedule_mutations import SCHEDULE
 
@@ -182,7 +183,7 @@ NORMALISER = [
     words("normaliser: no label divides by 0", TRAIN, (STEP, "counts.clamp_min(1)", "counts")),
     words("loss: summed over dp alone", PARITY, (train._world_sums, "ctx.axes.world.sum", 'ctx.axes["dp"].sum')),
     words("loss: summed over tp alone", PARITY, (train._world_sums, "ctx.axes.world.sum", 'ctx.axes["tp"].sum')),
-    words("norm: squared", TRAIN, (train._world_sums, "total.sqrt()", "total")),
+    words("norm: squared", TRAIN, (train._world_sums, "square.sqrt()", "square")),
 ]
 
 PAIR = "redistribute(_Partials.apply(z_TV, labels_T - first, m_T), axis, P, seq)"
@@ -321,6 +322,6 @@ STAGES = [
     words("split: stages in between uneven", SPLIT, (split._joined, "cost**2", "cost")),
 ]
 
-ALL: list[Mutation] = [*edges(), *MOVES, *SPECS, *NORMALISER, *MODEL, *STEPS, *SCHEDULE, *AXES, *RUNS, *STAGES, *CHAIN]
+ALL: list[Mutation] = [*edges(), *MOVES, *SPECS, *NORMALISER, *MODEL, *STEPS, *SCHEDULE, *AXES, *RUNS, *STAGES, *CHAIN, *MIXTURES]
 __all__ = ["ALL", "Mutation", "rewritten", "stale"]
 assert len({m.name for m in ALL}) == len(ALL)

@@ -12,7 +12,7 @@ from typing import Any
 import attrs
 
 from lf.config import ConfigError
-from lf.models.decoder import Attention, DecoderConfig, GatedMLP, Layer
+from lf.models.decoder import Attention, DecoderConfig, GatedMLP, Layer, attentions
 from lf.models.families.fields import LAYERS, number, yes
 from lf.models.families.rope import read_rope, write_rope
 
@@ -117,10 +117,11 @@ def write(d: Dialect, config: DecoderConfig) -> dict[str, Any]:
     """The config.json of a model, with the keys of transformers 4 and of 5. Raises ConfigError where this family has no such model."""
     if not isinstance(config, DecoderConfig):
         raise ConfigError(f"a {type(config).__name__} is no DecoderConfig")
-    alike = {attrs.evolve(layer, mixer=attrs.evolve(layer.mixer, window=None)) for layer in config.layers}
+    mixers = attentions(config)
+    alike = {attrs.evolve(layer, mixer=attrs.evolve(a, window=None)) for layer, a in zip(config.layers, mixers)}
     if len(alike) != 1:
         raise ConfigError(f"its layers must all be alike but for their windows; of {len(config.layers)} layers, {len(alike)} kinds were given")
-    a, inner = config.layers[0].mixer, config.layers[0].ffn.dim
+    a, inner = mixers[0], config.layers[0].ffn.dim
     if a.rope.dim not in (None, a.head_dim) and not d.partial:
         raise ConfigError(f"its rotary positions are of whole heads; those of the model turn {a.rope.dim} of {a.head_dim} dims")
     if a.qk_norm != d.qk_norm:
@@ -145,7 +146,7 @@ def write(d: Dialect, config: DecoderConfig) -> dict[str, Any]:
         "use_cache": True,
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),  # none, or the classes take ids of their own releases
         **d.write_bias((a.qkv_bias, a.out_bias)),
-        **d.write_windows(tuple(layer.mixer.window for layer in config.layers)),
+        **d.write_windows(tuple(mixer.window for mixer in mixers)),
         **d.more,
     }
 
@@ -153,8 +154,7 @@ def write(d: Dialect, config: DecoderConfig) -> dict[str, Any]:
 def names(config: DecoderConfig) -> dict[str, str]:
     """{key of a piece: name of its tensor on disk}; a tied head is not on disk."""
     out = {"embed/weight": EMBEDDING}
-    for i, layer in enumerate(config.layers):
-        a = layer.mixer
+    for i, a in enumerate(attentions(config)):
         keys = LAYER | (QKV_BIAS if a.qkv_bias else {}) | (OUT_BIAS if a.out_bias else {}) | (QK_NORM if a.qk_norm else {})
         out |= {f"layers.{i}.{ours}": f"model.layers.{i}.{theirs}" for ours, theirs in keys.items()}
     out["head/norm"] = "model.norm.weight"
