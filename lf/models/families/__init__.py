@@ -14,10 +14,11 @@ from types import ModuleType
 from typing import Any
 
 from lf.config import ConfigError, one_of
-from lf.models.families import internlm2, llama, mimo, mistral, phi3, qwen2, qwen3
+from lf.models.families import internlm2, llama, mimo, mistral, phi3, qwen2, qwen3, qwen3_moe
 
 FAMILIES: dict[str, ModuleType] = {
     "llama": llama, "internlm2": internlm2, "mimo": mimo, "mistral": mistral, "phi3": phi3, "qwen2": qwen2, "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
 }  # fmt: skip
 """`model_type` of a config.json → its family."""
 
