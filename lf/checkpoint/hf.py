@@ -16,6 +16,7 @@ import torch
 
 from lf import box as boxes
 from lf import tree
+from lf.box import Box
 from lf.checkpoint.atomic import CheckpointError, agree, attempt, listing
 from lf.checkpoint.export import INDEX, SINGLE, refuse_several, save
 from lf.checkpoint.files import DTYPES, FLOATS, dtype_of, flat, float_dtype, opened, read_box, shape_of
@@ -25,10 +26,9 @@ from lf.console import console
 from lf.layouts import Layout
 from lf.models import families
 from lf.models.decoder import decoder
-from lf.models.families.place import Place, places
+from lf.models.families.place import places
 from lf.models.presets import PRESETS
 from lf.segment import Model
-from lf.spec import Piece
 from lf.state import device_of
 from lf.tree import Tree
 
@@ -127,7 +127,7 @@ def _inspect(folder: Path, layout: Layout, ctx: Any, dtype: torch.dtype | None, 
     family = families.of(stored)
     at, copies, unused = places(family.names(config)), family.copies(config), getattr(family, "unused", lambda name: "")
     pieces = [piece for spec in layout.specs.values() for piece in spec.pieces(ctx.axes.coords)]
-    wanted = {at[piece.key].name: at[piece.key].shape(piece.shape) for piece in pieces}
+    wanted = {name: at[piece.key].shape(piece.shape) for piece in pieces for name in at[piece.key].names}
     for name, shape in wanted.items():
         if name in found:
             problems += _misfit(name, found[name], shape, dtype, ctx.precision.master)
@@ -210,12 +210,12 @@ def _read(folder: Path, layout: Layout, ctx: Any, dtype: torch.dtype | None, fou
     for path, spec in layout.held(ctx.axes.coords).items():
         local = torch.empty(spec.local_shape(ctx.axes.coords), dtype=ctx.precision.master)
         for piece in spec.pieces(ctx.axes.coords):
-            if boxes.volume(piece.box):
-                place = at[piece.key]
-                part = _part(found, place, piece)
-                piece.view(local).copy_(part if dtype is None else part.to(dtype))
+            place, target = at[piece.key], piece.view(local)
+            for cut in place.cuts(piece.box) if boxes.volume(piece.box) else ():
+                part = place.logical(_box(found, cut.name, cut.disk))
+                target[boxes.slices(cut.part, piece.box)].copy_(part if dtype is None else part.to(dtype))
                 for copy, name in copies:
-                    if name == place.name and not torch.equal(_part(found, attrs.evolve(place, name=copy), piece), part):
+                    if name == cut.name and not torch.equal(place.logical(_box(found, copy, cut.disk)), part):
                         raise CheckpointError(
                             f"cannot load {folder}: its config.json ties them (tie_word_embeddings), but {copy} differs from {name}; "
                             f"set tie_word_embeddings to false to train both, or remove {copy} to use {name}"
@@ -224,10 +224,6 @@ def _read(folder: Path, layout: Layout, ctx: Any, dtype: torch.dtype | None, fou
     return tree.build(pairs)
 
 
-def _part(found: dict[str, Any], place: Place, piece: Piece) -> torch.Tensor:
-    """This rank's box of a part, in the dtype of the file; of the rows that others share with it only its own are read."""
-    file, origin, d = found[place.name], boxes.whole(place.shape(piece.shape)), place.dim
-    if not piece.box:
-        return read_box(file, place.name, (), ())
-    runs = [read_box(file, place.name, (*piece.box[:d], run, *piece.box[d + 1 :]), origin) for run in place.disk(*piece.box[d])]
-    return runs[0] if len(runs) == 1 else torch.cat(runs, d)
+def _box(found: dict[str, Any], name: str, box: Box) -> torch.Tensor:
+    """A box of a tensor, in its own dims and dtype; only these bytes are read."""
+    return read_box(found[name], name, box, tuple((0, 0) for _ in box))
