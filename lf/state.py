@@ -56,8 +56,11 @@ def compute_copy(layout: Layout | Layouts, master: Tree, ctx: Any) -> Tree:
     """The parameters, each in the compute dtype of its chain, at least float32 where it is not learned; the very same tensors where the dtypes
     agree."""
     layouts = joined(layout)
-    dtype = {chain: ctx.of(chain).precision.compute for chain in {layouts.chain_of[path] for path, _ in tree.items(master)}}
-    return tree.build([(path, w.to(layouts.specs[path].param.used_in(dtype[layouts.chain_of[path]]))) for path, w in tree.items(master)])
+
+    def dtype(path: str) -> torch.dtype:
+        return layouts.specs[path].param.used_in(ctx.of(layouts.chain_of[path]).precision.compute)
+
+    return tree.build([(path, w.to(dtype(path))) for path, w in tree.items(master)])
 
 
 def forward(model: Model, params: Tree, batch: Batch, ctx: Any) -> Tensor | Terms:

@@ -157,8 +157,10 @@ class Graphs:
         piece = kept.piece
         inputs = kept.inputs
         plain = [self.leaves[p] for p in piece.leaves]
-        # a weight with a sum of its own stands here for its product to stay in the backward; its gradient is None
-        rest = [t for pair in kept.probes for t in pair] or [self.leaves[path] for _, _, path in piece.products]
+        # a weight with a sum of its own stands here for its product to stay in the backward; its gradient is None. One that is used plainly, too
+        # (a tied table under a head that predicts further ahead), stands in `plain` already, and what it gets there counts once.
+        summed = [path for _, _, path in piece.products if path not in piece.leaves]
+        rest = [t for pair in kept.probes for t in pair] or [self.leaves[path] for path in summed]
         wanted = [*inputs.values(), *plain, *rest]
         got = vjp(kept.ends, [*map(dy.get, kept.outputs), *(self.seeds[k] for k in kept.losses)], wanted)
         for path, g in zip(piece.leaves, got[len(inputs) :]):
@@ -171,7 +173,7 @@ class Graphs:
                 if rows is not None and dz is not None:
                     factors.append((path, rows, dz))
         else:
-            for (_, _, path), g in zip(piece.products, got[len(inputs) + len(plain) :]):
+            for path, g in zip(summed, got[len(inputs) + len(plain) :]):
                 self.add(path, g)
         return {k: torch.zeros_like(v) if g is None else g for (k, v), g in zip(inputs.items(), got)}, factors
 

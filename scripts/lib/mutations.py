@@ -182,7 +182,7 @@ NORMALISER = [
     words("normaliser: no label divides by 0", TRAIN, (STEP, "counts.clamp_min(1)", "counts")),
     words("loss: summed over dp alone", PARITY, (train._world_sums, "ctx.axes.world.sum", 'ctx.axes["dp"].sum')),
     words("loss: summed over tp alone", PARITY, (train._world_sums, "ctx.axes.world.sum", 'ctx.axes["tp"].sum')),
-    words("norm: squared", TRAIN, (train._world_sums, "total.sqrt()", "total")),
+    words("norm: squared", TRAIN, (train._world_sums, "square.sqrt()", "square")),
 ]
 
 PAIR = "redistribute(_Partials.apply(z_TV, labels_T - first, m_T), axis, P, seq)"
