@@ -179,7 +179,8 @@ def write(d: Dialect, config: DecoderConfig) -> dict[str, Any]:
         raise ConfigError(f"its layers must all be alike but for their windows; of {len(mixers)} layers, {kinds} kinds were given")
     heads = config.mtp.layers if config.mtp else ()
     if heads and (not d.further or set(heads) != {config.layers[-1]}):
-        raise ConfigError("its further heads have a layer like the last of the model each" if d.further else "it has no heads that predict further ahead")
+        has = "a layer like the last of the model each" if d.further else "no place in its files"
+        raise ConfigError(f"heads that predict further ahead have {has}; those of the model are {len(heads)}")
     fields = {
         "architectures": [d.architecture],
         "model_type": d.name,

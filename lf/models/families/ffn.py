@@ -21,7 +21,7 @@ from lf.models.families.fields import number, weight, whole, yes
 from lf.models.families.place import Place
 from lf.models.mlp import GatedMLP
 from lf.models.moe import MoE
-from lf.models.router import LOSSES, Router
+from lf.models.router import LOSSES
 
 FFN = GatedMLP | MoE
 FFNs = tuple[FFN, ...]
@@ -44,7 +44,7 @@ def write_dense(ffns: FFNs) -> dict[str, Any]:
 
 def mixed(values: dict[str, Any], sparse: list[bool], make: Callable[[], MoE], bad: list[str]) -> FFNs:
     """make() in the layers that are `sparse`, a gated MLP in the others; none where something is bad."""
-    inner = None if all(sparse) else number(values, "intermediate_size", int, bad)
+    inner = 0 if all(sparse) else number(values, "intermediate_size", int, bad)
     try:
         m = None if bad else make()
     except ConfigError as error:

@@ -1,7 +1,7 @@
 """Rotary positions in a config.json: the keys of transformers 4 (rope_theta, rope_scaling, partial_rotary_factor) and 5 (rope_parameters).
 
-What transformers makes of a missing key holds here as well: theta 10000 in most classes, L (`original_max_position_embeddings`) max_position_embeddings. Partial
-rotary positions are read and written as `partial_rotary_factor`; which families have them, `Dialect.partial` says.
+What transformers makes of a missing key holds here as well: theta 10000 in most classes, L (`original_max_position_embeddings`)
+max_position_embeddings. Partial rotary positions are read and written as `partial_rotary_factor`; which families have them, `Dialect.partial` says.
 """
 
 from __future__ import annotations
