@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,9 +14,10 @@ from moe_models import ROUTERS, mixture
 
 import lf
 from lf import parity
+from lf.layouts import Layout
 from lf.mesh import Mesh
-from lf.schedule import SCHEDULES
-from lf.schedule.build import build
+from lf.schedule import OVERLAP, SCHEDULES, Action, Program
+from lf.schedule.build import build, complete
 from lf.schedule.recompute import parse_offload, parse_recompute
 
 
@@ -86,6 +88,36 @@ def test_law_1_of_each_router(router: str, dispatch: str) -> None:
     if "capacity" in ROUTERS[router]:
         dropped = next(q for q in report.rows if q.name == "layers.1.route/dropped")
         assert dropped.size > 0, "nothing was dropped"
+
+
+@pytest.mark.parametrize("dispatch", ["exchange", "gather"])
+def test_law_1_where_other_ranks_have_the_same_experts(dispatch: str) -> None:
+    report = parity.compare(mixture(), Mesh(dp=4, tp=2, ep=2, etp=2), dispatch=dispatch, seed=SEED, steps=1)
+    assert report.ok, str(report)
+
+
+def by_segments(layout: Layout, n: int) -> Program:
+    """Each microbatch forth and back, segment by segment."""
+    names = [s.name for s in layout.stages[0]]
+    row = [Action(op, 0, m, name) for m in range(n) for op in "FB" for name in (names if op == "F" else reversed(names))]
+    return complete((tuple(row),), layout, n)
+
+
+def beside_each_other(layout: Layout, n: int) -> Program:
+    """The segments of a microbatch's forward each beside one of the backward before it: rows travel while experts compute."""
+    names = [s.name for s in layout.stages[0]]
+    row = [Action("F", 0, 0, name) for name in names]
+    for m in range(n):
+        back = [Action("B", 0, m, name) for name in reversed(names)]
+        row += [OVERLAP(Action("F", 0, m + 1, name), b) for name, b in zip(names, back)] if m + 1 < n else back
+    return complete((tuple(row),), layout, n)
+
+
+@pytest.mark.parametrize("dispatch", ["exchange", "gather"])
+@pytest.mark.parametrize("program", [by_segments, beside_each_other])
+def test_a_program_goes_into_the_segments_of_a_mixture(program: Callable[[Layout, int], Program], dispatch: str) -> None:
+    report = parity.compare(mixture(), Mesh(tp=2, ep=2), program=program, dispatch=dispatch, microbatches=3, steps=2, seed=SEED)
+    assert report.ok, str(report)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb-h1", "zb-v"])
