@@ -18,6 +18,7 @@ from lf.layouts import RULES
 from lf.models import mtp
 from lf.models.attention import Attention, attention
 from lf.models.block import Block
+from lf.models.latent import Latent, latent
 from lf.models.mlp import GatedMLP, mlp
 from lf.models.moe import MoE, moe, moe_objectives, moe_report, moe_state, moe_sums
 from lf.models.router import documents
@@ -29,7 +30,7 @@ from lf.spec import Init, Param, Tied, constant, normal
 
 @attrs.frozen
 class Layer:
-    mixer: Attention
+    mixer: Attention | Latent
     ffn: GatedMLP | MoE
 
 
@@ -85,7 +86,7 @@ def decoder(config: DecoderConfig) -> Model:
     table = Param((config.vocab, config.dim), ("vocab", "embed"), normal(config.embed_std), (words,))
     eps, dim, layers = config.norm_eps, config.dim, config.all_layers
     ropes = tuple(dict.fromkeys((layer.mixer.rope, layer.mixer.turned) for layer in layers.values()))
-    mixers = {a: {"attn": attention(a, dim, ropes.index((a.rope, a.turned)), eps, matrix, added)} for a in {layer.mixer for layer in layers.values()}}
+    mixers = {a: _mixer(a, ropes.index((a.rope, a.turned)), config, matrix, added) for a in {layer.mixer for layer in layers.values()}}
     ffns = {f: _ffn(f, config, matrix, added) for f in {layer.ffn for layer in layers.values()}}
     blocks = {layer: {**mixers[layer.mixer], **ffns[layer.ffn]} for layer in layers.values()}
     segments = [Segment("embed", "embed", {"weight": table}, partial(embed, words), (), embed_flops)]
@@ -112,9 +113,23 @@ def decoder(config: DecoderConfig) -> Model:
     )  # fmt: skip
 
 
+def attentions(config: DecoderConfig) -> tuple[Attention, ...]:
+    """The mixers of the layers, for what knows no other kind. Raises ConfigError where one is of another."""
+    mixers = tuple(layer.mixer for layer in config.layers if isinstance(layer.mixer, Attention))
+    if len(mixers) < len(config.layers):
+        raise ConfigError(f"of its {len(config.layers)} layers, {len(mixers)} mix by grouped-query attention; here all of them must")
+    return mixers
+
+
 def _prepared(ropes: tuple[tuple[Rope, int], ...], routed: bool, batch: Batch, ctx: Any) -> Batch:
     batch = tables(ropes, batch, ctx)
     return attrs.evolve(batch, derived={**batch.derived, **documents(batch)}) if routed else batch
+
+
+def _mixer(a: Attention | Latent, rope: int, config: DecoderConfig, matrix: Init, added: Init) -> dict[str, Block]:
+    if isinstance(a, Latent):
+        return {"attn": latent(a, config.dim, rope, config.norm_eps, matrix, added)}
+    return {"attn": attention(a, config.dim, rope, config.norm_eps, matrix, added)}
 
 
 def _ffn(f: GatedMLP | MoE, config: DecoderConfig, matrix: Init, added: Init) -> dict[str, Block]:

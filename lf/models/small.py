@@ -6,7 +6,7 @@ from typing import Any
 
 import attrs
 
-from lf.models.decoder import Attention, DecoderConfig, GatedMLP, Layer, decoder
+from lf.models.decoder import Attention, DecoderConfig, GatedMLP, Layer, attentions, decoder
 from lf.segment import Model
 
 
@@ -18,15 +18,14 @@ def tiny(tied: bool = True, **changes: Any) -> Model:
 
 def shrunk(config: DecoderConfig) -> DecoderConfig:
     """The same shape in small: at most 2 layers of each kind, few heads and words, with the ratios of heads to kv heads and of widths kept."""
-    first = config.layers[0].mixer
+    first = attentions(config)[0]
     kv = max(1, min(first.kv_heads, 8 // (first.heads // first.kv_heads)))
     head_dim, factor = min(first.head_dim, 8), kv / first.kv_heads
 
     def narrow(n: int) -> int:
         return min(n, max(1, round(n * factor * head_dim / first.head_dim)))
 
-    def small(layer: Layer) -> Layer:
-        a = layer.mixer
+    def small(layer: Layer, a: Attention) -> Layer:
         k = max(1, round(a.kv_heads * factor))
         d = min(a.head_dim, 8)
         rope = a.rope if a.rope.dim is None else attrs.evolve(a.rope, dim=max(2, a.rope.dim * d // a.head_dim // 2 * 2))
@@ -35,5 +34,5 @@ def shrunk(config: DecoderConfig) -> DecoderConfig:
         return attrs.evolve(layer, mixer=mixer, ffn=attrs.evolve(layer.ffn, dim=narrow(layer.ffn.dim)))
 
     keep = [i for i, layer in enumerate(config.layers) if config.layers[:i].count(layer) < 2]
-    layers = tuple(small(config.layers[i]) for i in keep)
+    layers = tuple(small(config.layers[i], attentions(config)[i]) for i in keep)
     return attrs.evolve(config, vocab=min(config.vocab, 199), dim=narrow(config.dim), layers=layers)

@@ -25,18 +25,47 @@ SHAPES: dict[str, Any] = {
     "vocab_size": 37, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "rms_norm_eps": 1e-5, "max_position_embeddings": 64, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
+QWEN = {"moe_intermediate_size": 6, "num_experts": 8, "num_experts_per_tok": 2}
+MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+SHARED = {"moe_intermediate_size": 6, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 2, "first_k_dense_replace": 1}
+LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 6, "q_lora_rank": 10, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+YARN = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1,
+    "mscale": 0.7, "mscale_all_dim": 1.0,
+}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen3_moe": (
-        "Qwen3Moe",
-        {"head_dim": 8, "moe_intermediate_size": 6, "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True, "mlp_only_layers": [0]},
-    ),
+    "qwen3_moe": ("Qwen3Moe", {**QWEN, "head_dim": 8, "norm_topk_prob": True, "mlp_only_layers": [0]}),
     "qwen3_moe not normalised, tied, slides": (
         "Qwen3Moe",
+        {**QWEN, "head_dim": 8, "decoder_sparse_step": 2, "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 4},
+    ),
+    "qwen2_moe": ("Qwen2Moe", {**QWEN, "shared_expert_intermediate_size": 7}),
+    "qwen2_moe slides": (
+        "Qwen2Moe",
+        {**QWEN, "shared_expert_intermediate_size": 7, "qkv_bias": False, "norm_topk_prob": True, "use_sliding_window": True, "sliding_window": 4},
+    ),
+    "mixtral": ("Mixtral", MIXTRAL),
+    "mixtral slides": ("Mixtral", {**MIXTRAL, "head_dim": 8, "sliding_window": 4}),
+    "deepseek_v3": ("DeepseekV3", {**LATENT, **SHARED, "n_group": 4, "topk_group": 2, "rope_parameters": YARN}),
+    "deepseek_v3 in halves, biases": (
+        "DeepseekV3",
         {
-            "head_dim": 8, "moe_intermediate_size": 6, "num_experts": 5, "num_experts_per_tok": 3, "decoder_sparse_step": 2,
-            "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 4,
+            **LATENT, **SHARED, "n_group": 1, "topk_group": 1, "rope_interleave": False, "attention_bias": True, "norm_topk_prob": False,
+            "q_lora_rank": None, "routed_scaling_factor": 2.827,
         },
     ),
+    "deepseek_v2": (
+        "DeepseekV2",
+        {
+            **LATENT, **SHARED, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0,
+            "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+        },
+    ),
+    "deepseek_v2 lite": ("DeepseekV2", {**LATENT, **SHARED, "q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1}),
+    "minimax_m2": ("MiniMaxM2", {**MIXTRAL, "head_dim": 8, "rotary_dim": 4}),
+    "glm4_moe": ("Glm4Moe", {**SHARED, "head_dim": 8, "use_qk_norm": True, "attention_bias": True, "n_group": 4, "topk_group": 2}),
+    "glm4_moe plain": ("Glm4Moe", {**SHARED, "head_dim": 8, "n_shared_experts": 1, "routed_scaling_factor": 2.5}),
+    "gpt_oss": ("GptOss", {**MIXTRAL, "head_dim": 8, "sliding_window": 4, "swiglu_limit": 0.5}),
 }  # fmt: skip
 
 

@@ -17,11 +17,13 @@ import attrs
 
 from lf.config import ConfigError
 from lf.models.decoder import MTP, Attention, DecoderConfig, Layer
+from lf.models.families import mla
 from lf.models.families.ffn import FFNs, dense, refuse_unsaid, write_dense
 from lf.models.families.fields import LAYERS, number, whole, yes
 from lf.models.families.place import Place
 from lf.models.families.rope import read_rope, write_rope
 from lf.models.families.windows import Windows, no_windows, write_no_windows
+from lf.models.latent import Latent
 from lf.models.moe import MoE
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -30,15 +32,16 @@ ATTENTION = {
     "attn/qkv/q": "self_attn.q_proj.weight",
     "attn/qkv/k": "self_attn.k_proj.weight",
     "attn/qkv/v": "self_attn.v_proj.weight",
-    "attn/out": "self_attn.o_proj.weight",
-}
-QKV_BIAS = {
     "attn/qkv_bias/q": "self_attn.q_proj.bias",
     "attn/qkv_bias/k": "self_attn.k_proj.bias",
     "attn/qkv_bias/v": "self_attn.v_proj.bias",
+    "attn/q_norm": "self_attn.q_norm.weight",
+    "attn/k_norm": "self_attn.k_norm.weight",
+    "attn/sinks": "self_attn.sinks",
+    "attn/out": "self_attn.o_proj.weight",
+    "attn/out_bias": "self_attn.o_proj.bias",
 }
-OUT_BIAS = {"attn/out_bias": "self_attn.o_proj.bias"}
-QK_NORM = {"attn/q_norm": "self_attn.q_norm.weight", "attn/k_norm": "self_attn.k_norm.weight"}
+"""Those that a model has."""
 MLP = {
     "mlp/norm": "post_attention_layernorm.weight",
     "mlp/gate_up/gate": "mlp.gate_proj.weight",
@@ -97,11 +100,12 @@ class Dialect:
     """How one family differs. `head_dim`, `kv_heads`, `max_len`: what the class takes when the field is missing; None: hidden_size /
     num_attention_heads, and num_attention_heads. theta: of rotary positions, likewise.
 
-    qk_norm: whether q and k are normalised, or the field that says it.
+    qk_norm: whether q and k are normalised, or the field that says it; qk_norm_all: over all heads together. sinks: whether heads have them.
     bias(values, bad) -> whether there are biases: (of q, k and v; of the matrix out), and write_bias(those) -> fields of config.json, or ConfigError
     where the family has no such biases. windows(values, layers) -> the sliding window of each layer, and write_windows(those) -> fields, or
-    ConfigError. ffns(values, layers, bad) -> the feed-forward part of each layer, and write_ffns(those) -> fields, or ConfigError. further: the field
-    that says how many heads predict further ahead; "": the family has none. only: further fields with one value that is built.
+    ConfigError. ffns(values, layers, bad) -> the feed-forward part of each layer, and write_ffns(those) -> fields, or ConfigError.
+    latent: its attention is latent, and what is said of the other has no use. further: the field that says how many heads predict further ahead; "":
+    the family has none. only: further fields with one value that is built.
     partial: whether the class turns only a share of each head where the file says so; the others do not look at it, so it is refused there.
     more: fields that are written as they stand.
     """
@@ -121,6 +125,9 @@ class Dialect:
     theta: float = 10000.0
     partial: bool = False
     further: str = ""
+    latent: bool = False
+    qk_norm_all: bool = False
+    sinks: bool = False
     only: dict[str, tuple[Any, ...]] = attrs.field(factory=dict)
     more: dict[str, Any] = attrs.field(factory=dict)
 
@@ -138,7 +145,11 @@ def read(d: Dialect, values: dict[str, Any]) -> DecoderConfig:
     std = number(values, "initializer_range", float, bad, 0.02)
     tied = yes(values, "tie_word_embeddings", bad)
     further = whole(values, d.further, bad) if d.further else 0
-    mixers = read_attention(d, values, dim, max_len, count or 0, bad)
+    mixers: tuple[Attention | Latent, ...]
+    if d.latent:
+        mixers = () if (a := mla.read(values, max_len, bad)) is None else (a,) * (count or 0)
+    else:
+        mixers = read_attention(d, values, dim, max_len, count or 0, bad)
     ffns = d.ffns(values, count or 0, bad)
     for name, good in {**ONLY, **d.only}.items():
         if name in values and values[name] not in good:
@@ -147,7 +158,7 @@ def read(d: Dialect, values: dict[str, Any]) -> DecoderConfig:
         bad.append(f"architectures={made!r} is not supported; only {d.architecture} is")
     if bad:
         raise ConfigError(f"config.json of {d.name}: " + "; ".join(bad))
-    layers = tuple(Layer(mixer, ffn) for mixer, ffn in zip(mixers, ffns))
+    layers = tuple(map(Layer, mixers, ffns))
     mtp = MTP((layers[-1],) * further) if further else None
     return DecoderConfig(vocab, dim, layers, norm_eps=eps, tied=tied, init_std=std, embed_std=std, max_len=max_len, family=d.name, mtp=mtp)
 
@@ -164,7 +175,10 @@ def read_attention(d: Dialect, values: dict[str, Any], dim: int | None, max_len:
     qkv_bias, out_bias = d.bias(values, bad)
     try:
         windows = d.windows(values, layers)
-        return () if bad else tuple(Attention(heads, kv_heads, head_dim, rope, norm, qkv_bias, out_bias, w) for w in windows)
+        if bad:
+            return ()
+        plain = Attention(heads, kv_heads, head_dim, rope, norm, qkv_bias, out_bias, qk_norm_all=d.qk_norm_all, sinks=d.sinks)
+        return tuple(attrs.evolve(plain, window=w) for w in windows)
     except ConfigError as error:
         bad.append(str(error))
         return ()
@@ -175,7 +189,7 @@ def write(d: Dialect, config: DecoderConfig) -> dict[str, Any]:
     if not isinstance(config, DecoderConfig):
         raise ConfigError(f"a {type(config).__name__} is no DecoderConfig")
     mixers, ffns = tuple(layer.mixer for layer in config.layers), tuple(layer.ffn for layer in config.layers)
-    if (kinds := len({attrs.evolve(mixer, window=None) for mixer in mixers})) != 1:
+    if (kinds := len({attrs.evolve(a, window=None) if isinstance(a, Attention) else a for a in mixers})) != 1:
         raise ConfigError(f"its layers must all be alike but for their windows; of {len(mixers)} layers, {kinds} kinds were given")
     heads = config.mtp.layers if config.mtp else ()
     if heads and (not d.further or set(heads) != {config.layers[-1]}):
@@ -187,7 +201,7 @@ def write(d: Dialect, config: DecoderConfig) -> dict[str, Any]:
         "vocab_size": config.vocab,
         "hidden_size": config.dim,
         "num_hidden_layers": len(config.layers),
-        **write_attention(d, mixers, config.max_len),
+        **write_mixers(d, mixers, config.max_len),
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
         "max_position_embeddings": config.max_len,
@@ -204,12 +218,21 @@ def write(d: Dialect, config: DecoderConfig) -> dict[str, Any]:
     return fields
 
 
-def write_attention(d: Dialect, mixers: tuple[Attention, ...], max_len: int) -> dict[str, Any]:
+def write_mixers(d: Dialect, mixers: tuple[Attention | Latent, ...], max_len: int) -> dict[str, Any]:
     a = mixers[0]
+    if isinstance(a, Latent) != d.latent:
+        raise ConfigError(f"it has {'latent' if d.latent else 'grouped-query'} attention; that of the model is {type(a).__name__}")
+    if isinstance(a, Latent):
+        return mla.write(a, max_len)
     if a.rope.dim not in (None, a.head_dim) and not d.partial:
         raise ConfigError(f"its rotary positions are of whole heads; those of the model turn {a.rope.dim} of {a.head_dim} dims")
     if not isinstance(d.qk_norm, str) and a.qk_norm != d.qk_norm:
         raise ConfigError(f"its layers {'have' if d.qk_norm else 'have no'} norms of q and k; those of the model {'do' if a.qk_norm else 'do not'}")
+    if a.qk_norm_all != d.qk_norm_all:
+        raise ConfigError(f"its norms of q and k are over {'all heads together' if d.qk_norm_all else 'each head'}; those of the model are not")
+    if a.sinks != d.sinks:
+        raise ConfigError(f"its heads have {'' if d.sinks else 'no '}sinks; those of the model {'have' if a.sinks else 'have none'}")
+    windows = tuple(mixer.window for mixer in mixers if isinstance(mixer, Attention))
     return {
         "num_attention_heads": a.heads,
         "num_key_value_heads": a.kv_heads,
@@ -217,7 +240,7 @@ def write_attention(d: Dialect, mixers: tuple[Attention, ...], max_len: int) -> 
         **write_rope(a.rope, a.head_dim, max_len),
         **({d.qk_norm: a.qk_norm} if isinstance(d.qk_norm, str) else {}),
         **d.write_bias((a.qkv_bias, a.out_bias)),
-        **d.write_windows(tuple(mixer.window for mixer in mixers)),
+        **d.write_windows(windows),
     }
 
 
@@ -228,8 +251,7 @@ def names(config: DecoderConfig, mixture: Callable[[MoE], dict[str, str | Place]
     out: dict[str, str | Place] = {"embed/weight": EMBEDDING}
     for i, (layer_name, layer) in enumerate(config.all_layers.items()):
         a = layer.mixer
-        keys: dict[str, str | Place] = {**ATTENTION, **(QKV_BIAS if a.qkv_bias else {}), **(OUT_BIAS if a.out_bias else {})}
-        keys |= QK_NORM if a.qk_norm else {}
+        keys: dict[str, str | Place] = mla.names(a) if isinstance(a, Latent) else {**ATTENTION}
         keys |= mixture(layer.ffn) if mixture and isinstance(layer.ffn, MoE) else MLP
         keys |= FURTHER if i >= len(config.layers) else {}
         out |= {f"{layer_name}.{ours}": within(f"model.layers.{i}.", theirs) for ours, theirs in keys.items()}

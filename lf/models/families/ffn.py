@@ -17,7 +17,7 @@ from typing import Any
 import attrs
 
 from lf.config import ConfigError
-from lf.models.families.fields import number, weight, whole, yes
+from lf.models.families.fields import number, weight, yes
 from lf.models.families.place import Place
 from lf.models.mlp import GatedMLP
 from lf.models.moe import MoE
@@ -81,10 +81,8 @@ def refuse_unsaid(ffns: FFNs, read: Callable[[int, list[str]], FFNs]) -> None:
 def _flat(ffn: FFN) -> dict[str, Any]:
     values = attrs.asdict(ffn)
     router = values.pop("router", {})
-    return values | {f"router.{k}": v for k, v in router.items() if k not in STEERS}
-
-
-# Which layers have experts.
+    alone = ("group_score",) if router.get("groups") == 1 else ()  # nothing to compare
+    return values | {f"router.{k}": v for k, v in router.items() if k not in STEERS + alone}
 
 
 def by_step(values: dict[str, Any], layers: int, bad: list[str]) -> list[bool]:
@@ -97,19 +95,6 @@ def by_step(values: dict[str, Any], layers: int, bad: list[str]) -> list[bool]:
 
 def write_by_step(ffns: FFNs) -> dict[str, Any]:
     return {"decoder_sparse_step": 1, "mlp_only_layers": [i for i, f in enumerate(ffns) if isinstance(f, GatedMLP)]}
-
-
-def after_first(values: dict[str, Any], layers: int, bad: list[str], missing: int = 0) -> list[bool]:
-    """DeepSeek: all but the first `first_k_dense_replace`."""
-    first = whole(values, "first_k_dense_replace", bad, missing)
-    return [] if first is None else [i >= first for i in range(layers)]
-
-
-def write_after_first(ffns: FFNs) -> dict[str, Any]:
-    first = sum(isinstance(f, GatedMLP) for f in ffns)
-    if not all(isinstance(f, MoE) for f in ffns[first:]):
-        raise ConfigError("its layers without experts are the first ones; those of the model are others")
-    return {"first_k_dense_replace": first}
 
 
 # Losses.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from lf.config import ConfigError
-from lf.models.families.fields import number, yes
+from lf.models.families.fields import number, whole, yes
 
 Windows = tuple[int | None, ...]
 
@@ -86,3 +86,25 @@ def all_layers_slide_if_used(values: dict[str, Any], layers: int) -> Windows:
 
 def write_all_layers_slide_if_used(windows: Windows) -> dict[str, Any]:
     return {"use_sliding_window": windows[0] is not None, **write_all_layers_slide(windows)}
+
+
+def every_second_slides(values: dict[str, Any], layers: int) -> Windows:
+    """GPT-OSS: `layer_types`, or every second layer from the first on; `sliding_window` tokens."""
+    kinds = values.get("layer_types") or [("sliding_attention", "full_attention")[i % 2] for i in range(layers)]
+    return last_layers_slide({"sliding_window": 128, **values, "use_sliding_window": True, "layer_types": kinds}, layers)
+
+
+def every_second_slides_first(values: dict[str, Any], layers: int) -> Windows:
+    """Qwen2-MoE: `layer_types`, or every second layer of the first `max_window_layers`; only where `use_sliding_window` is true."""
+    bad: list[str] = []
+    used, first = yes(values, "use_sliding_window", bad), whole(values, "max_window_layers", bad, 28)
+    if bad:
+        raise ConfigError(bad[0])
+    kinds = ["sliding_attention" if used and i % 2 == 0 and i < first else "full_attention" for i in range(layers)]
+    return last_layers_slide({"sliding_window": 4096, **values, "layer_types": values.get("layer_types") or kinds}, layers)
+
+
+def write_listed(windows: Windows) -> dict[str, Any]:
+    """Fields that list the layers with a window."""
+    fields = write_last_layers_slide(windows)
+    return {**fields, "layer_types": ["sliding_attention" if w else "full_attention" for w in windows]}
