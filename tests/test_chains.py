@@ -112,6 +112,26 @@ def test_an_evaluation_without_a_forward_is_another_division(kind: str, gone: st
     evaluated(layouts, program, data(3))
 
 
+def test_rows_that_stages_take_are_known_on_every_rank() -> None:
+    """Of what an edge brings to another stage, too: each rank knows as many rows as the rank of that stage with its own coordinates takes."""
+    places = {"vision": Place(lf.Mesh(dp=4)), "decoder": Place(lf.Mesh(pp=2, tp=2)), "head": Place(lf.Mesh(tp=2), (2, 3))}
+    layouts, batches = chain_layouts(MODEL, places), [[sample(MODEL.config, 0, m, 0, 4)] for m in range(3)]
+    program = program_of(layouts, 3, "decoupled")
+
+    def fn(axes: Any) -> Any:
+        ctx = context(layouts, axes)
+        fed = chain_feed.feed(bind(program, layouts, ctx).ground, batches, ctx)
+        here = {k: layouts.coords(j.target, axes.rank) for k, j in enumerate(layouts.joints)}
+        return [(k, m, at["tp"], fed.takes(k, m), fed.table(k, m).target) for k, at in here.items() if at for m in range(3)]
+
+    found = [row for rows in lf.sim.spmd(lf.Mesh(dp=4), fn) for row in rows]
+    taken = {(k, m, tp): target for k, m, tp, _, target in found if target is not None}
+    assert len(taken) == len(layouts.joints) * 3 * 2
+    assert any(rows is None for *_, rows in found)
+    assert all(takes == taken[k, m, tp] for k, m, tp, takes, _ in found)
+    assert any(taken[k, m, 0] != taken[k, m, 1] for k, m, _ in taken)
+
+
 def bare(batch: Batch) -> Batch:
     """The same without any action; its text and images stay."""
     none = batch.payload["noised"][:0]

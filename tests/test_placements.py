@@ -156,10 +156,18 @@ def test_units_of_several_microbatches_and_a_limit(kind: str, units: int | None,
     compared(mesh, kind, m=5, units=units, in_flight=in_flight)
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "zb-h1"])
-def test_sums_over_rows_wait_for_who_waits_for_them(schedule: str) -> None:
-    """One of two rows has the encoder's backward after all else, which another row's last backward leads to: neither may be at a sum before."""
-    compared("encoder on one of two rows", "decoupled", schedule)
+@pytest.mark.parametrize(
+    ("mesh", "kind", "schedule", "m"),
+    [
+        ("encoder on one of two rows", "decoupled", "gpipe", 3),
+        ("encoder on one of two rows", "decoupled", "zb-h1", 3),
+        ("encoder dp = world", "nested", "1f1b", 5),
+        ("head on one of two rows", "inline", "gpipe", 2),
+    ],
+)
+def test_sums_over_rows_wait_for_who_waits_for_them(mesh: str, kind: str, schedule: str, m: int) -> None:
+    """One row has backwards after all of its own part in a sum, and another row's part waits for what they give: neither may be at the sum before."""
+    compared(mesh, kind, schedule, m)
 
 
 def test_a_head_of_its_own_ranks() -> None:

@@ -117,7 +117,7 @@ class _Sunk(torch.autograd.Function):
         bias = None if mask is None else q.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
         y, before = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, mask is None, attn_mask=bias, scale=scale)
         z = torch.logaddexp(before, sinks.to(before.dtype)[:, None])
-        y = y * (before - z).exp()[..., None].to(y.dtype)
+        y = (y * (before - z).exp()[..., None]).to(y.dtype)
         ctx.save_for_backward(q, k, v, sinks, bias, y, z)
         ctx.scale = scale
         return y

@@ -20,7 +20,7 @@ from lf.schedule.run import _Rank
 
 LAW, BRIDGE, DEAL = "tests/test_placements.py", "tests/test_bridge.py", "tests/test_deal.py"
 CHAINS, FUZZ, LAYOUTS = "tests/schedule/test_check_chains.py", "tests/schedule/test_mutations_chains.py", "tests/test_chain_layouts.py"
-BESIDE = "tests/schedule/test_beside.py"
+BESIDE, STEPS = "tests/schedule/test_beside.py", "tests/test_chains.py"
 
 CHAIN = [
     words(
@@ -57,7 +57,7 @@ CHAIN = [
         LAW,
         (chain_feed._batches, "shares = hand.shares[u, place]", "shares = [s for k in hand.shares if k[0] == u for s in hand.shares[k]]"),
     ),
-    words("feed: rows of the first rank of a place", LAW, (Feed.takes, 'part = coords["cp"]', 'part = 0 * coords["cp"]')),
+    words("feed: rows of the first rank of a place", STEPS, (Feed.takes, '.mesh.tp + coords["tp"]', ".mesh.tp")),
     words(
         "normaliser: counts of every rank of a chain",
         LAW,

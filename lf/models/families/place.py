@@ -16,6 +16,8 @@ Everything but `name` is said in dims of the part; what they become on disk is w
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
 
 import attrs
 from torch import Tensor
@@ -99,3 +101,14 @@ class Place:
 def places(names: dict[str, str | Place]) -> dict[str, Place]:
     """What a family's `names` give, where a str is short for the Place of that name."""
     return {key: Place(value) if isinstance(value, str) else value for key, value in names.items()}
+
+
+def forms(family: ModuleType, config: Any) -> dict[str, dict[str, Place]]:
+    """{form: {key of a piece: its place}} of what a family has on disk; the first form is the one that is written.
+
+    A family whose releases and tools do not agree has a function `forms(config)` with the `names` of each, as {"each": …, "fused": …}; load takes
+    the one that the files have, by names and shapes, and refuses files that could be two of them (lf/checkpoint/weights.py). Without that function
+    there is one form, `names(config)`, and nothing to decide.
+    """
+    told = family.forms(config) if hasattr(family, "forms") else {"": family.names(config)}
+    return {form: places(names) for form, names in told.items()}
