@@ -13,7 +13,7 @@ from mutation import Mutation, rewritten, stale, words
 from schedule_mutations import SCHEDULE
 
 from lf import axes, axes_sim, chain_layouts, drift, evaluate, layouts, loop, ramp, record, rng, split, state, train
-from lf.checkpoint import export, native
+from lf.checkpoint import native, shards
 from lf.kernels import adamw as fused
 from lf.kernels import norm, rope, swiglu
 from lf.mesh import Mesh
@@ -311,7 +311,7 @@ STAGES = [
         (native._all_leaves, "ctx.axes.world.max(table.to(device_of(ctx))).cpu()", "table"),
     ),
     words("checkpoint: a thawed parameter has no moments", PIPELINE, (native._thawed, "if path not in layouts.frozen:", "if False:")),
-    words("export: what other stages hold is left out", PIPELINE, (export.assemble, "if owner and speaks:", "if False:")),
+    words("export: what other stages hold is left out", PIPELINE, (shards._gives, "layout.holders(spec.path)[0]", 'near["pp"]')),
     words("drift: stages are not compared", DRIFT, (drift._atoms, " * len(layouts.chains[chain].holders(spec.path))", "")),
     words("drift: numbered by what a rank holds", DRIFT, (drift._atoms, "first += sum(_places(spec))\n", "pass\n")),
     words("chains: a mesh is numbered by ranks of the world", CHAINS, (chain_layouts.Layouts.coords, "mesh.coords(local)", "mesh.coords(rank)")),

@@ -9,7 +9,7 @@ from typing import Any
 
 from lf.config import ConfigError
 from lf.models.decoder import Attention, DecoderConfig, attentions
-from lf.models.families import common
+from lf.models.families import common, windows
 from lf.models.families.place import Place
 
 DIALECT = common.Dialect(
@@ -18,8 +18,8 @@ DIALECT = common.Dialect(
     qk_norm=False,
     bias=common.no_bias,
     write_bias=common.write_fixed_bias,
-    windows=common.no_windows,
-    write_windows=common.write_no_windows,
+    windows=windows.no_windows,
+    write_windows=windows.write_no_windows,
     only={"bias": (False,)},
     more={
         "bias": False,

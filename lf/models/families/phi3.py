@@ -8,7 +8,7 @@ from typing import Any
 
 from lf.config import ConfigError
 from lf.models.decoder import DecoderConfig, attentions
-from lf.models.families import common
+from lf.models.families import common, windows
 from lf.models.families.place import Place
 
 DIALECT = common.Dialect(
@@ -17,8 +17,8 @@ DIALECT = common.Dialect(
     qk_norm=False,
     bias=common.no_bias,
     write_bias=common.write_fixed_bias,
-    windows=lambda values, layers: common.all_layers_slide(values, layers, missing=None),
-    write_windows=common.write_all_layers_slide,
+    windows=lambda values, layers: windows.all_layers_slide(values, layers, missing=None),
+    write_windows=windows.write_all_layers_slide,
     max_len=4096,
     partial=True,
     only={"attention_bias": (False, None), "resid_pdrop": (0, None), "embd_pdrop": (0, None)},
