@@ -52,17 +52,19 @@ class MetaAxis:
         check_rows(self, "reduce_scatter", x.shape[dim], sum(sizes))
         return at_once(self._like(x, _resized(x, dim, sizes[self.index])), later)
 
-    def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int], dim: int = 0, join: int | None = None) -> Tensor:
+    def all_to_all(
+        self, x: Tensor, send: Sequence[int], recv: Sequence[int], dim: int = 0, join: int | None = None, later: bool = False
+    ) -> Any:
         join = dim if join is None else join
         if self.size == 1:
-            return x.detach()
+            return at_once(x.detach(), later)
         check_rows(self, "all_to_all", x.shape[dim], sum(send))
         if join % x.dim() == dim % x.dim():
-            return self._like(x, _resized(x, dim, sum(recv)))
+            return at_once(self._like(x, _resized(x, dim, sum(recv))), later)
         check_rows(self, "all_to_all", x.shape[join], recv[self.index])
         cut = _resized(x, dim, send[self.index])
         cut[join] = sum(recv)
-        return self._like(x, cut)
+        return at_once(self._like(x, cut), later)
 
     def shift(self, x: Tensor, k: int) -> Tensor:
         return self._like(x, x.shape)

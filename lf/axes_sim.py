@@ -132,10 +132,12 @@ class SimAxis:
         full = self._meet(x.detach(), "reduce_scatter", dim, tuple(x.shape), x.dtype, tuple(sizes))
         return at_once(torch.stack([t.split(list(sizes), dim)[self.index] for t in full]).sum(0), later)
 
-    def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int], dim: int = 0, join: int | None = None) -> Tensor:
+    def all_to_all(
+        self, x: Tensor, send: Sequence[int], recv: Sequence[int], dim: int = 0, join: int | None = None, later: bool = False
+    ) -> Any:
         join = dim if join is None else join
         if self.size == 1:
-            return x.detach()
+            return at_once(x.detach(), later)
         check_rows(self, "all_to_all", x.shape[dim], sum(send))
         rest = tuple(n for d, n in enumerate(x.shape) if d not in (dim % x.dim(), join % x.dim()))
         cuts = () if join == dim else tuple(send)  # where another dim is joined, all pieces for one rank have one length
@@ -143,7 +145,7 @@ class SimAxis:
         got = [pieces[self.index] for pieces in rows]
         if [p.shape[join] for p in got] != list(recv):
             raise ValueError(f"all_to_all over {self.name}: rank {self.rank} expects {list(recv)} rows, is sent {[p.shape[join] for p in got]}")
-        return torch.cat(got, join)
+        return at_once(torch.cat(got, join), later)
 
     def shift(self, x: Tensor, k: int) -> Tensor:
         if k % self.size == 0:

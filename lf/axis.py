@@ -78,11 +78,13 @@ class Axis:
         work = _scatter(out, rows, group=self.group, async_op=True)
         return _finish(work, lambda: out[: sizes[self.index]].movedim(0, dim).contiguous(), later)
 
-    def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int], dim: int = 0, join: int | None = None) -> Tensor:
+    def all_to_all(
+        self, x: Tensor, send: Sequence[int], recv: Sequence[int], dim: int = 0, join: int | None = None, later: bool = False
+    ) -> Any:
         """send[j] of `dim` goes to rank j; recv[j] of `join` (default: `dim`) comes from it; joined in the order of the ranks."""
         join = dim if join is None else join
         if self.size == 1:
-            return x.detach()
+            return at_once(x.detach(), later)
         dim, join = dim % x.dim(), join % x.dim()
         check_rows(self, "all_to_all", x.shape[dim], sum(send))
         shape = list(x.shape)
@@ -94,8 +96,14 @@ class Axis:
         flat = torch.cat([p.reshape(-1) for p in pieces])
         counts = self._by_slot([int(torch.Size(s).numel()) for s in shapes])
         out = flat.new_empty(sum(counts))
-        dist.all_to_all_single(out, flat, list(counts), [p.numel() for p in pieces], group=self.group)
-        return torch.cat([piece.view(s) for piece, s in zip(self._by_place(out.split(list(counts))), shapes)], join)
+        work = dist.all_to_all_single(out, flat, list(counts), [p.numel() for p in pieces], group=self.group, async_op=True)
+
+        def result() -> Tensor:
+            if join == dim == 0 and self._slot is None:  # they lie as they are to be
+                return out.view(sum(recv), *x.shape[1:])
+            return torch.cat([piece.view(s) for piece, s in zip(self._by_place(out.split(list(counts))), shapes)], join)
+
+        return _finish(work, result, later)
 
     def shift(self, x: Tensor, k: int) -> Tensor:
         """x of the rank k places before this one on the ring; all of one shape."""

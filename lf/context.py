@@ -28,6 +28,9 @@ PRECISIONS = {
 }
 
 
+DISPATCH = ("exchange", "gather")
+
+
 def precision_of(value: str | Precision) -> Precision:
     """'bf16', or a Precision itself. Raises ConfigError for a name that is none."""
     return value if isinstance(value, Precision) else PRECISIONS[one_of("precision", value, PRECISIONS)]
@@ -36,6 +39,7 @@ def precision_of(value: str | Precision) -> Precision:
 @attrs.frozen
 class Context:
     """`axes`: from `lf.connect`, `lf.sim.spmd` or `lf.solo`. `device`: from `lf.devices.get`. `ops`: the device's fast functions, by name.
+    `dispatch`: how tokens travel to their experts, one of DISPATCH (`lf/parallel/expert.py`).
 
     `chains`: where a model has several, the context of each, whose axes are those of its own mesh, None on a rank that is not on it. The context
     that has them is that of the world: its axes are those of a mesh of dp alone, over all ranks."""
@@ -43,12 +47,17 @@ class Context:
     axes: Any
     device: ModuleType
     precision: Precision = attrs.field(default=PRECISIONS["fp32"], converter=precision_of)
+    dispatch: str = attrs.field(default="exchange", kw_only=True)
     chains: Mapping[str, Context] = attrs.field(factory=dict, kw_only=True)
     ops: SimpleNamespace = attrs.field(kw_only=True)
 
     def of(self, chain: str) -> Context:
         """The context of a chain; a model of one chain, which has no name, has this one."""
         return self.chains[chain] if self.chains else self
+
+    @dispatch.validator
+    def _known(self, field: Any, value: str) -> None:
+        one_of("dispatch", value, DISPATCH)
 
     @ops.default
     def _table(self) -> SimpleNamespace:

@@ -13,14 +13,14 @@ from lf.mesh import Mesh
 from lf.segment import Model, Segment, by_layer, path_of
 from lf.spec import LayoutError, Piece, Spec, spec_of
 
-RULES = {"vocab": "tp", "heads": "tp", "mlp": "tp"}
+RULES = {"vocab": "tp", "heads": "tp", "mlp": "tp", "expert": "ep", "expert_mlp": "etp"}
 """Logical axis → mesh axis. An axis that is not named here is not split."""
 
 
 @attrs.frozen
 class Layout:
     """`stages`: the segments of each pipeline stage, some perhaps none · `placement`: the pp coordinate of each stage · `specs`: the spec of each
-    parameter of the model by path · `frozen`: paths that are not trained."""
+    parameter of the model by path · `frozen`: paths that are not trained, those of what is not learned among them."""
 
     model: Model
     mesh: Mesh
@@ -85,9 +85,10 @@ def layout(
     Raises LayoutError for what this version cannot lay out, and for rules, stages and names that cannot be.
     """
     mesh, rules = mesh.fill(), dict(RULES if rules is None else rules)
-    for axis, name in (("cp", "context"), ("ep", "expert"), ("etp", "expert tensor")):
-        if (n := mesh[axis]) > 1:
-            raise LayoutError(f"mesh {mesh}: {name} parallelism ({axis}={n}) is not built yet; use {axis}=1, with tp, pp and dp instead")
+    if mesh.cp > 1:
+        raise LayoutError(f"mesh {mesh}: context parallelism (cp={mesh.cp}) is not built yet; use cp=1, with tp, pp and dp instead")
+    if mesh.ep * mesh.etp > 1 and not any("expert" in param.axes for param in model.params().values()):
+        raise LayoutError(f"mesh {mesh}: ep and etp split experts, and the model has none; leave them out")
     if model.rules is not None:
         for name in dict.fromkeys(a for param in model.params().values() for a in param.axes if a):
             if rules.get(name) != model.rules.get(name):
@@ -100,7 +101,8 @@ def layout(
     for n in sizes:
         dealt.append(tuple(segment for layer in each[at : at + n] for segment in layer))
         at += n
-    return Layout(model, mesh, rules, tuple(dealt), ranks, specs, _frozen(model, frozen, whole))
+    fixed = {path for path, param in model.params().items() if not param.learned}
+    return Layout(model, mesh, rules, tuple(dealt), ranks, specs, _frozen(model, frozen, whole, fixed))
 
 
 def _sizes(
@@ -130,8 +132,8 @@ def _refuse_placement(placement: tuple[int, ...], mesh: Mesh) -> None:
         )
 
 
-def _frozen(model: Model, patterns: Sequence[str], whole: bool) -> frozenset[str]:
-    """The paths of what the patterns name. Raises LayoutError for one that names nothing, and when nothing is left to train."""
+def _frozen(model: Model, patterns: Sequence[str], whole: bool, fixed: set[str]) -> frozenset[str]:
+    """`fixed`, and the paths of what the patterns name. Raises LayoutError for one that names nothing, and when nothing is left to train."""
     if isinstance(patterns, str):
         raise LayoutError(f"frozen={patterns!r} should be a tuple of names, as ({patterns!r},)")
     named: dict[str, set[str]] = {}  # segment, layer or parameter → paths
@@ -139,7 +141,7 @@ def _frozen(model: Model, patterns: Sequence[str], whole: bool) -> frozenset[str
         for name in segment.params:
             for key in (segment.name, segment.layer, f"{segment.name}/{name}"):
                 named.setdefault(key, set()).add(path_of(segment, name))
-    out: set[str] = set()
+    out = set(fixed)
     for pattern in patterns:
         found = [paths for key, paths in named.items() if fnmatchcase(key, pattern)]
         if not found:

@@ -99,7 +99,7 @@ def refuse_what_cannot_fit(layout: Layout | Layouts, init: Callable[[Tree, torch
     trained = [path for path in sizes if path not in layouts.frozen]
     one = {path: torch.zeros(1, dtype=master) for path in sizes}
     small = init(tree.build([(path, one[path]) for path in trained]), torch.device("cpu")) | {"master": tree.build([*one.items()])}
-    kinds = {"compute copy of the parameters": sum(n * _copied(layouts.chain_of[path], ctx) for path, n in sizes.items())}
+    kinds = {"compute copy of the parameters": sum(n * _copied(layouts, path, ctx) for path, n in sizes.items())}
     kinds |= {f"optimizer: {name}": sum(_size(x) * sizes.get(path, 1) for path, x in tree.items(branch)) for name, branch in small.items()}
     kinds["gradients"] = sum(sizes[path] for path in trained) * master.itemsize
     if (lasting := sum(kinds.values())) <= there:
@@ -168,9 +168,9 @@ def _setting(layouts: Layouts, micro_batch: int, seq_len: int, ctx: Any, again: 
     return Setting(micro_batch, seq_len, where.mesh.tp, compute, ctx.precision.master, where.mesh.pp, layers, whole, chain, share)
 
 
-def _copied(chain: str, ctx: Any) -> int:
-    """Bytes of the compute copy of one element of a chain; 0 where that is the master itself."""
-    compute = ctx.of(chain).precision.compute
+def _copied(layouts: Layouts, path: str, ctx: Any) -> int:
+    """Bytes of the compute copy of one element of a parameter; 0 where that is the master itself."""
+    compute = layouts.specs[path].param.used_in(ctx.of(layouts.chain_of[path]).precision.compute)
     return 0 if compute == ctx.precision.master else compute.itemsize
 
 
@@ -178,7 +178,7 @@ def _each(layouts: Layouts, optimizer: Tree, sizes: dict[str, int], ctx: Any) ->
     """Bytes that last of each parameter of this rank: the compute copy, the gradient, and all trees of the optimizer, of which a tensor stands for
     one with `sizes` elements."""
     master = ctx.precision.master.itemsize
-    kept = {path: n * (_copied(layouts.chain_of[path], ctx) + master * (path not in layouts.frozen)) for path, n in sizes.items()}
+    kept = {path: n * (_copied(layouts, path, ctx) + master * (path not in layouts.frozen)) for path, n in sizes.items()}
     for branch in optimizer.values():
         for path, x in tree.items(branch):
             if path in sizes:

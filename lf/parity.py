@@ -136,11 +136,12 @@ def compare(
     spmd: Callable[..., list[Any]] = simulated,
     program: Callable[[Layout, int], Program] = build,
     compile: bool | str = False,
+    dispatch: str = "exchange",
 ) -> Report:
     """`model` on `mesh`, with `microbatches` a rank and step, against one rank. `split`, `placement`, `frozen`: as in `lf.layout`; the one rank has
     one stage, and the same frozen. `program(layout, microbatches)`: what the mesh does in a step; the one rank makes a forward and its backward in
-    turn. `compile`: as in `lf.train.make`, of the mesh alone. `spmd(mesh, fn, *args)` is how ranks are run: fn(axes, *args) on each, the results
-    in their order. Raises what the ranks raise; ConfigError where the device has no float64.
+    turn. `compile`: as in `lf.train.make`, `dispatch`: as in `lf.Context`, both of the mesh alone. `spmd(mesh, fn, *args)` is how ranks are run:
+    fn(axes, *args) on each, the results in their order. Raises what the ranks raise; ConfigError where the device has no float64.
     """
     if not devices.get(device).FLOAT64:
         raise ConfigError(f"device {device!r} has no float64, which parity is measured in; use --device cpu")
@@ -151,7 +152,7 @@ def compare(
     where = layout(model, mesh, rules, split=split, placement=placement, frozen=frozen)
     args = (batches, seed, lr, clip, device)
     (one,) = simulated(single.mesh, trace, single, build(single, count), *args)
-    many = spmd(mesh, trace, where, program(where, microbatches), *args, compile)
+    many = spmd(mesh, trace, where, program(where, microbatches), *args, compile, dispatch)
     rows = _compared(single, one, where, many)
     return Report(mesh, microbatches, seed, tuple(rows))
 
@@ -197,10 +198,11 @@ def trace(
     clip: float | None,
     device: str,
     compile: bool | str = False,
+    dispatch: str = "exchange",
 ) -> Trace:
     """This rank's part of a few steps of `lf.train.make`. batches[step] are the microbatches of all dp coordinates."""
-    several = isinstance(where, Layouts)
-    ctx = chain_context(where, axes, devices.get(device), "fp64") if isinstance(where, Layouts) else Context(axes, devices.get(device), "fp64")
+    several, chip = isinstance(where, Layouts), devices.get(device)
+    ctx = chain_context(where, axes, chip, "fp64") if isinstance(where, Layouts) else Context(axes, chip, "fp64", dispatch=dispatch)
     d, dp = axes["dp"].index, (where.chains[where.main].mesh if isinstance(where, Layouts) else axes.mesh)["dp"]
     seen: list[dict[str, Tensor]] = []
     start, step = make(where, _recording(sgd(lr), seen), program, ctx, clip, compile)
@@ -208,7 +210,7 @@ def trace(
     for row in batches:
         mine = [row[i : i + dp] for i in range(0, len(row), dp)] if several else [b for i, b in enumerate(row) if i % dp == d]
         state, new = step(state, mine)
-        metrics.append({k: v.cpu() for k, v in new.items() if not v.dim()})  # but finite, which is a rank's own
+        metrics.append({k: v.cpu() for k, v in new.items() if k != "finite"})  # which is a rank's own
     return Trace(axes.rank, metrics, seen, {p: w.cpu() for p, w in tree.items(state.optimizer["master"])})
 
 

@@ -7,6 +7,7 @@
     batch   Batch            as `shard_batch` leaves it
     terms   {"losses": {objective: sum}}   sums over own tokens, never means; from any segment; {} when there are none
             {"outputs": {name: Tensor}}    (rows of this rank, width), what edges carry into other chains (lf/chains.py)
+            {"sums": {name: Tensor}}       counts over own tokens, without a gradient, of a fixed shape (`Model.sums`)
 
 A segment with `inputs` gets a dict x: what the segment before gives, as "x" where that is a tensor, and each input by its name.
 
@@ -34,8 +35,8 @@ Apply = Callable[[dict[str, Tensor], Any, Batch, Any], tuple[Any, Terms]]
 class Segment:
     """`layer` groups segments: the unit of reduction, recompute and compilation. `name` is global, and the checkpoint key. `products`: the
     parameters that arrive as a W, each the weight of one column_linear or row_linear. `flops(batch)`: floating-point operations of forward and
-    backward of one microbatch, worked out on the host; equal segments share one function. `inputs`: what edges bring to it, `outputs`: what edges
-    take from it."""
+    backward of one microbatch, worked out on the host; equal segments share one function. `host`: the host reads what the device has worked out,
+    so that it cannot be compiled. `inputs`: what edges bring to it, `outputs`: what edges take from it."""
 
     name: str
     layer: str
@@ -43,6 +44,7 @@ class Segment:
     apply: Apply
     products: tuple[str, ...] = ()
     flops: Callable[[Batch], float] | None = None
+    host: bool = False
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
 
@@ -76,12 +78,22 @@ def _as_it_is(batch: Batch, ctx: Any) -> Batch:
     return batch
 
 
+def _nothing_new(held: dict[str, Tensor], sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {}
+
+
+def _nothing_said(sums: dict[str, Tensor]) -> dict[str, float]:
+    return {}
+
+
 @attrs.frozen
 class Model:
     """`config` is what it was built from. `rules`: the layout rules that its segments are written for, where they cannot follow any.
 
     `accepts(batch)` raises BatchError for a batch that the model cannot take; it reads the plan on the host, before anything is computed.
     `prepare(batch, ctx)` adds to `batch.derived` what several layers need of a batch that lies on the device already, once a microbatch.
+    `sums`: what segments count in a step, 'segment/name' → shape. `after_step(held, sums)`: from the tensors of what is not learned that a rank
+    holds, by path, and the sums over the step and all ranks, the new ones. `report(sums)`: what a record says of them, numbers by name, on the host.
     """
 
     config: Any
@@ -90,6 +102,9 @@ class Model:
     rules: dict[str, str] | None = None
     accepts: Callable[[Batch], None] = _any_batch
     prepare: Callable[[Batch, Any], Batch] = _as_it_is
+    sums: dict[str, tuple[int, ...]] = attrs.field(factory=dict)
+    after_step: Callable[[dict[str, Tensor], dict[str, Tensor]], dict[str, Tensor]] = _nothing_new
+    report: Callable[[dict[str, Tensor]], dict[str, float]] = _nothing_said
 
     @property
     def flops(self) -> Callable[[Batch], float] | None:

@@ -15,6 +15,7 @@ each rank's gradient is a partial sum.
 from __future__ import annotations
 
 import attrs
+import torch
 from torch import Tensor
 
 from lf import box
@@ -89,13 +90,17 @@ class Part:
 
 @attrs.frozen
 class Param:
-    """A logical parameter. `axes` names each dim (None: never split). A fused one is its `parts`, which lie along dim `part_dim`."""
+    """A logical parameter. `axes` names each dim (None: never split). A fused one is its `parts`, which lie along dim `part_dim`.
+
+    learned=False: it has no gradient; `Model.after_step` alone changes it, and it is used in at least float32, whatever the compute dtype.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: Init
     parts: tuple[Part, ...] = ()
     part_dim: int = 0
+    learned: bool = True
 
     def __attrs_post_init__(self) -> None:
         if len(self.shape) != len(self.axes):
@@ -103,6 +108,10 @@ class Param:
         if self.parts and sum(p.rows for p in self.parts) != self.shape[self.part_dim]:
             rows = " + ".join(f"{p.name} {p.rows}" for p in self.parts)
             raise LayoutError(f"parts {rows} do not add up to dim {self.part_dim} of shape {self.shape}")
+
+    def used_in(self, compute: torch.dtype) -> torch.dtype:
+        """The dtype of its compute copy. A bias that moves by 1e-3 a step would not move at all in bfloat16."""
+        return compute if self.learned else torch.promote_types(compute, torch.float32)
 
 
 @attrs.frozen

@@ -53,9 +53,14 @@ def shard_batch(batch: Batch, model: Model, ctx: Any) -> Batch:
 
 
 def compute_copy(layout: Layout | Layouts, master: Tree, ctx: Any) -> Tree:
-    """The parameters, each in the compute dtype of its chain; the very same tensors where the dtypes agree."""
+    """The parameters, each in the compute dtype of its chain, at least float32 where it is not learned; the very same tensors where the dtypes
+    agree."""
     layouts = joined(layout)
-    return tree.build([(path, w.to(ctx.of(layouts.chain_of[path]).precision.compute)) for path, w in tree.items(master)])
+
+    def dtype(path: str) -> torch.dtype:
+        return layouts.specs[path].param.used_in(ctx.of(layouts.chain_of[path]).precision.compute)
+
+    return tree.build([(path, w.to(dtype(path))) for path, w in tree.items(master)])
 
 
 def forward(model: Model, params: Tree, batch: Batch, ctx: Any) -> Tensor | Terms:
@@ -68,7 +73,8 @@ def forward(model: Model, params: Tree, batch: Batch, ctx: Any) -> Tensor | Term
     if ctx.axes.mesh.pp > 1:
         raise LayoutError(f"lf.forward runs one stage; mesh {ctx.axes.mesh} has pp={ctx.axes.mesh.pp}: run a program with lf.schedule.run")
     model.accepts(batch)
-    compute = tree.map(lambda w: w.to(ctx.precision.compute), params)
+    known = model.params()
+    compute = tree.build([(path, w.to(known[path].used_in(ctx.precision.compute))) for path, w in tree.items(params)])
     x, terms = run_forward(model.segments, compute, shard_batch(batch, model, ctx), ctx)
     return terms or x
 

@@ -51,7 +51,8 @@ def gradients(
 
     program: one, or one for each number of microbatches that occurs. params: the compute copy. Gradients come in the master dtype, summed over
     all ranks. metrics are device scalars, equal on all ranks: loss (Σ_k λ_k · mean of objective k), one entry per objective, grad_norm, tokens
-    (the count of the first objective: tokens with a label); and finite, (microbatches,) bool, this rank's own, as in `lf.schedule.run.run`.
+    (the count of the first objective: tokens with a label); those of the model's `sums`, over the step and all ranks, in their shapes; and finite,
+    (microbatches,) bool, this rank's own, as in `lf.schedule.run.run`.
     clock: an `lf.schedule.measured.Clock` that takes the step down. `compile`: each distinct layer by torch.compile, True or
     the name of a backend.
     Of several chains: ctx is from `lf.chain_context`; each microbatch is a sequence of data batches, one for each dp coordinate of the main chain,
@@ -63,9 +64,10 @@ def gradients(
     _refuse_context(layouts, ctx)
     if compile:
         for where in layouts.chains.values():
-            refuse_compile(where.mesh, ctx.device, compile)
+            refuse_compile(where.mesh, ctx.device, compile, where.model.segments)
     bound = _bound(layouts, program, ctx, compile)
     objectives = objectives_of(layouts)
+    shapes = {name: shape for where in layouts.chains.values() for name, shape in where.model.sums.items()}
     owned = [(path, piece) for path, piece in layouts.owned(ctx.axes.rank) if path not in layouts.frozen]
     agreed = False  # whether losses and objectives are known to agree: of several chains, only a step shows it
 
@@ -89,9 +91,9 @@ def gradients(
             agreed = True
         elif single and single.layout.mesh.pp == 1:
             _losses_agree(losses, objectives)
-        means, norm = _world_sums(losses, norms, grads, owned, ctx)
+        means, norm, sums = _world_sums(losses, norms, grads, owned, shapes, terms.get("sums", {}), ctx)
         loss = torch.stack([o.weight * means[k] for k, o in objectives.items()]).sum()
-        metrics = {"loss": loss, **means, "grad_norm": norm, "tokens": counts[0], "finite": finite}
+        metrics = {"loss": loss, **means, "grad_norm": norm, "tokens": counts[0], "finite": finite, **sums}
         for chain, (before, after) in feed.imbalance.items():
             for name, value in ((f"{chain}_imbalance", after), (f"{chain}_imbalance_before", before)):
                 metrics[name] = torch.full((), value, dtype=counts.dtype, device=feed.device)  # no copy, which the host would wait for
@@ -171,13 +173,27 @@ def _losses_agree(given: Collection[str], objectives: Collection[str]) -> None:
 
 
 def _world_sums(
-    losses: dict[str, Tensor], norms: dict[str, Tensor], grads: dict[str, Tensor], owned: Sequence[tuple[str, Piece]], ctx: Any
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Mean of each objective and the global gradient norm, in one sum over all ranks: terms and owned squares are P everywhere."""
+    losses: dict[str, Tensor], norms: dict[str, Tensor], grads: dict[str, Tensor], owned: Sequence[tuple[str, Piece]],
+    shapes: dict[str, tuple[int, ...]], counted: dict[str, Tensor], ctx: Any,
+) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:  # fmt: skip
+    """Mean of each objective, the global gradient norm, and what segments have counted, in one sum over all ranks: terms and owned squares are P
+    everywhere. shapes: of all that segments of the model count; what those of other ranks do is 0 here."""
     zero = next(iter(norms.values())).new_zeros(())  # of an objective whose loss other stages give
     squares = owned_square_sum(owned, grads, zero)
-    *sums, total = ctx.axes.world.sum(torch.stack([*(losses.get(k, zero).to(zero.dtype) for k in norms), squares])).unbind()
-    return {k: s / n for (k, n), s in zip(norms.items(), sums)}, total.sqrt()
+    mine = [counted.get(name, zero.expand(shape)).to(zero.dtype).flatten() for name, shape in shapes.items()]
+    total = ctx.axes.world.sum(torch.cat([torch.stack([*(losses.get(k, zero).to(zero.dtype) for k in norms), squares]), *mine]))
+    *means, square = total[: len(norms) + 1].unbind()
+    sums = dict(zip(shapes, (x.view(shape) for x, shape in zip(total[len(norms) + 1 :].split([x.numel() for x in mine]), shapes.values()))))
+    return {k: s / n for (k, n), s in zip(norms.items(), means)}, square.sqrt(), sums
+
+
+def _after_step(layouts: Layouts, master: Tree, sums: dict[str, Tensor], ok: Tensor) -> None:
+    """What is not learned goes on from the sums over the step, where the step is made."""
+    held = {path: w for path, w in tree.items(master) if not layouts.specs[path].param.learned}
+    for where in layouts.chains.values():
+        mine = {path: held[path] for path in where.specs.keys() & held.keys()}
+        for path, new in where.model.after_step(mine, {name: sums[name] for name in where.model.sums}).items():
+            mine[path].copy_(torch.where(ok, new, mine[path]))
 
 
 def make(
@@ -219,6 +235,7 @@ def make(
             scale = torch.ones_like(norm) if clip is None else (clip / (norm + 1e-6)).clamp_max(1.0)
             with memory_at("the update of the parameters", 1.0, dict(tree.items(grads))):
                 state_of = optimizer.update(state.optimizer, grads, params, lr, scale, state.step, ok, ctx.ops)
+                _after_step(layouts, state_of["master"], metrics, ok)
                 new = State(compute_copy(layouts, state_of["master"], ctx), state_of, state.step + 1)
         return new, {**metrics, "lr": lr, "skipped": ~ok}
 

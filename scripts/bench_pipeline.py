@@ -252,7 +252,7 @@ def loop(bound: Bound, params: Any, batches: Sequence[lf.Batch], seeds: dict[str
             for piece in bound.chains[""].pieces[s, None]:
                 x = x.detach().requires_grad_() if isinstance(x, Tensor) else x
                 weights = tuple({n: value(p, w) for n, p, w in names} for _, names in piece.names)
-                y, losses, _ = piece.fn["acc"](weights, x, batches[m], ctx, ())
+                y, losses, _, _ = piece.fn["acc"](weights, x, batches[m], ctx, ())
                 kept.setdefault(at, []).append((piece, x, y, losses))
                 for each in losses.values():
                     total = total + each.detach()

@@ -52,7 +52,7 @@ class Setup:
             if form != "plain":
                 weights |= {at: W(leaves[at], sums[at]) if form == "acc" else W(leaves[at], probe=probes[at]) for at in sums}
             x: Any = {} if segments[0].name == "embed" else draw("x", i, shape=(12, 8)).to(**self.like).requires_grad_()
-            y, losses, _ = fn([{n: weights[s.name, n] for n in s.params} for s in segments], x, batch, self.ctx, ())
+            y, losses, _, _ = fn([{n: weights[s.name, n] for n in s.params} for s in segments], x, batch, self.ctx, ())
             kept.append((x, [*losses.values()] if losses else [y], probes))
         total = {at: torch.zeros_like(w, dtype=master, requires_grad=False) for at, w in leaves.items()}
         for x, ys, probes in kept:

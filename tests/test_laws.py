@@ -80,7 +80,7 @@ def a_step(axes: Any, monkeypatch: pytest.MonkeyPatch, readable: bool) -> list[s
     return seen
 
 
-BATCH = "numpy: lf/models/decoder.py accepts"  # looks at a batch that the host has just made, and only where it lies in the host's memory
+BATCH = "numpy: lf/models/tokens.py accepts"  # looks at a batch that the host has just made, and only where it lies in the host's memory
 
 
 @pytest.mark.parametrize("mesh", [lf.Mesh(dp=1), MESH], ids=str)

@@ -21,8 +21,8 @@ from lf.spec import Init, LayoutError, Param, Tied
     ("mesh", "words"),
     [
         (lf.Mesh(cp=2), "context parallelism (cp=2) is not built yet; use cp=1"),
-        (lf.Mesh(dp=2, ep=2), "expert parallelism (ep=2) is not built yet; use ep=1"),
-        (lf.Mesh(dp=2, etp=2), "expert tensor parallelism (etp=2) is not built yet; use etp=1"),
+        (lf.Mesh(dp=2, ep=2), "ep and etp split experts, and the model has none"),
+        (lf.Mesh(dp=2, etp=2), "ep and etp split experts, and the model has none"),
     ],
 )
 def test_what_is_not_built_is_refused(mesh: lf.Mesh, words: str) -> None:

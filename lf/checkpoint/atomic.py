@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -109,11 +110,26 @@ def publish(
     return final
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file, on the disk when this returns. Equal tensors give equal bytes."""
-    save_file(tensors, path, metadata={"format": "pt"})
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] = MappingProxyType({})) -> None:
+    """A safetensors file, on the disk when this returns. Equal tensors and metadata give equal bytes."""
+    save_file(tensors, path, metadata={"format": "pt", **metadata})
+    if metadata:
+        _sort_metadata(path)
     path.chmod(path.parent.stat().st_mode & 0o666)  # some versions of safetensors let only the owner read
     sync(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """In the header of a safetensors file, in place: safetensors writes the metadata in an order that changes from run to run."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        words = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(words) > size:
+            raise OSError(f"the header of {path.name} is not written as expected: {len(words)} bytes do not fit its {size}")
+        file.seek(8)
+        file.write(words.ljust(size))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,63 +1,42 @@
 """Parameters → a Hugging Face folder that everybody else's tools open; the same bytes whatever mesh saves it.
 
-Tensors are dealt out to shards by their logical sizes alone. Shard f is assembled and written by data-parallel coordinate f mod dp, one tensor
-at a time: every rank along the axes that split it gives the rows that it owns, so overlapping kv heads come together exactly once. Of a
-parameter of another pipeline rank they come together there, and travel to the one that writes, rank 0 of the pipeline.
+Tensors are dealt out to shards by their logical sizes alone. Shard f is written by data-parallel coordinate f mod dp (0 on all other axes): as many
+shards as there are such ranks at a time, each of which gets one tensor after another (`lf.checkpoint.shards`).
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
 from collections.abc import Callable
 from functools import lru_cache, partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import attrs
 import torch
 from torch import Tensor
 
 from lf import tree
-from lf.box import shape
 from lf.chain_layouts import Layouts
+from lf.checkpoint import fp8 as scaling
 from lf.checkpoint.atomic import CheckpointError, agree, attempt, publish, sync, write_json, write_tensors
-from lf.checkpoint.files import FLOATS, float_dtype
+from lf.checkpoint.files import FLOATS, TAG, float_dtype
+from lf.checkpoint.shards import Entry, assembler, deal, entries
 from lf.layouts import Layout
 from lf.models import families
-from lf.models.families.place import Place, places
-from lf.spec import Piece, Spec
+from lf.models.families.place import forms
 from lf.state import State, device_of
 from lf.tree import Tree
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-HEADER = 256  # bytes that a tensor takes in the header of its file, at most
 TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt"),
     *("tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json"),
 )
-
-
-@attrs.frozen
-class Source:
-    """Part `index` of `spec`, and where on disk it goes."""
-
-    spec: Spec
-    index: int
-    place: Place
-
-
-@attrs.frozen
-class Entry:
-    """A tensor of a shard: its name and shape on disk, and the parts that it is made of."""
-
-    name: str
-    shape: tuple[int, ...]
-    sources: tuple[Source, ...]
 
 
 def save(
@@ -68,13 +47,15 @@ def save(
     tokenizer: str | os.PathLike[str] | None = None,
     dtype: str | torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    fp8: bool = False,
 ) -> Path:
     """Writes a Hugging Face folder from a State (its masters), a tree of parameters, or a function that gives the one at a path when it is needed.
 
     Collective; returns the path of the folder. tokenizer: a folder whose tokenizer files are copied along. dtype: of the tensors on disk, as
-    "bf16" (None: as they are). No file is larger than `max_shard_bytes`, unless one tensor is. An export that is there is replaced, once the new
-    one is complete; a folder with anything else in it is refused. Raises CheckpointError or ConfigError on every rank, and leaves nothing
-    half-written under the name.
+    "bf16" (None: as they are); what is not learned, as the bias of a router, keeps at least float32. fp8: matrices are written in 8 bits with a
+    scale for each block (`lf.checkpoint.fp8`), from float32, and the rest in `dtype`. No file is larger than `max_shard_bytes`, unless one tensor
+    is. An export that is there is replaced, once the new one is complete; a folder with anything else in it is refused. Raises CheckpointError or
+    ConfigError on every rank, and leaves nothing half-written under the name.
     """
     refuse_several(layout)
     params = state.optimizer["master"] if isinstance(state, State) else state
@@ -90,42 +71,41 @@ def save(
     assert code is not None
     # a rank whose stages are empty learns from the others what they have
     on_disk = [*FLOATS.values()][int(ctx.axes.world.max(torch.tensor(code, device=device_of(ctx)))) - 1]
-    shards = deal(layout, family.names(layout.model.config), on_disk, max_shard_bytes)
+    layouts = forms(family, layout.model.config)
+    tensors = entries(layout, next(iter(layouts.values())), on_disk, fp8)
+    shards = deal(tensors, max_shard_bytes)
     name_of = {f: SINGLE if len(shards) == 1 else f"model-{f + 1:05d}-of-{len(shards):05d}.safetensors" for f in range(len(shards))}
-    axes = ctx.axes
-    # torch numbers the groups that a rank is in, and members must agree: so all make them here, in one order, before their ways part
-    for axis in sorted({axis for spec in layout.specs.values() for axis in spec.names if axis}):
-        _ = axes[axis]
-    _ = axes.pipe()
+    axes, assemble = ctx.axes, assembler(layout, ctx)
+    dp = axes.mesh["dp"]
+    writer = axes.rank == axes.mesh.rank(dp=axes.coords["dp"])
+    tag = {TAG: next(iter(layouts))} if len(layouts) > 1 else {}
 
     def write(partial: Path, errors: list[Exception]) -> None:
-        writer = not any(at for axis, at in axes.coords.items() if axis in ("pp", "cp", "tp"))
-
-        @lru_cache(maxsize=1)  # the parts of one parameter follow one another
+        @lru_cache(maxsize=dp)  # the tensors of one parameter follow one another
         def local(path: str) -> Tensor:
             found = attempt(errors, get, path)  # one that cannot be read must not keep the others waiting
             return torch.zeros(layout.specs[path].local_shape(axes.coords), device=device_of(ctx)) if found is None else found
 
-        for f, entries in enumerate(shards):
-            if axes.coords["dp"] != f % axes.mesh["dp"]:
-                continue
+        for first in range(0, len(shards), dp):
             held: dict[str, Tensor] = {}
-            for entry in entries:
-                whole = assemble(entry, local, on_disk, layout, ctx)
-                if writer and whole is not None:
-                    held[entry.name] = whole
-            if writer:
-                attempt(errors, write_tensors, partial / name_of[f], held)
+            for each in zip_longest(*shards[first : first + dp]):
+                whole = assemble(each, local)
+                if whole is not None:
+                    attempt(errors, _put, held, each[axes.coords["dp"]], whole)
+            if writer and (f := first + axes.coords["dp"]) < len(shards):
+                attempt(errors, write_tensors, partial / name_of[f], held, tag)
 
     def finish(partial: Path) -> None:
         short = str(on_disk).removeprefix("torch.")
         config = {**family.write(layout.model.config), "dtype": short, "torch_dtype": short}
         if tokenizer is not None and (eos := _eos(Path(tokenizer))) is not None:
             config["eos_token_id"] = eos  # where `generate` stops
+        if fp8:
+            config[scaling.FIELD] = scaling.described(sorted(e.name.removesuffix(".weight") for e in tensors if e.matrix and not e.scaled))
         write_json(partial / "config.json", config)
         if len(shards) > 1:
-            total = sum(math.prod(e.shape) for entries in shards for e in entries) * on_disk.itemsize
-            where = {e.name: name_of[f] for f, entries in enumerate(shards) for e in entries}
+            total = sum(e.size for e in tensors)
+            where = {name: name_of[f] for f, each in enumerate(shards) for e in each for name in (e.name, *[e.name + scaling.SCALE] * e.scaled)}
             write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
         for path in copied or []:
             shutil.copyfile(path, partial / path.name)
@@ -143,77 +123,15 @@ def refuse_several(layout: Layout | Layouts) -> None:
         )
 
 
-def deal(layout: Layout, names: dict[str, str | Place], dtype: torch.dtype, limit: int) -> list[list[Entry]]:
-    """The tensors of each shard, in the order of the model, none larger than `limit` bytes unless one tensor is: the same on every rank."""
-    shards: list[list[Entry]] = [[]]
-    room = limit
-    for entry in _entries(layout, names):
-        size = math.prod(entry.shape) * dtype.itemsize + HEADER
-        if size > room and shards[-1]:
-            shards.append([])
-            room = limit
-        shards[-1].append(entry)
-        room -= size
-    return shards
-
-
-def assemble(entry: Entry, local: Callable[[str], Tensor], dtype: torch.dtype, layout: Layout, ctx: Any) -> Tensor | None:
-    """The tensor on disk, in the host's memory, of its parts; None on pipeline ranks other than 0. local(path): what this rank holds.
-
-    Collective over the axes of the parts' specs; a part of another pipeline rank is sent to rank 0 of the pipeline.
-    """
-    axes, out = ctx.axes, None
-    pp, speaks = axes.coords["pp"], not (axes.coords["cp"] or axes.coords["tp"])  # the others gather, and neither send nor write
-    for source in entry.sources:
-        path, shape = source.spec.path, source.spec.pieces(axes.coords)[source.index].shape
-        owner = layout.holders(path)[0]
-        found = gather(source, local(path), dtype, axes) if pp == owner else None
-        if owner and speaks:
-            pipe = axes.pipe()
-            if pp == owner:
-                pipe.send(found, 0, path)()  # waits until it has left: no rank holds more than one
-            elif pp == 0:
-                found = pipe.recv(shape, dtype, device_of(ctx), owner, path)()
-        if pp or found is None:
-            continue
-        part = found.cpu()
-        if not source.place.runs:
-            return part
-        out = torch.empty(entry.shape, dtype=dtype) if out is None else out
-        for at, there, n in source.place.runs:
-            out.narrow(source.place.dim, there, n).copy_(part.narrow(source.place.dim, at, n))
-    return out
-
-
-def gather(source: Source, local: Tensor, dtype: torch.dtype, axes: Any) -> Tensor:
-    """A logical part, from the rows that each rank along the axes of its spec owns. Collective over these axes."""
-    spec, i = source.spec, source.index
-    mine = spec.pieces(axes.coords)[i]
-    owned = _owned(spec, i, axes.coords)
-    out = (owned.view(local) if owned else mine.view(local).narrow(mine.dim, 0, 0)).to(dtype)
-    for dim, axis in enumerate(spec.names):
-        if axis and axes.mesh[axis] > 1:
-            each = [_owned(spec, i, {**axes.coords, axis: j}) for j in range(axes.mesh[axis])]
-            out = axes[axis].all_gather(out, [shape(p.box)[dim] if p else 0 for p in each], dim)
-    return out.contiguous()
-
-
-def _owned(spec: Spec, index: int, coords: dict[str, int]) -> Piece | None:
-    """What the rank at `coords` owns of a part when all copies of it are one: coordinates along which it is the same count as 0."""
-    first = {**coords, **dict.fromkeys(spec.sum_axes, 0)}
-    key = spec.pieces(first)[index].key
-    return next((p for p in spec.owned(first) if p.key == key), None)
-
-
-def _entries(layout: Layout, names: dict[str, str | Place]) -> list[Entry]:
-    """The tensors on disk, in the order in which the model first has a part of them."""
-    at, out = places(names), dict[str, Entry]()
-    for spec in layout.specs.values():
-        for i, piece in enumerate(spec.pieces(layout.mesh.coords(0))):
-            place = at[piece.key]
-            entry = out.get(place.name) or Entry(place.name, place.shape(piece.shape), ())
-            out[place.name] = attrs.evolve(entry, sources=(*entry.sources, Source(spec, i, place)))
-    return list(out.values())
+def _put(held: dict[str, Tensor], entry: Entry, whole: Tensor) -> None:
+    """Adds a tensor to those of a shard, in 8 bits with its scales where it is to be."""
+    if not entry.scaled:
+        held[entry.name] = whole
+        return
+    try:
+        held[entry.name], held[entry.name + scaling.SCALE] = scaling.quantise(whole.to(torch.float32))
+    except ValueError as error:
+        raise CheckpointError(f"{entry.name} cannot be written in 8 bits: {error}") from None
 
 
 def _code(dtype: torch.dtype) -> int:

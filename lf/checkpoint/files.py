@@ -26,6 +26,9 @@ DTYPES = {
 }
 """A dtype as a safetensors file writes it → torch's."""
 
+TAG = "lf.layout"
+"""In the metadata of a file: which of its family's forms it has, where there are several."""
+
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}

@@ -5,7 +5,6 @@ Every rank opens the headers of all shards and finds every problem before it rea
 
 from __future__ import annotations
 
-import json
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,19 +15,19 @@ import torch
 
 from lf import box as boxes
 from lf import tree
+from lf.checkpoint import fp8
 from lf.checkpoint.atomic import CheckpointError, agree, attempt, listing
-from lf.checkpoint.export import INDEX, SINGLE, refuse_several, save
-from lf.checkpoint.files import DTYPES, FLOATS, dtype_of, flat, float_dtype, opened, read_box, shape_of
+from lf.checkpoint.export import refuse_several, save
+from lf.checkpoint.files import flat, float_dtype
 from lf.checkpoint.sources import Source, folder, meaning
+from lf.checkpoint.weights import Weights, inspect
 from lf.config import ConfigError, differing, one_of, parse, to_dict
 from lf.console import console
 from lf.layouts import Layout
 from lf.models import families
 from lf.models.decoder import decoder
-from lf.models.families.place import Place, places
 from lf.models.presets import PRESETS
 from lf.segment import Model
-from lf.spec import Piece
 from lf.state import device_of
 from lf.tree import Tree
 
@@ -58,6 +57,11 @@ def model(source: Source, axes: Any = None) -> Model:
 
 def read_config(folder: str | os.PathLike[str]) -> Any:
     """The config in `folder`/config.json. Raises ConfigError that names what is wrong with it."""
+    return _stored(folder)[0]
+
+
+def _stored(folder: str | os.PathLike[str]) -> tuple[Any, fp8.Scheme | None]:
+    """The config in a folder's config.json, and how its weights are in 8 bits, if they are."""
     path = Path(folder).expanduser() / "config.json"
     try:
         values = parse(path.read_text(encoding="utf-8"))
@@ -66,7 +70,8 @@ def read_config(folder: str | os.PathLike[str]) -> Any:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} should be a JSON object, is a {type(values).__name__}")
     try:
-        return families.read(values)
+        scheme = fp8.scheme(values)
+        return families.read({k: v for k, v in values.items() if k != fp8.FIELD}), scheme
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -75,8 +80,8 @@ def load(source: Source, layout: Layout, ctx: Any, dtype: str | torch.dtype | No
     """This rank's parameters, {segment: {name: Tensor}} in the master dtype on the device, like `lf.init`. Collective.
 
     source: a Hugging Face folder, or a repository on the hub ("org/name[@revision]"), which is fetched once on each node. dtype: what the values
-    on disk are rounded to on the way ("bf16", torch.float32, …). None: nothing is rounded, and a file that the masters cannot hold exactly is
-    refused.
+    on disk are rounded to on the way ("bf16", torch.float32, …; what is not learned, to float32 at least). None: nothing is rounded, and a file
+    that the masters cannot hold exactly is refused. Weights in 8 bits with block scales are float32 values here (`lf.checkpoint.fp8`).
 
     Raises ConfigError for what the hub does not give, and CheckpointError that lists everything that is wrong with the folder: another config
     than the layout's model, tensors that are missing, too many, of another shape or dtype, shards that are missing or cut short. A tied tensor
@@ -88,10 +93,10 @@ def load(source: Source, layout: Layout, ctx: Any, dtype: str | torch.dtype | No
         found = attempt(errors, _inspect, where, layout, ctx, dtype, stack)
         agree(errors, f"loading {where}", ctx)
         assert found is not None
-        params = attempt(errors, _read, where, layout, ctx, dtype, found[0])
+        params = attempt(errors, _read, where, layout, ctx, dtype, found)
         agree(errors, f"loading {where}", ctx)
     assert params is not None
-    for why, n in sorted(found[1].items()):
+    for why, n in sorted(found.alone.items()):
         console(ctx.axes.rank).print(f"{where}: {n} tensors are left alone: {why}", soft_wrap=True)
     return params
 
@@ -112,122 +117,39 @@ def _rounded(dtype: str | torch.dtype | None, ctx: Any) -> torch.dtype | None:
     return dtype
 
 
-def _inspect(folder: Path, layout: Layout, ctx: Any, dtype: torch.dtype | None, stack: ExitStack) -> tuple[dict[str, Any], dict[str, int]]:
-    """({tensor: open file}, {why tensors are left alone: how many}); raises CheckpointError with all problems."""
+def _inspect(folder: Path, layout: Layout, ctx: Any, dtype: torch.dtype | None, stack: ExitStack) -> Weights:
+    """What is in the files; raises CheckpointError with all problems."""
     problems: list[str] = []
-    config = stored = layout.model.config
+    config, scheme = layout.model.config, None
+    stored = config
     try:
-        stored = read_config(folder)
+        stored, scheme = _stored(folder)
         have, want = (dict(flat(to_dict(attrs.evolve(c, **FREE)))) for c in (stored, config))
         for field, (theirs, ours) in differing(have, want).items():
             problems.append(f"config.json has {field}={theirs!r}, the layout's model {ours!r}; build it with lf.hf.model({str(folder)!r})")
     except ConfigError as error:
         problems.append(str(error))
-    found, lost = _tensors(folder, stack, problems)
-    family = families.of(stored)
-    at, copies, unused = places(family.names(config)), family.copies(config), getattr(family, "unused", lambda name: "")
     pieces = [piece for spec in layout.specs.values() for piece in spec.pieces(ctx.axes.coords)]
-    wanted = {at[piece.key].name: at[piece.key].shape(piece.shape) for piece in pieces}
-    for name, shape in wanted.items():
-        if name in found:
-            problems += _misfit(name, found[name], shape, dtype, ctx.precision.master)
-        elif not lost(name):
-            problems.append(f"{name} {list(shape)} is missing")
-    alone: dict[str, int] = {}
-    for name in found.keys() - wanted.keys():
-        if name in copies:
-            problems += _misfit(name, found[name], wanted[copies[name]], dtype, ctx.precision.master)
-        elif why := unused(name):
-            alone[why] = alone.get(why, 0) + 1
-        elif not family.derived(name):
-            problems.append(f"{name} {list(shape_of(found[name], name))} is no tensor of this model")
+    found = inspect(folder, families.of(stored), config, scheme, pieces, dtype, ctx.precision.master, stack, problems)
     listing(f"cannot load {folder}", sorted(problems))
-    return found, alone
+    return found
 
 
-def _misfit(name: str, file: Any, shape: tuple[int, ...], dtype: torch.dtype | None, master: torch.dtype) -> list[str]:
-    out, have, code = [], shape_of(file, name), dtype_of(file, name)
-    if have != shape:
-        out.append(f"{name} has shape {list(have)}, the model {list(shape)}")
-    if code not in DTYPES or not DTYPES[code].is_floating_point:
-        out.append(f"{name} has dtype {code}; F32, BF16, F16 and F64 can be loaded, no quantised weights")
-    elif dtype is None and torch.promote_types(DTYPES[code], master) != master:
-        rounded = next(k for k, v in FLOATS.items() if v == master)
-        out.append(f"{name} has dtype {code}, which {master} cannot hold exactly; use precision='fp64', or ask for dtype={rounded!r} to round it")
-    return out
-
-
-def _tensors(folder: Path, stack: ExitStack, problems: list[str]) -> tuple[dict[str, Any], Any]:
-    """({tensor: open file}, whether a name's absence is explained by a file that could not be opened)."""
-    files, index = _shards(folder, problems)
-    found: dict[str, Any] = {}
-    broken = set()
-    for file in files:
-        handle = opened(folder / file, stack, problems)
-        if handle is None:
-            broken.add(file)
-            continue
-        for name in handle.keys():  # noqa: SIM118 — a file, not a dict
-            if name in found:
-                problems.append(f"{name} stands in two shards, {file} is the second")
-            elif index is not None and index.get(name) != file:
-                problems.append(f"{name} is in {file}; {INDEX} has it in {index.get(name, 'no file')}")
-            found[name] = handle
-    if index is None:
-        return found, lambda name: not files or bool(broken)
-    return found, lambda name: not files or index.get(name) in broken
-
-
-def _shards(folder: Path, problems: list[str]) -> tuple[list[str], dict[str, str] | None]:
-    """The files with weights, and the index ({tensor: file}) if there is one."""
-    single = (folder / SINGLE).exists() or (folder / SINGLE).is_symlink()
-    if single and (folder / INDEX).exists():
-        problems.append(f"{SINGLE} and {INDEX} are both there; remove the one that is out of date")
-        return [], None
-    if single:
-        return [SINGLE], None
-    if not (folder / INDEX).exists():
-        pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
-        hint = f"; {pickled[0]} is a pickle, which is never opened: convert it to safetensors" if pickled else ""
-        problems.append(f"there is no {SINGLE} and no {INDEX}{hint}")
-        return [], None
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        if not index:
-            raise ValueError("it is empty")
-        if odd := [f for f in index.values() if not (isinstance(f, str) and Path(f).name == f and f.endswith(".safetensors"))]:
-            raise ValueError(f"{odd[0]!r} in it is no plain name of a .safetensors file")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        problems.append(f"{INDEX} is no JSON object with a weight_map ({type(error).__name__}: {error})")
-        return [], None
-    return sorted(set(index.values())), index
-
-
-def _read(folder: Path, layout: Layout, ctx: Any, dtype: torch.dtype | None, found: dict[str, Any]) -> Tree:
-    config, pairs = layout.model.config, []
-    family = families.of(read_config(folder))
-    at, copies = places(family.names(config)), [(copy, name) for copy, name in family.copies(config).items() if copy in found]
+def _read(folder: Path, layout: Layout, ctx: Any, dtype: torch.dtype | None, found: Weights) -> Tree:
+    pairs = []
     for path, spec in layout.held(ctx.axes.coords).items():
         local = torch.empty(spec.local_shape(ctx.axes.coords), dtype=ctx.precision.master)
+        rounded = dtype and spec.param.used_in(dtype)
         for piece in spec.pieces(ctx.axes.coords):
-            if boxes.volume(piece.box):
-                place = at[piece.key]
-                part = _part(found, place, piece)
-                piece.view(local).copy_(part if dtype is None else part.to(dtype))
-                for copy, name in copies:
-                    if name == place.name and not torch.equal(_part(found, attrs.evolve(place, name=copy), piece), part):
+            place, target = found.at[piece.key], piece.view(local)
+            for cut in place.cuts(piece.box) if boxes.volume(piece.box) else ():
+                part = place.logical(found.read(cut.name, cut.disk))
+                target[boxes.slices(cut.part, piece.box)].copy_(part if rounded is None else part.to(rounded))
+                for copy, name in found.copies.items():
+                    if name == cut.name and not torch.equal(place.logical(found.read(copy, cut.disk)), part):
                         raise CheckpointError(
                             f"cannot load {folder}: its config.json ties them (tie_word_embeddings), but {copy} differs from {name}; "
                             f"set tie_word_embeddings to false to train both, or remove {copy} to use {name}"
                         )
         pairs.append((path, local.to(device_of(ctx))))
     return tree.build(pairs)
-
-
-def _part(found: dict[str, Any], place: Place, piece: Piece) -> torch.Tensor:
-    """This rank's box of a part, in the dtype of the file; of the rows that others share with it only its own are read."""
-    file, origin, d = found[place.name], boxes.whole(place.shape(piece.shape)), place.dim
-    if not piece.box:
-        return read_box(file, place.name, (), ())
-    runs = [read_box(file, place.name, (*piece.box[:d], run, *piece.box[d + 1 :]), origin) for run in place.disk(*piece.box[d])]
-    return runs[0] if len(runs) == 1 else torch.cat(runs, d)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from lf.models.decoder import Attention, DecoderConfig, GatedMLP, Layer
+from lf.models.moe import MoE
+from lf.models.router import Router
 from lf.ops.rope import Rope
 
 
@@ -52,6 +54,13 @@ def internlm2(dim: int, inner: int, layers: int, heads: int, factor: float) -> D
     return _dense("internlm2", dim, inner, layers, heads, 8, 92544, 1e-5, 32768, 1e6, rope=rope)
 
 
+def qwen3_moe(dim: int, inner: int, layers: int, heads: int) -> DecoderConfig:
+    """The coefficient of the router's loss is 0.001 (lf/models/families/ffn.py says what it means)."""
+    mixture = MoE(Router(128, 8, balance=0.001 * 8 / layers), inner)
+    layer = Layer(Attention(heads, 4, 128, Rope(1e6), qk_norm=True), mixture)
+    return DecoderConfig(151936, dim, (layer,) * layers, tied=False, max_len=40960, family="qwen3_moe")
+
+
 PRESETS = {
     "llama-2-7b": llama2(4096, 11008, 32, 32, 32),
     "llama-2-13b": llama2(5120, 13824, 40, 40, 40),
@@ -88,6 +97,8 @@ PRESETS = {
     "qwen3-8b": qwen3(4096, 12288, 36, 32),
     "qwen3-14b": qwen3(5120, 17408, 40, 40),
     "qwen3-32b": qwen3(5120, 25600, 64, 64),
+    "qwen3-30b-a3b": qwen3_moe(2048, 768, 48, 32),
+    "qwen3-235b-a22b": qwen3_moe(4096, 1536, 94, 64),
     "mistral-7b-v0.1": mistral(4096, 14336, 32, vocab=32000, theta=10000.0, window=4096),
     "mistral-7b-v0.2": mistral(4096, 14336, 32, vocab=32000, theta=1e6),
     "mistral-7b-v0.3": mistral(4096, 14336, 32, vocab=32768, theta=1e6),

@@ -31,7 +31,10 @@ from lf.layouts import RULES
 from lf.mesh import shares
 from lf.models import trio_data as data
 from lf.models import trio_flops as flops
-from lf.models.decoder import Attention, DecoderConfig, GatedMLP, Layer, attention_params, decoder, matrix_flops, qkv_parts, tables, token_shares
+from lf.models.attention import Attention, attention_params, qkv_parts
+from lf.models.decoder import DecoderConfig, Layer, decoder
+from lf.models.mlp import GatedMLP
+from lf.models.tokens import matrix_flops, tables, token_shares
 from lf.ops.cross_attention import cross_attention
 from lf.parallel.linear import column_linear, row_linear
 from lf.parallel.product import product

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lf.batch import Batch
-from lf.models.decoder import Attention
+from lf.models.attention import Attention
 
 
 def merged(merge: int, elements: int, batch: Batch) -> float:

@@ -3,7 +3,10 @@
 OPS = {
     "adamw_update": "lf.ops.adamw.adamw_update",
     "attention": "lf.ops.attention.attention",
+    "grouped_linear": "lf.ops.grouped.grouped_linear",
+    "permute": "lf.ops.permute.permute",
     "rms_norm": "lf.ops.norm.rms_norm",
     "rope": "lf.ops.rope.rope",
     "swiglu": "lf.ops.swiglu.swiglu",
+    "unpermute": "lf.ops.permute.unpermute",
 }

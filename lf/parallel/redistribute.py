@@ -135,6 +135,39 @@ def exchange(x: Tensor, send_rows: Sequence[int], recv_rows: Sequence[int], axis
     return _Move.apply(x, lambda x: axis.all_to_all(x, send_rows, recv_rows), lambda dy: axis.all_to_all(dy, recv_rows, send_rows))
 
 
+def exchange_later(x: Tensor, send_rows: Sequence[int], recv_rows: Sequence[int], axis: Any) -> Callable[[], Tensor]:
+    """`exchange` that starts now; the function waits for it. The backward starts where that function was called, and is waited for here."""
+    if axis.size == 1:
+        return lambda: x
+    out = axis.all_to_all(x, send_rows, recv_rows, later=True)
+    under_way: list[Callable[[], Tensor]] = []  # the gradient of x, once the backward has begun
+    ticket = _Start.apply(x, under_way)
+    return lambda: _Finish.apply(ticket, out, lambda dy: under_way.append(axis.all_to_all(dy, recv_rows, send_rows, later=True)))
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, under_way: list[Callable[[], Tensor]]) -> Tensor:
+        ctx.under_way = under_way
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.under_way.pop()(), None
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, out: Callable[[], Tensor], back: Callable[[Tensor], None]) -> Tensor:
+        ctx.back, ctx.shape = back, ticket.shape
+        return out()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        ctx.back(dy)
+        return dy.new_zeros(()).expand(ctx.shape), None, None  # the gradient itself is still under way
+
+
 def shift(x: Tensor, k: int, axis: Any) -> Tensor:
     """The x of the rank k places before this one on the ring. Backward shifts by -k."""
     if axis.size == 1:

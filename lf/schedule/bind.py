@@ -42,8 +42,8 @@ class Fed:
 class Piece:
     """A layer, or a segment of one: what a forward runs between two cuts of autograd.
 
-    fn[kind](values, x, batch, ctx, fed) -> (y, losses, outputs), for each of KINDS · `names`: of each segment its name, and (name, path, is it a
-    product) of each of its parameters · `leaves`: paths whose gradients autograd returns · `products`: (segment, name, path) of those that come
+    fn[kind](values, x, batch, ctx, fed) -> (y, losses, outputs, sums), for each of KINDS · `names`: of each segment its name, and (name, path, is
+    it a product) of each of its parameters · `leaves`: paths whose gradients autograd returns · `products`: (segment, name, path) of those that come
     through a W · `upstream`: whether anything before it trains, so that its input has a gradient · `back`: whether it has a backward · `fed`: what
     edges bring to it · `outputs`: what edges take from it.
     """

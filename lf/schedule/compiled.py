@@ -17,20 +17,21 @@ from torch import Tensor
 from lf.config import ConfigError
 from lf.mesh import Mesh
 from lf.parallel.product import W
-from lf.segment import Apply
+from lf.segment import Apply, Segment
 
 Fed = tuple[dict[str, Tensor], ...]
 """Of each segment, what edges bring to it, by name; () where they bring nothing to the layer."""
-LayerFn = Callable[[Sequence[dict[str, Tensor | W]], Any, Any, Any, Fed], tuple[Any, dict[str, Tensor], dict[str, Tensor]]]
+Told = tuple[Any, dict[str, Tensor], dict[str, Tensor], dict[tuple[int, str], Tensor]]
+"""x, losses, outputs for edges, sums by the number of the segment and their name."""
+LayerFn = Callable[[Sequence[dict[str, Tensor | W]], Any, Any, Any, Fed], Told]
 
 
 def layer_fn(applies: tuple[Apply, ...]) -> LayerFn:
-    """The segments of a layer one after another: (parameters of each segment by name, x, batch, ctx, fed) → (x, losses, outputs for edges)."""
+    """The segments of a layer one after another: (parameters of each segment by name, x, batch, ctx, fed) → (x, losses, outputs for edges, sums)."""
 
-    def layer(
-        values: Sequence[dict[str, Tensor | W]], x: Any, batch: Any, ctx: Any, fed: Fed
-    ) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+    def layer(values: Sequence[dict[str, Tensor | W]], x: Any, batch: Any, ctx: Any, fed: Fed) -> Told:
         losses: dict[str, Tensor] = {}
+        sums: dict[tuple[int, str], Tensor] = {}
         outputs: dict[str, Tensor] = {}
         for i, (apply, mine) in enumerate(zip(applies, values)):
             if fed and fed[i]:
@@ -38,7 +39,9 @@ def layer_fn(applies: tuple[Apply, ...]) -> LayerFn:
             x, terms = apply(mine, x, batch, ctx)  # type: ignore[arg-type]
             losses.update(terms.get("losses", {}))
             outputs.update(terms.get("outputs", {}))
-        return x, losses, outputs
+            for name, value in terms.get("sums", {}).items():
+                sums[i, name] = value
+        return x, losses, outputs, sums
 
     return layer
 
@@ -57,8 +60,16 @@ def compiled(layer: LayerFn, ctx: Any, backend: str | Callable[..., Any] = "indu
     return torch.compile(own, fullgraph=True, backend=backend)
 
 
-def refuse_compile(mesh: Mesh, device: types.ModuleType, backend: bool | str | Callable[..., Any] = True) -> None:
-    """Raises ConfigError on a mesh with tp > 1, whose collectives no compiler traces, and where torch's own compiler lacks what it needs."""
+def refuse_compile(
+    mesh: Mesh, device: types.ModuleType, backend: bool | str | Callable[..., Any] = True, segments: Sequence[Segment] = ()
+) -> None:
+    """Raises ConfigError on a mesh with tp > 1, whose collectives no compiler traces, for segments that read on the host, and where torch's own
+    compiler lacks what it needs."""
+    if reads := [s.name for s in segments if s.host]:
+        raise ConfigError(
+            f"compiled layers: {reads[0]} counts on the host how many rows each expert gets, which is not traced; run a model with experts "
+            "without compilation"
+        )
     if (n := mesh.tp) > 1:
         raise ConfigError(
             f"compiled layers: mesh {mesh} has tp={n}, and the collectives inside of a layer are not traced; use tp=1, with pp and dp "

@@ -22,6 +22,7 @@ from lf.schedule.compiled import Fed, LayerFn
 from lf.schedule.shapes import Brought, Shapes
 from lf.schedule.slots import Slots, entry
 from lf.schedule.vjp import ends, vjp
+from lf.segment import Terms
 
 Values = tuple[dict[str, Tensor | W], ...]  # of each segment, its parameters by name
 
@@ -61,24 +62,25 @@ class Graphs:
         self.given: dict[tuple[int, str], Values] = {}
         self.known: dict[int, Shapes] = {}
 
-    def run(self, fn: LayerFn, values: Values, piece: Piece, x: dict[str, Tensor], m: int, ctx: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(what leaves the piece, its losses)"""
+    def run(self, fn: LayerFn, values: Values, piece: Piece, x: dict[str, Tensor], m: int, ctx: Any) -> tuple[dict[str, Tensor], Terms]:
+        """(what leaves the piece, its losses, and its sums by segment/name)"""
         fed: Fed = ()
         if piece.fed:
             names = {f.name for f in piece.fed}
             fed = tuple({f.input: x[f.name] for f in piece.fed if f.segment == i} for i in range(len(piece.names)))
             x = {k: v for k, v in x.items() if k not in names}
-        y, losses, outputs = fn(values, _unwrap(x), self.batches[m], ctx, fed)
+        y, losses, outputs, sums = fn(values, _unwrap(x), self.batches[m], ctx, fed)
+        terms = {"losses": losses, "sums": {f"{piece.names[i][0]}/{name}": value for (i, name), value in sums.items()}}
         if not piece.outputs:
-            return _wrap(y), losses
-        return {**_wrap(y), **{tap(name): outputs[name] for name in piece.outputs if name in outputs}}, losses
+            return _wrap(y), terms
+        return {**_wrap(y), **{tap(name): outputs[name] for name in piece.outputs if name in outputs}}, terms
 
     def fed(self, piece: Piece, carry: dict[str, Tensor], m: int) -> dict[str, Tensor]:
         """The input of a piece."""
         brought = self.brought(piece.stage, m)
         return {**carry, **{f.name: brought[f.joint] for f in piece.fed}}
 
-    def make(self, piece: Piece, carry: dict[str, Tensor], m: int, again: Sequence[str] = ()) -> tuple[Kept, dict[str, Tensor], dict[str, Tensor]]:
+    def make(self, piece: Piece, carry: dict[str, Tensor], m: int, again: Sequence[str] = ()) -> tuple[Kept, dict[str, Tensor], Terms]:
         """Runs a piece from a cut: its input is a leaf of a graph of its own. `again`: ops that a REMAT will run again."""
         away, ctx, kept = (piece.stage, m, piece.name) in self.bound.away, self.ctx, Kept(piece)
         split = (piece.stage, m, piece.name) in self.bound.split
@@ -92,17 +94,17 @@ class Graphs:
             for k in wanted:
                 kept.inputs[k], x[k] = entry(x[k])
             with slots.filing():
-                y, losses = self.run(fn, values, piece, x, m, ctx)
+                y, terms = self.run(fn, values, piece, x, m, ctx)
         else:
             kept.inputs = {k: x[k].requires_grad_() for k in wanted}
-            y, losses = self.run(fn, values, piece, x, m, ctx)
+            y, terms = self.run(fn, values, piece, x, m, ctx)
         outputs = [(k, v) for k, v in y.items() if v.requires_grad]
-        weighed = [(k, v) for k, v in losses.items() if v.requires_grad]
+        weighed = [(k, v) for k, v in terms["losses"].items() if v.requires_grad]
         kept.outputs, kept.losses = [k for k, _ in outputs], [k for k, _ in weighed]
         kept.ends = ends([v for _, v in (*outputs, *weighed)])
-        return kept, {k: v.detach() for k, v in y.items()}, {k: v.detach() for k, v in losses.items()}
+        return kept, {k: v.detach() for k, v in y.items()}, {kind: {k: v.detach() for k, v in mine.items()} for kind, mine in terms.items()}
 
-    def pass_by(self, piece: Piece, carry: dict[str, Tensor], m: int, keeps: bool) -> tuple[Kept, dict[str, Tensor], dict[str, Tensor]]:
+    def pass_by(self, piece: Piece, carry: dict[str, Tensor], m: int, keeps: bool) -> tuple[Kept, dict[str, Tensor], Terms]:
         """Runs a piece without a graph. `keeps`: its input stays, for it to be made again."""
         kept = Kept(piece, dict(carry) if keeps else {})
         if keeps and (piece.stage, m, piece.name) in self.bound.away:
@@ -110,8 +112,8 @@ class Graphs:
             kept.x = {k: kept.slots.file(v) for k, v in carry.items()}
         with torch.no_grad():
             values: Values = tuple({n: self.leaves[path] for n, path, _ in params} for _, params in piece.names)
-            y, losses = self.run(piece.fn["plain"], values, piece, carry, m, self.ctx)
-        return kept, y, losses
+            y, terms = self.run(piece.fn["plain"], values, piece, carry, m, self.ctx)
+        return kept, y, terms
 
     def storages(self, m: int) -> frozenset[int]:
         """What never leaves the device: the parameters, and what many layers use of a batch."""
@@ -155,8 +157,10 @@ class Graphs:
         piece = kept.piece
         inputs = kept.inputs
         plain = [self.leaves[p] for p in piece.leaves]
-        # a weight with a sum of its own stands here for its product to stay in the backward; its gradient is None
-        rest = [t for pair in kept.probes for t in pair] or [self.leaves[path] for _, _, path in piece.products]
+        # a weight with a sum of its own stands here for its product to stay in the backward; its gradient is None. One that is used plainly, too
+        # (a tied table under a head that predicts further ahead), stands in `plain` already, and what it gets there counts once.
+        summed = [path for _, _, path in piece.products if path not in piece.leaves]
+        rest = [t for pair in kept.probes for t in pair] or [self.leaves[path] for path in summed]
         wanted = [*inputs.values(), *plain, *rest]
         got = vjp(kept.ends, [*map(dy.get, kept.outputs), *(self.seeds[k] for k in kept.losses)], wanted)
         for path, g in zip(piece.leaves, got[len(inputs) :]):
@@ -169,7 +173,7 @@ class Graphs:
                 if rows is not None and dz is not None:
                     factors.append((path, rows, dz))
         else:
-            for (_, _, path), g in zip(piece.products, got[len(inputs) + len(plain) :]):
+            for path, g in zip(summed, got[len(inputs) + len(plain) :]):
                 self.add(path, g)
         return {k: torch.zeros_like(v) if g is None else g for (k, v), g in zip(inputs.items(), got)}, factors
 

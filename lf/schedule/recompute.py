@@ -9,7 +9,7 @@ import attrs
 from lf.config import ConfigError, one_of
 from lf.layouts import Layout
 
-OPS = ("attention", "rms_norm", "rope", "swiglu")
+OPS = ("attention", "grouped_linear", "permute", "rms_norm", "rope", "swiglu", "unpermute")
 """The ops of a forward: those of the devices' tables but the optimizer's."""
 EVERY = -1
 

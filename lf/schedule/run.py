@@ -148,9 +148,10 @@ class _Rank:
             again = chain.again.get((s, m, piece.name)) if keeps else None
             x = graphs.fed(piece, carry, m) if piece.fed else carry
             if keeps and again != ():
-                kept, carry, losses = graphs.make(piece, x, m, again or ())
+                kept, carry, terms = graphs.make(piece, x, m, again or ())
             else:
-                kept, carry, losses = graphs.pass_by(piece, x, m, keeps)
+                kept, carry, terms = graphs.pass_by(piece, x, m, keeps)
+            losses = terms["losses"]
             if piece.outputs:
                 carry = self.edges.take(at, piece, carry)
             if losses and self.bound.trains and (unknown := losses.keys() - self.seeds.keys()):
@@ -158,8 +159,8 @@ class _Rank:
                 raise ProgramError(f"{piece.name} gives the loss {names}")
             if keeps:
                 self.kept.setdefault(at, []).append(kept)
+            _add_terms(self.terms, terms)
             if losses:
-                _add_terms(self.terms, {"losses": losses})
                 self.note(at, [*losses.values()])
             yield
         where, to = chain.placement, s + 1
@@ -305,7 +306,7 @@ def run_forward(segments: Sequence[Segment], params: dict[str, Any], batch: Batc
     with torch.no_grad():
         for segment in segments:
             x, new = segment.apply({n: lookup(params, path_of(segment, n)) for n in segment.params}, x, batch, ctx)
-            _add_terms(terms, new)
+            _add_terms(terms, {kind: values for kind, values in new.items() if kind != "sums"})  # those count for a step
     return x, terms
 
 

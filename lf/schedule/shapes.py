@@ -22,6 +22,7 @@ from lf.devices import op_table
 from lf.layouts import Layout
 from lf.parallel.product import Seen, W
 from lf.segment import Segment, path_of
+from lf.spec import Param
 
 Carry = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """The shape and dtype of each tensor of a carry, by name; one that has no name is "x"."""
@@ -90,7 +91,10 @@ def trace(layout: Layout, batch: Batch, ctx: Any, brought: Mapping[str, Brought]
 
 def _segment(segment: Segment, shapes: dict[str, tuple[int, ...]], x: Any, batch: Batch, ctx: Any) -> tuple[Any, dict[str, Seen], frozenset[str]]:
     """(what leaves the segment, what each of its products has seen, its objectives)."""
-    values: dict[str, Any] = {n: torch.empty(shape, dtype=ctx.precision.compute, device="meta") for n, shape in shapes.items()}
+    compute, values = ctx.precision.compute, dict[str, Any]()
+    for n, shape in shapes.items():
+        dtype = param.used_in(compute) if isinstance(param := segment.params[n], Param) else compute
+        values[n] = torch.empty(shape, dtype=dtype, device="meta")
     values.update({n: W(values[n], seen=[]) for n in segment.products})
     y, terms = _run(f"segment {segment.name!r}", segment.apply, values, x, batch, ctx)
     for n in segment.products:

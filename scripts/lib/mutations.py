@@ -7,11 +7,13 @@ from typing import Any
 
 import attrs
 from chain_mutations import CHAIN
+from mixer_mutations import MIXERS
+from moe_mutations import MIXTURES
 from mutation import Mutation, rewritten, stale, words
 from schedule_mutations import SCHEDULE
 
 from lf import axes, axes_sim, chain_layouts, drift, evaluate, layouts, loop, ramp, record, rng, split, state, train
-from lf.checkpoint import export, native
+from lf.checkpoint import native, shards
 from lf.kernels import adamw as fused
 from lf.kernels import norm, rope, swiglu
 from lf.mesh import Mesh
@@ -182,7 +184,7 @@ NORMALISER = [
     words("normaliser: no label divides by 0", TRAIN, (STEP, "counts.clamp_min(1)", "counts")),
     words("loss: summed over dp alone", PARITY, (train._world_sums, "ctx.axes.world.sum", 'ctx.axes["dp"].sum')),
     words("loss: summed over tp alone", PARITY, (train._world_sums, "ctx.axes.world.sum", 'ctx.axes["tp"].sum')),
-    words("norm: squared", TRAIN, (train._world_sums, "total.sqrt()", "total")),
+    words("norm: squared", TRAIN, (train._world_sums, "square.sqrt()", "square")),
 ]
 
 PAIR = "redistribute(_Partials.apply(z_TV, labels_T - first, m_T), axis, P, seq)"
@@ -309,7 +311,7 @@ STAGES = [
         (native._all_leaves, "ctx.axes.world.max(table.to(device_of(ctx))).cpu()", "table"),
     ),
     words("checkpoint: a thawed parameter has no moments", PIPELINE, (native._thawed, "if path not in layouts.frozen:", "if False:")),
-    words("export: what other stages hold is left out", PIPELINE, (export.assemble, "if owner and speaks:", "if False:")),
+    words("export: what other stages hold is left out", PIPELINE, (shards._gives, "layout.holders(spec.path)[0]", 'near["pp"]')),
     words("drift: stages are not compared", DRIFT, (drift._atoms, " * len(layouts.chains[chain].holders(spec.path))", "")),
     words("drift: numbered by what a rank holds", DRIFT, (drift._atoms, "first += sum(_places(spec))\n", "pass\n")),
     words("chains: a mesh is numbered by ranks of the world", CHAINS, (chain_layouts.Layouts.coords, "mesh.coords(local)", "mesh.coords(rank)")),
@@ -321,6 +323,6 @@ STAGES = [
     words("split: stages in between uneven", SPLIT, (split._joined, "cost**2", "cost")),
 ]
 
-ALL: list[Mutation] = [*edges(), *MOVES, *SPECS, *NORMALISER, *MODEL, *STEPS, *SCHEDULE, *AXES, *RUNS, *STAGES, *CHAIN]
+ALL: list[Mutation] = [*edges(), *MOVES, *SPECS, *NORMALISER, *MODEL, *STEPS, *SCHEDULE, *AXES, *RUNS, *STAGES, *CHAIN, *MIXTURES, *MIXERS]
 __all__ = ["ALL", "Mutation", "rewritten", "stale"]
 assert len({m.name for m in ALL}) == len(ALL)

@@ -348,8 +348,8 @@ def failing(monkeypatch: Any, words: str) -> None:
     """The file whose name has `words` cannot be written: one rank's disk is full."""
     real = export.write_tensors
 
-    def write(path: Path, held: Any) -> None:
-        real(path, held)
+    def write(path: Path, *held: Any) -> None:
+        real(path, *held)
         if words in path.name:
             raise OSError(28, "No space left on device")
 

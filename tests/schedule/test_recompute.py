@@ -71,7 +71,7 @@ def test_what_goes_to_the_host(text: str, first: list, second: list, distance: i
         ("ops=swiglu,", "should be ops=…"),
         ("ops=swiglu,swiglu", "swiglu stands twice in ops"),
         ("ops=swiglu;ops=rope", "ops stands twice"),
-        ("ops=swigl", "unknown op to recompute 'swigl'; did you mean 'swiglu'.* Known: attention, rms_norm, rope, swiglu"),
+        ("ops=swigl", "unknown op to recompute 'swigl'; did you mean 'swiglu'.* Known: attention, grouped_linear, permute, rms_norm, rope"),
         ("ops=adamw_update", "unknown op to recompute 'adamw_update'"),
     ],
 )

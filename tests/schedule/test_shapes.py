@@ -87,7 +87,7 @@ def test_layers_that_are_alike_run_once_and_others_do_not() -> None:
     batch = parity.random_batches(tiny(), 0, 0, 1, 8)[0]
     rows = len(batch.plan["tokens"])
     shapes = trace(lf.layout(model, lf.Mesh(dp=1)), batch, context(solo()))
-    assert calls == ["embed", "layers.0.attn", "layers.0.mlp", "layers.0.mlp", "head"]
+    assert calls == ["embed", "layers.0.attn", "layers.0.mlp", "layers.40.mlp", "head"]
     assert shapes.products["layers.39.mlp"]["down"][0] == (rows, 8)
     assert shapes.products["layers.40.mlp"]["down"][0] == (rows, 12)
     assert shapes.products["layers.60.mlp"] == shapes.products["layers.0.mlp"]

@@ -14,19 +14,46 @@ from types import ModuleType
 from typing import Any
 
 from lf.config import ConfigError, one_of
-from lf.models.families import internlm2, llama, mimo, mistral, phi3, qwen2, qwen3
+from lf.models.families import (
+    deepseek_v2,
+    deepseek_v3,
+    glm4_moe,
+    gpt_oss,
+    internlm2,
+    llama,
+    mimo,
+    minimax_m2,
+    mistral,
+    mixtral,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 
 FAMILIES: dict[str, ModuleType] = {
     "llama": llama, "internlm2": internlm2, "mimo": mimo, "mistral": mistral, "phi3": phi3, "qwen2": qwen2, "qwen3": qwen3,
+    "qwen2_moe": qwen2_moe, "qwen3_moe": qwen3_moe, "mixtral": mixtral, "deepseek_v2": deepseek_v2, "deepseek_v3": deepseek_v3,
+    "minimax_m2": minimax_m2, "glm4_moe": glm4_moe, "gpt_oss": gpt_oss,
 }  # fmt: skip
 """`model_type` of a config.json → its family."""
+ALIASES = {"kimi_k2": "deepseek_v3"}
+"""Further names of the same class."""
+SPARSE = "its sparse attention, which chooses the tokens that a query sees, is not built yet"
+REFUSED = {"deepseek_v32": SPARSE, "glm_moe_dsa": SPARSE}
+"""What is known and not built, and why."""
 
 
 def read(values: dict[str, Any]) -> Any:
     """The config of a model from its parsed config.json. Raises ConfigError for an unknown `model_type`, and what its family refuses."""
     if "model_type" not in values:
         raise ConfigError(f"config.json names no model_type; known: {', '.join(FAMILIES)}")
-    return FAMILIES[one_of("model_type", values["model_type"], FAMILIES)].read(values)
+    kind = values["model_type"]
+    if isinstance(kind, str) and kind in REFUSED:
+        raise ConfigError(f"model_type={kind!r} is not supported: {REFUSED[kind]}")
+    kind = ALIASES.get(kind, kind) if isinstance(kind, str) else kind
+    return FAMILIES[one_of("model_type", kind, FAMILIES)].read(values)
 
 
 def of(config: Any) -> ModuleType:

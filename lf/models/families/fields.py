@@ -35,3 +35,25 @@ def number(
     else:
         return kind(value)
     return None
+
+
+def whole(values: dict[str, Any], name: str, bad: list[str], default: int | None = 0) -> Any:
+    """values[name] if it is a whole number, 0 or more; otherwise None, and a line in `bad`. Missing or null: `default`; without one it is missing."""
+    value = values.get(name)
+    if value is None and default is not None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST:
+        bad.append(f"{name}={value!r} should be a whole number from 0 to {MOST}" if name in values else f"{name} is missing")
+        return None
+    return value
+
+
+def weight(values: dict[str, Any], name: str, bad: list[str], default: float = 0.0) -> Any:
+    """values[name] if it is a number, 0 or more; otherwise None, and a line in `bad`. Missing or null: `default`."""
+    value = values.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        bad.append(f"{name}={value!r} should be a number, 0 or more")
+        return None
+    return float(value)

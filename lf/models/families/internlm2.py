@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from lf.config import ConfigError
-from lf.models.decoder import Attention, DecoderConfig
-from lf.models.families import common
+from lf.models.decoder import Attention, DecoderConfig, attentions
+from lf.models.families import common, windows
 from lf.models.families.place import Place
 
 DIALECT = common.Dialect(
@@ -18,8 +18,8 @@ DIALECT = common.Dialect(
     qk_norm=False,
     bias=common.no_bias,
     write_bias=common.write_fixed_bias,
-    windows=common.no_windows,
-    write_windows=common.write_no_windows,
+    windows=windows.no_windows,
+    write_windows=windows.write_no_windows,
     only={"bias": (False,)},
     more={
         "bias": False,
@@ -50,7 +50,7 @@ def read(values: dict[str, Any]) -> DecoderConfig:
 def write(config: DecoderConfig) -> dict[str, Any]:
     """The config.json of a model. The code that comes with the releases takes only the old keys of rotary positions, and no others beside them."""
     out = common.write(DIALECT, config)
-    a = config.layers[0].mixer
+    a = attentions(config)[0]
     if a.rope.kind not in ROPES or a.rope.dim not in (None, a.head_dim):
         raise ConfigError(f"its rotary positions are {', '.join(ROPES)}, of whole heads; those of the model are {a.rope}")
     if a.head_dim * a.heads != config.dim:
@@ -62,10 +62,10 @@ def write(config: DecoderConfig) -> dict[str, Any]:
 def names(config: DecoderConfig) -> dict[str, str | Place]:
     """{key of a piece: its place on disk}. The rows of `wqkv` are grouped by kv head: its query heads, its key, its value."""
     out: dict[str, str | Place] = {"embed/weight": "model.tok_embeddings.weight"}
-    for i, layer in enumerate(config.layers):
+    for i, a in enumerate(attentions(config)):
         ours, theirs = f"layers.{i}", f"model.layers.{i}"
         out |= {f"{ours}.{key}": f"{theirs}.{name}.weight" for key, name in LAYER.items()}
-        out |= {f"{ours}.attn/qkv/{part}": place for part, place in wqkv(f"{theirs}.attention.wqkv.weight", layer.mixer).items()}
+        out |= {f"{ours}.attn/qkv/{part}": place for part, place in wqkv(f"{theirs}.attention.wqkv.weight", a).items()}
     out["head/norm"] = "model.norm.weight"
     return out if config.tied else out | {"head/weight": "output.weight"}
 

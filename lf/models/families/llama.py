@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from lf.models.families import common
+from lf.models.families import common, windows
 
 DIALECT = common.Dialect(
     "llama",
@@ -10,8 +10,8 @@ DIALECT = common.Dialect(
     qk_norm=False,
     bias=common.one_bias,
     write_bias=common.write_one_bias,
-    windows=common.no_windows,
-    write_windows=common.write_no_windows,
+    windows=windows.no_windows,
+    write_windows=windows.write_no_windows,
     more={"mlp_bias": False, "pretraining_tp": 1},
 )
 read, write = partial(common.read, DIALECT), partial(common.write, DIALECT)

@@ -6,7 +6,7 @@ writes says that it has none (`num_nextn_predict_layers: 0`). transformers has n
 
 from functools import partial
 
-from lf.models.families import common
+from lf.models.families import common, windows
 
 DIALECT = common.Dialect(
     "mimo",
@@ -14,8 +14,8 @@ DIALECT = common.Dialect(
     qk_norm=False,
     bias=common.qkv_bias,
     write_bias=partial(common.write_fixed_bias, wanted=(True, False)),
-    windows=common.last_layers_slide,
-    write_windows=common.write_last_layers_slide,
+    windows=windows.last_layers_slide,
+    write_windows=windows.write_last_layers_slide,
     kv_heads=32,
     max_len=32768,
     only={"attention_bias": (True, None)},

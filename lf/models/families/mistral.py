@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from lf.models.families import common
+from lf.models.families import common, windows
 
 DIALECT = common.Dialect(
     "mistral",
@@ -10,8 +10,8 @@ DIALECT = common.Dialect(
     qk_norm=False,
     bias=common.no_bias,
     write_bias=common.write_fixed_bias,
-    windows=common.all_layers_slide,
-    write_windows=common.write_all_layers_slide,
+    windows=windows.all_layers_slide,
+    write_windows=windows.write_all_layers_slide,
     kv_heads=8,
     max_len=131072,
 )

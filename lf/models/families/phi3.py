@@ -7,8 +7,8 @@ from __future__ import annotations
 from typing import Any
 
 from lf.config import ConfigError
-from lf.models.decoder import DecoderConfig
-from lf.models.families import common
+from lf.models.decoder import DecoderConfig, attentions
+from lf.models.families import common, windows
 from lf.models.families.place import Place
 
 DIALECT = common.Dialect(
@@ -17,8 +17,8 @@ DIALECT = common.Dialect(
     qk_norm=False,
     bias=common.no_bias,
     write_bias=common.write_fixed_bias,
-    windows=lambda values, layers: common.all_layers_slide(values, layers, missing=None),
-    write_windows=common.write_all_layers_slide,
+    windows=lambda values, layers: windows.all_layers_slide(values, layers, missing=None),
+    write_windows=windows.write_all_layers_slide,
     max_len=4096,
     partial=True,
     only={"attention_bias": (False, None), "resid_pdrop": (0, None), "embd_pdrop": (0, None)},
@@ -44,8 +44,8 @@ def _plain(config: Any) -> Any:
 def names(config: DecoderConfig) -> dict[str, str | Place]:
     """{key of a piece: its place on disk}."""
     out: dict[str, str | Place] = {**common.names(config)}
-    for i, layer in enumerate(config.layers):
-        a, inner, there = layer.mixer, layer.ffn.dim, f"model.layers.{i}"
+    for i, (layer, a) in enumerate(zip(config.layers, attentions(config))):
+        inner, there = layer.ffn.dim, f"model.layers.{i}"
         kv = a.kv_heads * a.head_dim
         out |= _joined(f"layers.{i}.attn/qkv", f"{there}.self_attn.qkv_proj.weight", {"q": a.heads * a.head_dim, "k": kv, "v": kv})
         out |= _joined(f"layers.{i}.mlp/gate_up", f"{there}.mlp.gate_up_proj.weight", {"gate": inner, "up": inner})

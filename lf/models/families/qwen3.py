@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from lf.models.families import common
+from lf.models.families import common, windows
 
 DIALECT = common.Dialect(
     "qwen3",
@@ -10,8 +10,8 @@ DIALECT = common.Dialect(
     qk_norm=True,
     bias=common.one_bias,
     write_bias=common.write_one_bias,
-    windows=common.last_layers_slide,
-    write_windows=common.write_last_layers_slide,
+    windows=windows.last_layers_slide,
+    write_windows=windows.write_last_layers_slide,
     head_dim=128,
     kv_heads=32,
     max_len=32768,

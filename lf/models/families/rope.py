@@ -1,7 +1,7 @@
 """Rotary positions in a config.json: the keys of transformers 4 (rope_theta, rope_scaling, partial_rotary_factor) and 5 (rope_parameters).
 
-What transformers makes of a missing key holds here as well: theta 10000, L (`original_max_position_embeddings`) max_position_embeddings. Partial
-rotary positions are read and written as `partial_rotary_factor`; which families have them, `Dialect.partial` says.
+What transformers makes of a missing key holds here as well: theta 10000 in most classes, L (`original_max_position_embeddings`)
+max_position_embeddings. Partial rotary positions are read and written as `partial_rotary_factor`; which families have them, `Dialect.partial` says.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ FIELDS: dict[str, dict[str, str]] = {
 REQUIRED = {"linear": ("factor",), "dynamic": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
 
 
-def read_rope(values: dict[str, Any], head_dim: int | None, max_len: int | None, bad: list[str]) -> Any:
-    """The Rope that a config.json asks for; None, and lines in `bad`, where it cannot be built."""
+def read_rope(values: dict[str, Any], head_dim: int | None, max_len: int | None, bad: list[str], theta: float = 10000.0) -> Any:
+    """The Rope that a config.json asks for; None, and lines in `bad`, where it cannot be built. theta: where the file says none."""
     before = len(bad)
     found = [("", {k: values[k] for k in ("rope_theta", "partial_rotary_factor") if values.get(k) is not None})]
     for name in ("rope_parameters", "rope_scaling"):
@@ -62,7 +62,7 @@ def read_rope(values: dict[str, Any], head_dim: int | None, max_len: int | None,
     if kind not in KINDS:
         bad.append(f"rope_type={kind!r} is not supported; {', '.join(KINDS)} are")
         return None
-    made: dict[str, Any] = {"kind": kind, "theta": number(merged, "rope_theta", float, bad, 10000.0)}
+    made: dict[str, Any] = {"kind": kind, "theta": number(merged, "rope_theta", float, bad, theta)}
     merged.pop("rope_theta", None)
     if (part := merged.pop("partial_rotary_factor", 1)) != 1 and head_dim:
         if isinstance(part, bool) or not isinstance(part, (int, float)) or not 0 < part < 1:
