@@ -61,7 +61,6 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "is_causal": (True, None),
     "mlp_bias": (False, None),
-    "quantization_config": (None,),
 }
 """Fields that change the mathematics in every family, and the values that are built."""
 
@@ -154,6 +153,8 @@ def read(d: Dialect, values: dict[str, Any]) -> DecoderConfig:
     for name, good in {**ONLY, **d.only}.items():
         if name in values and values[name] not in good:
             bad.append(f"{name}={values[name]!r} is not supported; only {good[0]!r} is")
+    if (quantised := values.get("quantization_config")) is not None:
+        bad.append(f"quantization_config={quantised!r} is not supported; weights as they are, or in 8 bits by blocks (lf/checkpoint/fp8.py), are")
     if (made := values.get("architectures")) and not (isinstance(made, list) and d.architecture in made):
         bad.append(f"architectures={made!r} is not supported; only {d.architecture} is")
     if bad:
