@@ -65,7 +65,7 @@ def _tensorboard(run: Run, first: int) -> Iterator[Write]:
 
         def write(record: Record) -> None:
             for name, value in record.items():
-                if name != "step":
+                if name not in ("step", "counted"):
                     out.add_scalar(name, value, record["step"])
             out.flush()
 
@@ -95,7 +95,7 @@ def _wandb(run: Run, first: int) -> Iterator[Write]:
         raise RunError(f"cannot start Weights & Biases ({type(error).__name__}: {error}); {way_out}") from error
     code = 1
     try:
-        yield lambda record: out.log({k: v for k, v in record.items() if k != "step"}, step=record["step"], commit=True)
+        yield lambda record: out.log({k: v for k, v in record.items() if k not in ("step", "counted")}, step=record["step"], commit=True)
         code = 0
     finally:
         out.finish(exit_code=code)

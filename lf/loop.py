@@ -125,7 +125,7 @@ def run(
             if pending is None:
                 return 0
             done, pending = pending, None
-            record, stop = record_of(done, ended, feed.tokens, layout, ctx)
+            record, stop = record_of(done, ended, feed.tokens, layout, ctx, policy.due(max(policy.steps // 100, 1), done.step) or done.step == 1)
             in_a_row = in_a_row + 1 if record["skipped"] else 0
             if record["skipped"]:
                 words = f"step {done.step}: {_not_finite(record, done.metrics()['finite'], ctx)}"

@@ -1,9 +1,11 @@
 """The record of one step: what it learned, how fast, in how much memory. The same keys wherever it goes.
 
-    step tokens loss OBJECTIVE… grad_norm lr tokens_per_s_per_device tflops_per_device mfu memory_gib skipped
+    step tokens loss OBJECTIVE… grad_norm lr tokens_per_s_per_device tflops_per_device mfu memory_gib skipped counted
 
 tokens: taken from the data so far, padding not counted · tflops_per_device: where the model knows its operations · mfu: they by what the device
-could do, where that is known · memory_gib: the most that a rank has held so far · skipped: 1 where nothing was updated.
+could do, where that is known · memory_gib: the most that a rank has held so far · skipped: 1 where nothing was updated. Of a model with experts
+also expert_load_max, expert_entropy, experts_idle, dropped (lf.models.moe.moe_report), and in about a hundred steps of a run, in metrics.jsonl
+alone, counted: {'LAYER.route/load': tokens of each expert}.
 """
 
 from __future__ import annotations
@@ -44,17 +46,17 @@ def measure(step: int, metrics: dict[str, Tensor], batches: Sequence[Batch], beg
 
 
 def record_of(
-    done: Measured, ended: float | None, tokens: Callable[[int], int], layout: Layout, ctx: Any
+    done: Measured, ended: float | None, tokens: Callable[[int], int], layout: Layout, ctx: Any, whole: bool = False
 ) -> tuple[dict[str, Any], int]:
     """(the record, the signal that some rank has got or 0). `ended`: when the next step began; None: now, when all is read.
 
-    tokens(i): those that the steps before step i take from the data, over all ranks."""
+    tokens(i): those that the steps before step i take from the data, over all ranks. whole: with all that segments have counted."""
     metrics, sums = done.metrics(), layout.model.sums
     values = {k: v.item() for k, v in metrics.items() if k != "finite" and k not in sums}
     stop, held, *flops = done.signs().tolist()
     seconds, ranks = (time.perf_counter() if ended is None else ended) - done.began, ctx.axes.world.size
     before, after = tokens(done.step - 1), tokens(done.step)
-    record = {"step": done.step, "tokens": after, "loss": values["loss"]}
+    record: dict[str, Any] = {"step": done.step, "tokens": after, "loss": values["loss"]}
     record |= {k: v for k, v in values.items() if k not in NOT_LOSSES}
     record |= {"grad_norm": values["grad_norm"], "lr": values["lr"]}
     record["tokens_per_s_per_device"] = round((after - before) / seconds / ranks, 1)
@@ -64,6 +66,8 @@ def record_of(
         if peak := ctx.device.peak_flops(ctx.precision.compute):
             record["mfu"] = rate / peak
     record |= layout.model.report({name: metrics[name] for name in sums})
+    if whole and sums:
+        record["counted"] = {name: metrics[name].tolist() for name in sums}
     return {**record, "memory_gib": round(held / 2**30, 3), "skipped": int(values["skipped"])}, int(stop)
 
 

@@ -35,8 +35,8 @@ Apply = Callable[[dict[str, Tensor], Any, Batch, Any], tuple[Any, Terms]]
 class Segment:
     """`layer` groups segments: the unit of reduction, recompute and compilation. `name` is global, and the checkpoint key. `products`: the
     parameters that arrive as a W, each the weight of one column_linear or row_linear. `flops(batch)`: floating-point operations of forward and
-    backward of one microbatch, worked out on the host; equal segments share one function. `inputs`: what edges bring to it, `outputs`: what edges
-    take from it."""
+    backward of one microbatch, worked out on the host; equal segments share one function. `host`: the host reads what the device has worked out,
+    so that it cannot be compiled. `inputs`: what edges bring to it, `outputs`: what edges take from it."""
 
     name: str
     layer: str
@@ -44,6 +44,7 @@ class Segment:
     apply: Apply
     products: tuple[str, ...] = ()
     flops: Callable[[Batch], float] | None = None
+    host: bool = False
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
 

@@ -64,7 +64,7 @@ def gradients(
     _refuse_context(layouts, ctx)
     if compile:
         for where in layouts.chains.values():
-            refuse_compile(where.mesh, ctx.device, compile)
+            refuse_compile(where.mesh, ctx.device, compile, where.model.segments)
     bound = _bound(layouts, program, ctx, compile)
     objectives = objectives_of(layouts)
     shapes = {name: shape for where in layouts.chains.values() for name, shape in where.model.sums.items()}

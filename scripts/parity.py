@@ -17,16 +17,17 @@ import tyro
 from rich.console import Console
 
 import lf
-from lf.models.small import shrunk, tiny
+from lf.models.small import shrunk, tiny, tiny_moe
 from lf.schedule.compiled import refuse_compile
 
+BUILT_IN = {"tiny": tiny, "tiny-moe": tiny_moe}
 RANKS = 1  # the ranks of the mesh are simulated
 
 
 @attrs.frozen
 class Config:
     mesh: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()  # as tp=2,dp=2; may be given several times (default: four meshes)
-    model: str = "tiny"  # a preset, a folder with a config.json, or "tiny": a built-in one in the shape of Qwen3
+    model: str = "tiny"  # a preset, a folder with a config.json, or built in: "tiny", in the shape of Qwen3; "tiny-moe", with experts
     full: bool = False  # the model as it is, not shrunk: float64, one copy for each rank of dp in one process
     tied: bool | None = None  # tie the embedding and the head, or not; as in the model when not given
     schedule: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()  # of a step on each mesh, as 1f1b; may be given several times, too
@@ -35,6 +36,7 @@ class Config:
     recompute: str = "none"  # full, full:K, segments=attn,mlp, ops=swiglu
     offload: str = "none"  # full, full:K, layers=layers.0, and ;distance=N
     freeze: tuple[str, ...] = ()  # not trained, on one rank neither: names or patterns of parameters, segments or layers
+    dispatch: str = "exchange"  # how tokens travel to experts, or gather
     compile: bool = False  # layers by torch.compile; those of the one rank are not
     microbatches: int = 2  # of each rank and step
     tokens: int = 24  # about, in a microbatch
@@ -45,8 +47,8 @@ class Config:
 
 
 def build(config: Config, say: Any) -> lf.segment.Model:
-    model = tiny() if config.model == "tiny" else lf.hf.model(config.model)
-    small = model.config if config.full or config.model == "tiny" else shrunk(model.config)
+    model = BUILT_IN[config.model]() if config.model in BUILT_IN else lf.hf.model(config.model)
+    small = model.config if config.full or config.model in BUILT_IN else shrunk(model.config)
     if small != model.config:
         say(f"{config.model} is shrunk: {shape(model.config)} → {shape(small)}; --full runs it as it is")
     if config.tied is not None:
@@ -65,15 +67,17 @@ def main(config: Config) -> None:
     screen = Console(stderr=True, highlight=False) if config.json == "-" else lf.console.console()
     refuse(config)
     device = lf.devices.get(config.device)
-    meshes = [lf.Mesh.parse(text).fill() for text in config.mesh or ("tp=2,dp=2", "tp=4", "dp=3", "pp=2,tp=2")]
     model = build(config, screen.print)
+    routed = any("expert" in param.axes for param in model.params().values())
+    default = ("tp=2,dp=2,ep=4", "dp=3,ep=3", "tp=2,dp=2,ep=2,etp=2", "pp=2,dp=2,ep=2") if routed else ("tp=2,dp=2", "tp=4", "dp=3", "pp=2,tp=2")
+    meshes = [lf.Mesh.parse(text).fill() for text in config.mesh or default]
     flags = (config.chunks, config.split, config.recompute, config.offload, config.freeze)
     pipelines = [lf.pipeline.Pipeline(name, *flags) for name in config.schedule or ("1f1b",)]
     runs = [(mesh, pipeline) for mesh in meshes for pipeline in pipelines]
     for mesh, pipeline in runs:  # refused before anything runs
         pipeline.program(pipeline.layout(model, mesh, config.tokens), config.microbatches)
         if config.compile:
-            refuse_compile(mesh, device)
+            refuse_compile(mesh, device, segments=model.segments)
     writable(config.json)
 
     results = []
@@ -110,7 +114,7 @@ def told(mesh: lf.Mesh, p: lf.pipeline.Pipeline) -> str:
 def measured(config: Config, model: lf.segment.Model, mesh: lf.Mesh, pipeline: lf.pipeline.Pipeline) -> "lf.parity.Report | str":
     """The report, or why the ranks did not fit together."""
     layout = pipeline.layout(model, mesh, config.tokens)
-    asked = {name: getattr(config, name) for name in ("microbatches", "seed", "tokens", "padding", "device", "compile")}
+    asked = {name: getattr(config, name) for name in ("microbatches", "seed", "tokens", "padding", "device", "compile", "dispatch")}
     asked |= {"split": tuple(map(len, map(layout.layers, range(len(layout.stages))))), "placement": layout.placement, "frozen": config.freeze}
     try:
         return attrs.evolve(lf.parity.compare(model, mesh, program=pipeline.program, **asked), about=told(mesh, pipeline))

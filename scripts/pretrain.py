@@ -12,8 +12,8 @@ import lf
 
 # What may be another when a run goes on: none of it changes which rows a step takes, or what it makes of them but for rounding.
 FREE = (
-    *("out", "mesh", "device", "schedule", "chunks", "split", "recompute", "offload", "compile", "draw_step", "micro_batch", "microbatches"),
-    *("save_every", "keep", "eval", "eval_every", "drift_every", "on_nonfinite", "log", "export_dtype"),
+    *("out", "mesh", "device", "schedule", "chunks", "split", "recompute", "offload", "dispatch", "compile", "draw_step", "micro_batch"),
+    *("microbatches", "save_every", "keep", "eval", "eval_every", "drift_every", "on_nonfinite", "log", "export_dtype"),
 )
 
 
@@ -36,6 +36,7 @@ class Config:
     recompute: str = "none"  # instead of kept for the backward: full, full:K, segments=attn,mlp, ops=swiglu
     offload: str = "none"  # kept in the host's memory: full, full:K, layers=layers.0,layers.1, and ;distance=N
     freeze: tuple[str, ...] = ()  # not trained: names or patterns of parameters, segments or layers, as embed 'layers.0.*'
+    dispatch: str = "exchange"  # how tokens travel to experts: exchange, or gather, which is less where a token goes to as many as there are ranks
     compile: bool = False  # each distinct layer by torch.compile
     draw_step: int | None = None  # what each rank of the pipeline does in this step, and when, is drawn
     device: str | None = None
@@ -80,7 +81,7 @@ def main(config: Config) -> tuple[lf.State, lf.context.Context]:
     pipeline = lf.pipeline.Pipeline.of(config)
     device = lf.devices.get(config.device)
     axes = lf.connect(lf.Mesh.parse(config.mesh), device)
-    ctx = lf.Context(axes, device, config.precision)
+    ctx = lf.Context(axes, device, config.precision, dispatch=config.dispatch)
     model = lf.hf.model(config.model, axes)
     layout = pipeline.layout(model, axes.mesh, config.seq_len)  # who holds what
     policy = lf.loop.Policy(
@@ -139,6 +140,7 @@ def main(config: Config) -> tuple[lf.State, lf.context.Context]:
     lf.hf.save(run.folder / "hf", layout, state, ctx, tokenizer, export_dtype)
     if axes.rank == 0:
         lf.pictures.loss_curve(lf.runs.read_metrics(run.metrics), run.folder / "loss.png", f"{config.model} on {axes.mesh}")
+        lf.expert_picture.expert_loads(lf.runs.read_metrics(run.metrics), run.folder / "experts.png", f"{config.model} on {axes.mesh}")
     return state, ctx
 
 

@@ -32,7 +32,7 @@ from lf.models import presets
 from lf.models.small import shrunk
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-TASKS = ("pretrain", "continue", "evaluate", "export", "pipeline", "chains")
+TASKS = ("pretrain", "continue", "evaluate", "export", "pipeline", "chains", "moe")
 SAID = "to be or not to be that is the question whether tis nobler in the mind to suffer the slings and arrows of outrageous fortune"
 
 

@@ -222,8 +222,6 @@ def on(**sizes: int) -> Callable[[Path], Any]:
 
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "context (`cp`)": (on(cp=2), r"cp=2\) is not built yet; use cp=1"),
-    "expert (`ep`)": (on(ep=2), r"ep=2\) is not built yet; use ep=1"),
-    "expert tensor (`etp`)": (on(etp=2), r"etp=2\) is not built yet; use etp=1"),
     "other families": (model_of_type("gpt2"), "unknown model_type 'gpt2'"),
     "vision-language": (model_of_type("qwen3_vl"), "unknown model_type 'qwen3_vl'"),
     "diffusion": (model_of_type("flux"), "unknown model_type 'flux'"),

@@ -100,9 +100,9 @@ def save(
         config = {**family.write(layout.model.config), "dtype": short, "torch_dtype": short}
         if tokenizer is not None and (eos := _eos(Path(tokenizer))) is not None:
             config["eos_token_id"] = eos  # where `generate` stops
-        write_json(partial / "config.json", config)
         if fp8:
-            config[scaling.FIELD] = scaling.described(sorted({e.name.removesuffix(".weight") for e in tensors if e.matrix and not e.scaled}))
+            config[scaling.FIELD] = scaling.described(sorted(e.name.removesuffix(".weight") for e in tensors if e.matrix and not e.scaled))
+        write_json(partial / "config.json", config)
         if len(shards) > 1:
             total = sum(e.size for e in tensors)
             where = {name: name_of[f] for f, each in enumerate(shards) for e in each for name in (e.name, *[e.name + scaling.SCALE] * e.scaled)}

@@ -17,3 +17,4 @@ class Block(NamedTuple):
     apply: Apply
     products: tuple[str, ...] = ()
     flops: Callable[[Batch], float] | None = None
+    host: bool = False

@@ -89,10 +89,9 @@ def moe(m: MoE, dim: int, eps: float, matrix: Init, added: Init) -> dict[str, Bl
     if m.shared_gate:
         combine["gate"] = Param((1, dim), (None, "embed"), matrix)
     products = ("gate_up", "down") if m.shared else ()
-    # the counted k experts of every token, dropped or not
-    return {
+    return {  # operations of all k experts of every token, dropped or not
         "route": Block(route, partial(route_block, r, eps), (), partial(matrix_flops, n * dim)),
-        "dispatch": Block({}, partial(dispatch_block, n), (), no_flops),
+        "dispatch": Block({}, partial(dispatch_block, n), (), no_flops, host=True),
         "experts": Block(experts, partial(experts_block, m), (), partial(matrix_flops, r.top * 3 * m.dim * dim)),
         "combine": Block(combine, partial(combine_block, m), products, partial(matrix_flops, (3 * m.shared + m.shared_gate) * dim)),
     }

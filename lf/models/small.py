@@ -10,6 +10,7 @@ import attrs
 from lf.models.decoder import Attention, DecoderConfig, GatedMLP, Layer, decoder
 from lf.models.latent import Latent
 from lf.models.moe import MoE
+from lf.models.router import Router
 from lf.segment import Model
 
 
@@ -17,6 +18,17 @@ def tiny(tied: bool = True, **changes: Any) -> Model:
     """A decoder in the shape of Qwen3, small enough for a sweep and awkward to split: 3 kv heads, 37 words, odd widths."""
     layer = Layer(Attention(heads=6, kv_heads=3, head_dim=4, qk_norm=True), GatedMLP(10))
     return decoder(attrs.evolve(DecoderConfig(vocab=37, dim=15, layers=(layer, layer), tied=tied), **changes))
+
+
+def tiny_moe(tied: bool = True) -> Model:
+    """The same with a mixture of experts in the second layer: groups, a selection bias, a shared expert with a gate, all losses of the router."""
+    router = Router(
+        6, 2, "sigmoid", groups=3, top_groups=2, group_score="top2", bias=True, scale=1.5,
+        balance=0.1, sequence_balance=0.05, global_balance=0.07, z=0.01,
+    )  # fmt: skip
+    a = Attention(heads=6, kv_heads=3, head_dim=4, qk_norm=True)
+    layers = Layer(a, GatedMLP(10)), Layer(a, MoE(router, 6, shared=10, shared_gate=True, biases=True))
+    return decoder(DecoderConfig(vocab=37, dim=15, layers=layers, tied=tied))
 
 
 def shrunk(config: DecoderConfig) -> DecoderConfig:

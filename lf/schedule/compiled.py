@@ -17,7 +17,7 @@ from torch import Tensor
 from lf.config import ConfigError
 from lf.mesh import Mesh
 from lf.parallel.product import W
-from lf.segment import Apply
+from lf.segment import Apply, Segment
 
 Fed = tuple[dict[str, Tensor], ...]
 """Of each segment, what edges bring to it, by name; () where they bring nothing to the layer."""
@@ -60,8 +60,16 @@ def compiled(layer: LayerFn, ctx: Any, backend: str | Callable[..., Any] = "indu
     return torch.compile(own, fullgraph=True, backend=backend)
 
 
-def refuse_compile(mesh: Mesh, device: types.ModuleType, backend: bool | str | Callable[..., Any] = True) -> None:
-    """Raises ConfigError on a mesh with tp > 1, whose collectives no compiler traces, and where torch's own compiler lacks what it needs."""
+def refuse_compile(
+    mesh: Mesh, device: types.ModuleType, backend: bool | str | Callable[..., Any] = True, segments: Sequence[Segment] = ()
+) -> None:
+    """Raises ConfigError on a mesh with tp > 1, whose collectives no compiler traces, for segments that read on the host, and where torch's own
+    compiler lacks what it needs."""
+    if reads := [s.name for s in segments if s.host]:
+        raise ConfigError(
+            f"compiled layers: {reads[0]} counts on the host how many rows each expert gets, which is not traced; run a model with experts "
+            "without compilation"
+        )
     if (n := mesh.tp) > 1:
         raise ConfigError(
             f"compiled layers: mesh {mesh} has tp={n}, and the collectives inside of a layer are not traced; use tp=1, with pp and dp "
