@@ -27,24 +27,27 @@ def on(device: str, precision: str) -> lf.Context:
 
 
 @pytest.mark.parametrize("window", [None, 1, 50])
-@pytest.mark.parametrize(("heads", "kv"), [(4, 4), (6, 2)])
+@pytest.mark.parametrize(
+    ("heads", "kv", "dim", "value", "sinks"), [(4, 4, 64, 64, False), (6, 2, 64, 64, True), (4, 4, 192, 128, False), (4, 2, 64, 96, True)]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_attention_and_twin(dtype: torch.dtype, heads: int, kv: int, window: int | None) -> None:
+def test_attention_and_twin(dtype: torch.dtype, heads: int, kv: int, dim: int, value: int, sinks: bool, window: int | None) -> None:
     from lf.kernels import varlen
     from lf.ops import attention as twin
 
     starts, tokens = [0, 1, 130, 131, 400], 700
     cu = torch.tensor([*starts, *[tokens] * 11], dtype=torch.int32, device=CUDA)
-    inputs = [draw(name, shape=(tokens, n, 64)).to(CUDA, dtype) for name, n in (("q", heads), ("k", kv), ("v", kv))]
-    dy = draw("dy", shape=(tokens, heads, 64)).to(CUDA, dtype)
+    shapes = {"q": (tokens, heads, dim), "k": (tokens, kv, dim), "v": (tokens, kv, value), **({"sinks": (heads,)} if sinks else {})}
+    inputs = [draw(name, shape=shape).to(CUDA, dtype) for name, shape in shapes.items()]
+    dy = draw("dy", shape=(tokens, heads, value)).to(CUDA, dtype)
     results = []
     for f, wide in ((varlen.attention, False), (twin.attention, True)):
         leaves = [x.double() if wide else x.clone() for x in inputs]
         leaves = [x.requires_grad_() for x in leaves]
-        y = f(*leaves, cu, window)
+        y = f(*leaves[:3], cu, window, 0.7 * dim**-0.5, *leaves[3:])
         results.append([y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))])
     tolerance = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 2e-5, torch.float64: 1e-12}[dtype]
-    for a, b in zip(*results):
+    for a, b in zip(*results, strict=True):
         assert a.dtype == dtype
         torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * max(b.abs().max().item(), 1))
 

@@ -21,12 +21,12 @@ FLOAT64 = True
 OPS = {
     "adamw_update": "lf.kernels.adamw.adamw_update",
     "attention": "lf.kernels.sdpa.attention",
-    "grouped_linear": "lf.ops.grouped.grouped_linear",
-    "permute": "lf.ops.permute.permute",
+    "grouped_linear": "lf.kernels.grouped.grouped_linear",
+    "permute": "lf.kernels.permute.permute",
     "rms_norm": "lf.kernels.norm.rms_norm",
     "rope": "lf.kernels.rope.rope",
     "swiglu": "lf.kernels.swiglu.swiglu",
-    "unpermute": "lf.ops.permute.unpermute",
+    "unpermute": "lf.kernels.permute.unpermute",
 }
 
 

@@ -62,7 +62,8 @@ class Latent:
 
     @property
     def scale(self) -> float:
-        """Of the scores. Where yarn leaves cos and sin alone, mscale² takes the place of what it would multiply them by on q and on k."""
+        """Of the scores: 1/√(nope + rope), and with yarn times (0.1·mscale_all_dim·ln(factor) + 1)². On the dims that turn, cos and sin have been
+        divided by the latter (`lf.ops.rope.magnitude`); so the others get yarn's temperature as well."""
         r = self.rope
         mscale = 0.1 * r.mscale_all_dim * math.log(r.factor) + 1 if r.kind == "yarn" and r.mscale_all_dim else 1.0
         return (self.nope_dim + self.rope_dim) ** -0.5 * mscale**2

@@ -37,24 +37,21 @@ def send_by_exchange(h_tD: Tensor, ids_tk: Tensor, weights_tk: Tensor, experts: 
     send = [int(part.sum()) for part in own.split(list(shares(experts, ep.size)))]
     arrive = table[:, :, mine]  # from (ep, etp), by expert
     recv, sizes = arrive[:, etp.index].sum(1).tolist(), arrive.sum((0, 2)).tolist()
-    rows = exchange(ctx.ops.permute(h_tD, order // k), send, recv, ep)
+    rows = exchange(ctx.ops.permute(h_tD, order, k), send, recv, ep)
     rows = redistribute(rows, etp, S(0, sizes), R)  # of the tokens of all ranks of etp: each has columns of the same experts
     into = sorted_by_expert(arrive.transpose(0, 1).flatten(0, 1), h_tD.device)
     kept = {"order": order, "weights": weights_tk, "into": into, "counts": arrive.sum((0, 1))}
-    return {"rows": ctx.ops.permute(rows, into), **kept, "send": torch.tensor(send), "recv": torch.tensor(recv), "sizes": torch.tensor(sizes)}
+    return {"rows": ctx.ops.permute(rows, into, 1), **kept, "send": torch.tensor(send), "recv": torch.tensor(recv), "sizes": torch.tensor(sizes)}
 
 
 def back_by_exchange(c: Sent, ctx: Any) -> Callable[[], Tensor]:
     """The rows start on their way back; the function waits for them and gives each token's weighted sum, (t, D)."""
     ep, etp, weights_tk = ctx.axes["ep"], ctx.axes["etp"], c["weights"]
-    y = ctx.ops.permute(c["rows"], c["into"].argsort())  # a permutation's inverse
+    y = ctx.ops.permute(c["rows"], c["into"].argsort(), 1)  # a permutation's inverse
     y = redistribute(y, etp, P, S(0, c["sizes"].tolist()))
     done = exchange_later(y, c["recv"].tolist(), c["send"].tolist(), ep)
 
-    def finish() -> Tensor:
-        return ctx.ops.unpermute(done(), c["order"] // weights_tk.shape[1], weights_tk.flatten()[c["order"]], len(weights_tk))
-
-    return finish
+    return lambda: ctx.ops.unpermute(done(), c["order"], weights_tk)
 
 
 def send_by_gather(h_tD: Tensor, ids_tk: Tensor, weights_tk: Tensor, experts: int, ctx: Any) -> Sent:
@@ -68,14 +65,13 @@ def send_by_gather(h_tD: Tensor, ids_tk: Tensor, weights_tk: Tensor, experts: in
     ids_Tk = group.all_gather(ids_tk, sizes)
     elsewhere = (ids_Tk < first) | (ids_Tk >= stop)
     order = ids_Tk.masked_fill(elsewhere, experts).flatten().argsort(stable=True)[: int(counts.sum())]
-    rows = ctx.ops.permute(h_TD, order // k)
+    rows = ctx.ops.permute(h_TD, order, k)
     return {"rows": rows, "order": order, "weights": weights_Tk, "counts": counts, "sizes": torch.tensor(sizes)}
 
 
 def back_by_gather(c: Sent, ctx: Any) -> Callable[[], Tensor]:
     """As `back_by_exchange`; there is nothing to wait for."""
-    weights_Tk = c["weights"]
-    y_TD = ctx.ops.unpermute(c["rows"], c["order"] // weights_Tk.shape[1], weights_Tk.flatten()[c["order"]], len(weights_Tk))
+    y_TD = ctx.ops.unpermute(c["rows"], c["order"], c["weights"])
     return lambda: redistribute(y_TD, ctx.axes["ep", "etp"], P, S(0, c["sizes"].tolist()))
 
 

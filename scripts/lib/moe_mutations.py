@@ -25,10 +25,10 @@ MIXTURES = [
     words("experts: biases not summed over etp", LAW, (SUM_AXES, "a not in self.names", "a not in self.names and a != 'etp'")),
     words("experts: the bias out once for each rank of etp", LAW, (moe.experts_block, 'ctx.axes["etp"], R, P', 'ctx.axes["etp"], P, R')),
     words("dispatch: rows of the wrong expert", LAW, (expert.sorted_by_expert, "lengths = blocks.T.", "lengths = blocks.T.flip(0).")),
-    words("dispatch: a token for each row", LAW, (expert.send_by_exchange, "order // k), send", "(order // k).flip(0)), send")),
-    words("combine: the weight of another choice", LAW, (expert.back_by_exchange, "weights_tk.flatten()[c[", "weights_tk.flip(1).flatten()[c[")),
+    words("dispatch: a token for each row", LAW, (expert.send_by_exchange, "h_tD, order, k), send", "h_tD, order.flip(0), k), send")),
+    words("combine: the weight of another choice", LAW, (expert.back_by_exchange, "c[\"order\"], weights_tk)", "c[\"order\"], weights_tk.flip(1))")),
     words("gather: experts of the next rank", LAW, (expert.send_by_gather, "bounds(ep.index, ep.size)", "bounds((ep.index + 1) % ep.size, ep.size)")),
-    words("gather: the weight of another choice", LAW, (expert.back_by_gather, "weights_Tk.flatten()[", "weights_Tk.flip(1).flatten()[")),
+    words("gather: the weight of another choice", LAW, (expert.back_by_gather, "c[\"weights\"])", "c[\"weights\"].flip(1))")),
     words(
         "exchange later backward: counts not swapped",
         LAW,

@@ -7,6 +7,7 @@ from typing import Any
 
 import attrs
 from chain_mutations import CHAIN
+from mixer_mutations import MIXERS
 from moe_mutations import MIXTURES
 from mutation import Mutation, rewritten, stale, words
 from schedule_mutations import SCHEDULE
@@ -322,6 +323,6 @@ STAGES = [
     words("split: stages in between uneven", SPLIT, (split._joined, "cost**2", "cost")),
 ]
 
-ALL: list[Mutation] = [*edges(), *MOVES, *SPECS, *NORMALISER, *MODEL, *STEPS, *SCHEDULE, *AXES, *RUNS, *STAGES, *CHAIN, *MIXTURES]
+ALL: list[Mutation] = [*edges(), *MOVES, *SPECS, *NORMALISER, *MODEL, *STEPS, *SCHEDULE, *AXES, *RUNS, *STAGES, *CHAIN, *MIXTURES, *MIXERS]
 __all__ = ["ALL", "Mutation", "rewritten", "stale"]
 assert len({m.name for m in ALL}) == len(ALL)
