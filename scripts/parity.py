@@ -57,8 +57,9 @@ def build(config: Config, say: Any) -> lf.segment.Model:
 
 
 def shape(c: Any) -> str:
-    a = c.layers[0].mixer
-    return f"{len(c.layers)} layers, width {c.dim}, {a.heads} heads ({a.kv_heads} kv), {c.vocab} words"
+    a, experts = c.layers[0].mixer, max(getattr(getattr(layer.ffn, "router", None), "experts", 0) for layer in c.layers)
+    heads = f"{a.heads} heads ({a.kv_heads} kv)" if hasattr(a, "kv_heads") else f"{a.heads} heads"
+    return f"{len(c.layers)} layers, width {c.dim}, {heads}, {f'{experts} experts, ' if experts else ''}{c.vocab} words"
 
 
 def main(config: Config) -> None:

@@ -58,8 +58,8 @@ class Rope:
             raise ConfigError(f"rotary positions of kind {self.kind!r} need original_len, the length trained on, above 0; it is {self.original_len}")
         if self.kind == "llama3" and not 0 < self.low_freq < self.high_freq:
             raise ConfigError(f"rotary positions: low_freq={self.low_freq} must be above 0 and below high_freq={self.high_freq}")
-        if self.kind == "yarn" and not 0 < self.beta_slow < self.beta_fast:
-            raise ConfigError(f"rotary positions: beta_slow={self.beta_slow} must be above 0 and below beta_fast={self.beta_fast}")
+        if self.kind == "yarn" and not 0 < self.beta_slow <= self.beta_fast:
+            raise ConfigError(f"rotary positions: beta_slow={self.beta_slow} must be above 0, and at most beta_fast={self.beta_fast}")
 
 
 def frequencies(r: Rope, dim: int, dtype: torch.dtype, device: torch.device, lengths: Tensor | None = None) -> Tensor:
