@@ -19,10 +19,6 @@ from lf.models.router import Router
 
 YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 4096}
 """What a file means that says nothing of rotary positions."""
-WAY_OUT = (
-    "experts in blocks of 4 bits (MXFP4) are not read; load the model with transformers, quantization_config=Mxfp4Config(dequantize=True), save it "
-    "with save_pretrained, and give that folder"
-)
 
 
 def mixtures(values: dict[str, Any], layers: int, bad: list[str]) -> ffn.FFNs:
@@ -82,17 +78,17 @@ DIALECT = common.Dialect(
 
 def read(values: dict[str, Any]) -> DecoderConfig:
     """The config in a parsed config.json."""
-    quantised = values.get("quantization_config")
-    if isinstance(quantised, dict) and quantised.get("quant_method") == "mxfp4":
-        raise ConfigError(f"config.json of {DIALECT.name}: quantization_config has quant_method='mxfp4': {WAY_OUT}")
     said = any(values.get(name) is not None for name in ("rope_parameters", "rope_scaling"))
     return common.read(DIALECT, values if said else {**values, "rope_parameters": YARN})
 
 
 def unused(name: str) -> str:
-    """Raises ConfigError for a tensor of 4-bit experts, which would otherwise count as one too many."""
+    """Raises ConfigError for a tensor of experts in 4 bits."""
     if name.endswith(("_blocks", "_scales")):
-        raise ConfigError(f"{name}: {WAY_OUT}")
+        raise ConfigError(
+            f"{name}: experts in blocks of 4 bits (MXFP4) are not read; load the model with transformers, quantization_config="
+            "Mxfp4Config(dequantize=True), save it with save_pretrained, and give that folder"
+        )
     return ""
 
 
