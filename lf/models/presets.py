@@ -71,6 +71,12 @@ def qwen3_moe(dim: int, inner: int, layers: int, heads: int) -> DecoderConfig:
     return _model("qwen3_moe", 151936, dim, [layer] * layers, max_len=40960)
 
 
+def moe_tiny() -> DecoderConfig:
+    """Of the same width and as many layers as qwen3-demo, in the shape of Qwen3-MoE: two of eight experts, each a third as wide."""
+    layer = Layer(Attention(4, 2, 32, Rope(1e6), qk_norm=True), MoE(Router(8, 2, balance=0.01), 128))
+    return _model("qwen3_moe", 1024, 128, [layer] * 3, max_len=40960, embed_std=0.5, tied=True)
+
+
 def qwen2_moe(dim: int, inner: int, shared: int, layers: int, heads: int, kv: int, experts: int, top: int, max_len: int) -> DecoderConfig:
     """The coefficient of the router's loss is 0.001."""
     mixture = MoE(Router(experts, top, normalise=False, balance=0.001 * top / layers), inner, shared, shared_gate=True)
@@ -186,4 +192,5 @@ PRESETS = {
     "gpt-oss-120b": gpt_oss(36, 128),
     # Of no release: a CPU learns something with it in a few minutes. A wide embedding lets it see its tokens through fresh layers from the start.
     "qwen3-demo": qwen3(128, 384, 3, heads=4, kv=2, head_dim=32, vocab=1024, embed_std=0.5),
+    "moe-tiny": moe_tiny(),
 }

@@ -323,7 +323,7 @@ REFUSED = {
     "use_routing_bias=False is not supported": ("minimax_m2", {"use_routing_bias": False}),
     "qk_norm_type='per_head' is not supported": ("minimax_m2", {"qk_norm_type": "per_head"}),
     "swiglu_alpha=1.5 is not supported; only 1.702 is": ("gpt_oss", {"swiglu_alpha": 1.5}),
-    "quantization_config={'quant_method': 'mxfp4'} is not supported": ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}),
+    "quantization_config={'quant_method': 'awq'} is not supported": ("gpt_oss", {"quantization_config": {"quant_method": "awq"}}),
     "layer_types lists 1 layers": ("gpt_oss", {"layer_types": ["full_attention"]}),
 }
 

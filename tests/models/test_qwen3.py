@@ -94,7 +94,7 @@ REFUSED = {
     "head_dim=5 must be even": {"head_dim": 5},
     "heads=6 must be a multiple of kv_heads=4": {"num_key_value_heads": 4},
     "did you mean 'qwen3'": {"model_type": "qwen3_"},
-    "unknown model_type 'gpt2'. Known: deepseek_v2, deepseek_v3, glm4_moe, gpt_oss, internlm2, llama, mimo": {"model_type": "gpt2"},
+    "unknown model_type 'gpt2'. Known: deepseek_v2, deepseek_v3, glm4_moe, gpt_oss, internlm2, llama, mimo, minimax_m2": {"model_type": "gpt2"},
     "rope_type='longrope' is not supported; default, linear, dynamic, llama3, yarn are": {"rope_parameters": {"rope_type": "longrope"}},
     "rotary positions of kind 'yarn' have no low_freq_factor=1": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "low_freq_factor": 1}},
     "kind 'llama3' need low_freq_factor": {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}},

@@ -19,6 +19,10 @@ from lf.models.router import Router
 
 YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 4096}
 """What a file means that says nothing of rotary positions."""
+WAY_OUT = (
+    "experts in blocks of 4 bits (MXFP4) are not read; load the model with transformers, quantization_config=Mxfp4Config(dequantize=True), save it "
+    "with save_pretrained, and give that folder"
+)
 
 
 def mixtures(values: dict[str, Any], layers: int, bad: list[str]) -> ffn.FFNs:
@@ -78,6 +82,9 @@ DIALECT = common.Dialect(
 
 def read(values: dict[str, Any]) -> DecoderConfig:
     """The config in a parsed config.json."""
+    quantised = values.get("quantization_config")
+    if isinstance(quantised, dict) and quantised.get("quant_method") == "mxfp4":
+        raise ConfigError(f"quantization_config has quant_method='mxfp4': {WAY_OUT}")
     said = any(values.get(name) is not None for name in ("rope_parameters", "rope_scaling"))
     return common.read(DIALECT, values if said else {**values, "rope_parameters": YARN})
 
@@ -85,10 +92,7 @@ def read(values: dict[str, Any]) -> DecoderConfig:
 def unused(name: str) -> str:
     """Raises ConfigError for a tensor of experts in 4 bits."""
     if name.endswith(("_blocks", "_scales")):
-        raise ConfigError(
-            f"{name}: experts in blocks of 4 bits (MXFP4) are not read; load the model with transformers, quantization_config="
-            "Mxfp4Config(dequantize=True), save it with save_pretrained, and give that folder"
-        )
+        raise ConfigError(f"{name}: {WAY_OUT}")
     return ""
 
 
