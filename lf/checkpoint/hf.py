@@ -71,7 +71,7 @@ def _stored(folder: str | os.PathLike[str]) -> tuple[Any, fp8.Scheme | None]:
         raise ConfigError(f"{path} should be a JSON object, is a {type(values).__name__}")
     try:
         scheme = fp8.scheme(values)
-        return families.read({k: v for k, v in values.items() if k != fp8.FIELD}), scheme
+        return families.read({k: v for k, v in values.items() if k != fp8.FIELD} if scheme else values), scheme
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 

@@ -86,5 +86,12 @@ CHAIN = [
     words("check: units stand on parts of blocks", CHAINS, (_Look.rows, "if b not in rows]:", "if False]:")),
     words("check: a chain may stand nowhere", CHAINS, (_Look.ends, "if without := [c for c in on.known if", "if without := [c for c in () if")),
     words("run: batches are never dropped", FUZZ, (_Rank.drop, "if isinstance(batches, Units):", "if False:")),
-    words("nest: more units in flight than may be", BESIDE, (nest._Nest.fits, "if self.total + 1 > self.what.in_flight + 1e-9 or", "if False or")),
+    words(
+        "nest: more units in flight than may be",  # in all and on a block: in all programs that were tried one limit keeps the other, too
+        BESIDE,
+        (nest._Nest.fits, "if self.total + 1 > self.what.in_flight + 1e-9 or", "if False or"),
+        (nest._Nest.fits, "if self.load[b] + 1 / n > self.most + 1e-9:", "if False:"),
+    ),
+    words("nest: a row holds what others should", BESIDE, (nest._Nest.fits, "if self.load[b] + 1 / n > self.most + 1e-9:", "if False:")),
+    words("nest: stops make no room", BESIDE, (nest._Nest.room, "while self.total + count > self.what.in_flight + 1e-9:", "while False:")),
 ]

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import context
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from wide_oracle import gradients, randomised, said, wide
 
 import lf
 from lf import tree
 from lf.models import families
+from lf.models.decoder import MTP
 from lf.models.families.place import places
+from lf.models.moe import MoE
 from lf.parity import random_batches
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -69,14 +74,31 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def built(case: str) -> Any:
+def built(case: str, **more: Any) -> Any:
     """The tiny model of transformers in float64."""
     import transformers
 
     name, changes = CASES[case]
-    config = getattr(transformers, f"{name}Config")(**{**SHAPES, **changes})
+    config = getattr(transformers, f"{name}Config")(**{**SHAPES, **changes, **more})
     config._attn_implementation = config._experts_implementation = "eager"
     return randomised(getattr(transformers, f"{name}ForCausalLM")(config))
+
+
+def run(folder: Path, batches: list[lf.Batch]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """({name on disk: gradient}, metrics) of lf on one rank, of the weights in a folder."""
+    model = lf.hf.model(folder)
+
+    def rank(axes: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        ctx, layout = context(axes, "fp64"), lf.layout(model, axes.mesh)
+        params = lf.hf.load(folder, layout, ctx)
+        grads, metrics = lf.train.gradients(layout, lf.schedule.one_f_one_b(1, len(batches)), ctx)(params, batches)
+        lf.hf.save(folder.with_name("again"), layout, params, ctx)
+        frozen = {path: torch.zeros_like(tree.get(params, path)) for path in layout.specs.keys() - dict(tree.items(grads)).keys()}
+        lf.hf.save(folder.with_name("grads"), layout, tree.build([*tree.items(grads), *frozen.items()]), ctx)
+        return load_file(folder.with_name("grads") / "model.safetensors"), metrics
+
+    (out,) = lf.sim.spmd(lf.Mesh(dp=1), rank)
+    return out
 
 
 def close(got: torch.Tensor, want: torch.Tensor, scale: float, what: str) -> None:
@@ -137,3 +159,96 @@ def trunk_alone(folder: Path) -> None:
     values = json.loads((folder / "config.json").read_text())
     if "num_nextn_predict_layers" in values:
         (folder / "config.json").write_text(json.dumps({**values, "num_nextn_predict_layers": 0}))
+
+
+@pytest.mark.parametrize("case", ["qwen3_moe", "mixtral slides"])
+def test_the_loss_of_routers_is_that_of_transformers_for_one_layer(tmp_path: Path, case: str) -> None:
+    """With several layers theirs pools tokens of all layers, and ours adds layers up (lf/models/families/ffn.py)."""
+    module = case.split()[0]
+    with wide(module):
+        hf = built(case, num_hidden_layers=2 if module == "qwen3_moe" else 1, output_router_logits=True, router_aux_loss_coef=0.7)
+        hf.save_pretrained(tmp_path / "a")
+        words = torch.arange(29) * 7 % 37
+        out = hf(words[None], labels=words[None], output_router_logits=True, use_cache=False)
+        out.loss.backward()
+    (layer,) = {layer.ffn for layer in lf.hf.model(tmp_path / "a").config.layers if isinstance(layer.ffn, MoE)}
+    assert layer.router.balance == pytest.approx(0.7 * 2)
+    labels = torch.cat([words[1:], torch.tensor([lf.IGNORE])])
+    batch = lf.data.pack([lf.data.Row(words.numpy(), labels.numpy(), np.array([0]))])
+    got, metrics = run(tmp_path / "a", [batch])
+    assert float(out.aux_loss) > 1
+    torch.testing.assert_close(metrics["balance"] * layer.router.balance, 0.7 * out.aux_loss.detach(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(metrics["loss"], out.loss.detach(), rtol=1e-10, atol=0)
+    want = gradients(hf, tmp_path / "g")
+    for name, g in want.items():
+        close(got[name], g, max(float(g.abs().max()) for g in want.values()), name)
+    assert lf.hf.read_config(tmp_path / "again") == lf.hf.read_config(tmp_path / "a")
+
+
+FURTHER = {f"{name}.weight": f"{name}.weight" for name in ("enorm", "hnorm", "eh_proj")} | {"post_norm.weight": "shared_head.norm.weight"}
+
+
+def on_disk(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors of transformers' further head under the names of the releases."""
+    out = {}
+    for name, w in tensors.items():
+        where, block = prefix + name.removeprefix("mtp_block."), name.startswith("mtp_block.")
+        if name.endswith("experts.gate_up_proj"):
+            for k, (gate, up) in enumerate(e.chunk(2) for e in w):
+                stem = f"{where.removesuffix('gate_up_proj')}{k}."
+                out |= {f"{stem}gate_proj.weight": gate.contiguous(), f"{stem}up_proj.weight": up.contiguous()}
+        elif name.endswith("experts.down_proj"):
+            out |= {f"{where.removesuffix('down_proj')}{k}.down_proj.weight": e.contiguous() for k, e in enumerate(w)}
+        else:
+            out[where if block else prefix + FURTHER[name]] = w.contiguous()
+    return out
+
+
+@pytest.mark.parametrize("case", ["deepseek_v3", "glm4_moe plain"])
+def test_a_head_that_predicts_further_ahead(tmp_path: Path, case: str) -> None:
+    """Against transformers' own, which drafts with it: its layer, its norms, which half of the product is which, and what it shares."""
+    from transformers.modeling_layers import MtpModel
+
+    with wide(case.split()[0]):
+        hf = built(case)
+        heads = MtpModel(hf, 1)
+        for p in hf.parameters():  # the head has its own copies of nothing
+            p.requires_grad_(True)
+        randomised(heads.layers, seed=4)
+        hf.save_pretrained(tmp_path / "a")
+        path = tmp_path / "a" / "model.safetensors"
+        prefix = f"model.layers.{hf.config.num_hidden_layers}."
+        before = load_file(path)
+        further = on_disk({**dict(heads.layers[0].named_parameters()), **dict(heads.layers[0].named_buffers())}, prefix)
+        shared = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+        twice = {prefix + copy: before[name].clone() for copy, name in shared.items()}
+        save_file({**before, **{k: w.detach().clone() for k, w in further.items()}, **twice}, path, metadata={"format": "pt"})
+        model = lf.hf.model(tmp_path / "a")
+        assert model.config.mtp == MTP((model.config.layers[-1],))
+        batches = random_batches(model, seed=1, step=0, count=2, tokens=23)
+        near, far, counts = [], [], [0, 0]
+        for batch in batches:
+            for a, b in itertools.pairwise(int(n) for n in batch.plan["cu_seqlens"].unique()):
+                words, labels = batch.plan["tokens"][None, a:b], batch.plan["labels"][a:b]
+                hidden = hf.model(words, use_cache=False).last_hidden_state
+                near.append(F.cross_entropy(hf.lm_head(hidden)[0], labels, reduction="sum"))
+                if b - a > 1:
+                    later = heads.forward_layer(0, hidden[:, :-1], torch.arange(1, b - a)[None], None, input_ids=words[:, 1:])
+                    far.append(F.cross_entropy(hf.lm_head(later)[0], labels[1:], reduction="sum"))
+                counts = [counts[0] + int((labels != lf.IGNORE).sum()), counts[1] + int((labels[1:] != lf.IGNORE).sum())]
+        losses = torch.stack(near).sum() / counts[0], torch.stack(far).sum() / counts[1]
+        (losses[0] + model.config.mtp.weight * losses[1]).backward()
+    got, metrics = run(tmp_path / "a", batches)
+    torch.testing.assert_close(metrics["mtp_0"], losses[1].detach(), rtol=1e-10, atol=0)
+    want = on_disk({name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in heads.layers[0].named_parameters()}, prefix)
+    assert all(g.any() for g in want.values() if "experts" not in g)
+    want |= gradients(hf, tmp_path / "g")
+    for name, g in want.items():
+        close(got[name], g, max(float(g.abs().max()) for g in want.values()), name)
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == {**before, **further}.keys(), "the copies are not written"
+    assert all(torch.equal(again[name], w) for name, w in {**before, **further}.items())
+    twice[prefix + "embed_tokens.weight"][0, 0] += 1
+    save_file({**again, **twice}, path, metadata={"format": "pt"})
+    with pytest.raises(lf.hf.CheckpointError, match=r"model.layers.2.embed_tokens.weight differs from model.embed_tokens.weight"):
+        run(tmp_path / "a", batches)

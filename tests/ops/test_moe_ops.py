@@ -63,33 +63,81 @@ def test_sums_of_bf16_are_made_in_float32() -> None:
         assert torch.equal(out, exact.to(torch.bfloat16)) or (out.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
 
 
+def test_gradients_of_permutes_are_those_of_differences() -> None:
+    """Of a token with all its rows, one with some and one with none."""
+    g = torch.Generator().manual_seed(SEED)
+    order = torch.tensor([3, 0, 2, 5, 4])
+    x, w, y = leaf(4, 3, g=g), leaf(4, 2, g=g), leaf(5, 3, g=g)
+    assert torch.autograd.gradcheck(lambda x: fast.permute(x, order, 2), x)
+    assert torch.autograd.gradcheck(lambda y, w: fast.unpermute(y, order, w), (y, w))
+
+
+def test_gradients_of_bf16() -> None:
+    """Each is rounded once, of numbers that were worked out in float32."""
+    g = torch.Generator().manual_seed(SEED)
+    x, y, w = leaf(10, 16, g=g, dtype=torch.bfloat16), leaf(70, 16, g=g, dtype=torch.bfloat16), torch.rand(10, 8, generator=g, requires_grad=True)
+    order = choices(10, 8, 70, g)
+    rows, tokens = torch.randn(70, 16, generator=g).bfloat16(), torch.randn(10, 16, generator=g).bfloat16()
+    got = [*torch.autograd.grad(fast.permute(x, order, 8), x, rows), *torch.autograd.grad(fast.unpermute(y, order, w), [y, w], tokens)]
+    exact = [t.detach().double().requires_grad_() for t in (x, y, w)]
+    want = [
+        *torch.autograd.grad(permute.permute(exact[0], order, 8), exact[0], rows.double()),
+        *torch.autograd.grad(permute.unpermute(exact[1], order, exact[2]), exact[1:], tokens.double()),
+    ]
+    assert [t.dtype for t in got] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    for a, b, bits in zip(got, want, (8, 8, 20)):
+        assert ((a.double() - b).abs() <= 2**-bits * b.abs() + 2**-18 * b.abs().max()).all()
+
+
 COUNTS = {"some": [3, 0, 4, 1], "one has all": [0, 8, 0, 0], "one expert": [5], "no row": [0, 0], "no expert": []}
+WIDTHS = {"16 bytes": (8, 16), "in odd": (15, 16), "out odd": (8, 6), "nothing in": (0, 8), "nothing out": (8, 0)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
-def test_grouped_products(counts: list[int], dtype: torch.dtype) -> None:
+def test_grouped_products(counts: list[int], widths: tuple[int, int], dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(SEED)
-    n, e = sum(counts), len(counts)
-    x, w = leaf(n, 8, g=g, dtype=dtype), leaf(e, 16, 8, g=g, dtype=dtype)
-    y = fast_grouped.grouped_linear(x, w, torch.tensor(counts, dtype=torch.int64))
-    assert (y.shape, y.dtype) == ((n, 16), dtype)
-    want = [x[sum(counts[:i]) : sum(counts[: i + 1])].double() @ w[i].double().T for i in range(e)]
-    whole = torch.cat(want) if want else y.new_zeros(0, 16)
+    n, e, (into, out) = sum(counts), len(counts), widths
+    x, w = leaf(n, into, g=g, dtype=dtype), leaf(e, out, into, g=g, dtype=dtype)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
-    assert torch.allclose(y.double(), whole.double(), rtol=tolerance, atol=tolerance)
-    readable = grouped.grouped_linear(x, w, torch.tensor(counts, dtype=torch.int64))
-    assert torch.allclose(y.double(), readable.double(), rtol=tolerance, atol=tolerance)
-    if not e:
-        return  # nothing is used that could have a gradient
-    # a gradient with strides of 0, as a sum gives
-    got, want_of = torch.autograd.grad(y.sum(), [x, w]), torch.autograd.grad(whole.sum(), [x, w], allow_unused=True)
-    for a, b in zip(got, want_of):
-        assert torch.allclose(a.double(), torch.zeros_like(a).double() if b is None else b.double(), rtol=tolerance, atol=tolerance)
+    wide = [t.detach().double().requires_grad_() for t in (x, w)]
+    whole = [wide[0][sum(counts[:i]) : sum(counts[: i + 1])] @ wide[1][i].T for i in range(e)]
+    want = torch.cat(whole) if whole else wide[0].new_zeros(0, out)
+    for module in (fast_grouped, grouped):
+        y = module.grouped_linear(x, w, torch.tensor(counts, dtype=torch.int64))
+        assert (y.shape, y.dtype) == ((n, out), dtype)
+        assert torch.allclose(y.double(), want, rtol=tolerance, atol=tolerance)
+        if not e:
+            continue  # nothing is used that could have a gradient
+        # a gradient with strides of 0, as a sum gives, and one without
+        for dy in (torch.ones((), dtype=dtype).expand_as(y), torch.randn(y.shape, generator=g, dtype=torch.float64).to(dtype)):
+            got = torch.autograd.grad(y, [x, w], dy, retain_graph=True)
+            exact = torch.autograd.grad(want, wide, dy.double(), retain_graph=True, materialize_grads=True)
+            for a, b in zip(got, exact):
+                assert a.dtype == dtype
+                assert torch.allclose(a.double(), b, rtol=tolerance, atol=2 * tolerance)
 
 
-def test_float64_goes_through_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast_grouped, "_product", None)
+def test_which_product_is_taken() -> None:
+    """torch's where it is known to take it: what it would refuse goes through the loop."""
+    if fast_grouped._product is None:
+        pytest.skip("this torch has no grouped product")
+    x, w = torch.zeros(3, 8), torch.zeros(2, 16, 8)
+    assert fast_grouped.usable(x, w)
+    assert fast_grouped.usable(x.bfloat16(), w.bfloat16())
+    assert not fast_grouped.usable(x.double(), w.double())
+    assert not fast_grouped.usable(x[:0], w)
+    assert not fast_grouped.usable(x[:, :6].contiguous(), w[:, :, :6].contiguous())
+    assert not fast_grouped.usable(x.repeat(1, 2)[:, ::2], w)
+    assert not fast_grouped.usable(torch.zeros(25)[1:].view(3, 8), w), "memory that starts between 16 bytes"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_torch_without_a_grouped_product(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     g = torch.Generator().manual_seed(SEED)
-    x, w, counts = leaf(3, 8, g=g, dtype=torch.float32), leaf(2, 4, 8, g=g, dtype=torch.float32), torch.tensor([1, 2])
-    assert torch.equal(fast_grouped.grouped_linear(x, w, counts), grouped.grouped_linear(x, w, counts))
+    x, w, counts = leaf(3, 8, g=g, dtype=dtype), leaf(2, 16, 8, g=g, dtype=dtype), torch.tensor([1, 2])
+    found = fast_grouped.grouped_linear(x, w, counts)
+    monkeypatch.setattr(fast_grouped, "_product", None)
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(fast_grouped.grouped_linear(x, w, counts), found, rtol=tolerance, atol=tolerance)

@@ -130,3 +130,10 @@ def experts(
     out |= {"route/bias": f"{block}.{bias}"} if m.router.bias else {}
     out |= {f"combine/{key}": f"{block}.{shared}.{name}.weight" for key, name in zip(keys, matrices)} if m.shared else {}
     return out | ({"combine/gate": f"{block}.{shared}_gate.weight"} if m.shared_gate else {})
+
+
+def fused(m: MoE, bias: str = "gate.e_score_correction_bias", shared: str = "shared_experts") -> dict[str, str | Place]:
+    """The same in the form that transformers 5 has in memory, and writes with save_original_format=False: two tensors for all experts."""
+    rows = {part: Place("mlp.experts.gate_up_proj", ((0, first, m.dim),), 2 * m.dim, dim=1) for part, first in (("gate", 0), ("up", m.dim))}
+    stacks: dict[str, str | Place] = {f"experts/gate_up/{part}": place for part, place in rows.items()}
+    return experts(m, bias=bias, shared=shared) | stacks | {"experts/down": "mlp.experts.down_proj"}
