@@ -1,5 +1,8 @@
 """A small Qwen3-shaped model learns Python from the source of the standard library: tp=2 × dp=2 on CPU, a few minutes, nothing to download.
 
+    scripts/launch demo
+    scripts/launch demo --model moe-tiny --mesh ep=2,dp=4    # the same with a mixture of experts in each layer
+
 It runs scripts/pretrain.py with the settings below, opens the Hugging Face folder that comes out, and lets the model go on with some Python.
 """
 
@@ -55,12 +58,15 @@ def main(config: Config) -> None:
     tokens = f"{records[-1]['tokens']:,}"
     screen.print(f"\nloss {first:.2f} → {last:.2f} nats per token over {tokens} tokens. The model goes on after the first two lines:\n")
     screen.print(Text(PROMPT, style="bold") + Text(continuation(out / "hf", config)), soft_wrap=True)
+    experts = [("how evenly the experts are loaded", f"{out}/experts.png")] * (out / "experts.png").is_file()
+    parity = "--model tiny-moe --mesh dp=4,ep=2" if experts else "--mesh tp=4"
     screen.print(table("", ("what", "where"), [
         ("the loss, and who holds what", f"{out}/loss.png, {out}/layout.png"),
+        *experts,
         ("a line a step", f"{out}/metrics.jsonl"),
         ("a folder that transformers opens", f"{out}/hf"),
-        ("next: your own texts", "scripts/launch pretrain --device cpu --model qwen3-demo --data FOLDER"),
-        ("next: is a layout right?", "scripts/launch parity --device cpu --mesh tp=4"),
+        ("next: your own texts", f"scripts/launch pretrain --device cpu --model {config.model} --data FOLDER"),
+        ("next: is a layout right?", f"scripts/launch parity --device cpu {parity}"),
         ("next: ten minutes of reading", "notebooks/first.ipynb, scripts/pretrain.py"),
     ]))  # fmt: skip
 
