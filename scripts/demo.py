@@ -3,6 +3,7 @@
 It runs scripts/pretrain.py with the settings below, opens the Hugging Face folder that comes out, and lets the model go on with some Python.
 """
 
+import math
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,9 @@ class Config(pretrain.Config):
 
 def main(config: Config) -> None:
     if config.micro_batch is None and config.microbatches is None:  # several microbatches fill a pipeline; without one, few are quicker
-        config = attrs.evolve(config, micro_batch=4 if lf.Mesh.parse(config.mesh).pp == 1 else 1)
+        mesh = lf.Mesh.parse(config.mesh)
+        rows = config.global_batch // (mesh.dp or 1)  # of each rank, where the mesh says how many there are
+        config = attrs.evolve(config, micro_batch=math.gcd(rows, 4) if rows and mesh.pp == 1 else 1)
     _, ctx = pretrain.main(config)
     screen, out = lf.console.console(), Path(config.out)
     if ctx.axes.rank or not (out / "hf").is_dir():  # rank 0 speaks, and only of a run that has come to its end

@@ -185,7 +185,7 @@ def test_the_loss_of_routers_is_that_of_transformers_for_one_layer(tmp_path: Pat
     assert lf.hf.read_config(tmp_path / "again") == lf.hf.read_config(tmp_path / "a")
 
 
-FURTHER = {"enorm.weight": "enorm.weight", "hnorm.weight": "hnorm.weight", "eh_proj.weight": "eh_proj.weight", "post_norm.weight": "shared_head.norm.weight"}
+FURTHER = {f"{name}.weight": f"{name}.weight" for name in ("enorm", "hnorm", "eh_proj")} | {"post_norm.weight": "shared_head.norm.weight"}
 
 
 def on_disk(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
