@@ -12,7 +12,9 @@ from lf.spec import Param, Spec
 
 LAW = "tests/test_moe.py::test_law_1_of_each_router"
 COPIES = "tests/test_moe.py::test_law_1_where_other_ranks_have_the_same_experts"
-MOE = "tests/test_moe.py"
+AGAINST = "tests/test_moe.py::test_the_bias_moves_against_the_load_and_the_fraction_is_the_load"
+NOTHING = "tests/test_moe.py::test_a_step_that_is_not_finite_moves_nothing"
+WIDE = "tests/test_moe.py::test_the_bias_stays_wide_in_bf16"
 ROUTER = "tests/models/test_router.py"
 MTP = "tests/models/test_mtp.py"
 
@@ -59,10 +61,10 @@ MIXTURES = [
     words("capacity: a queue for each rank", LAW, (router.within_capacity, "starts = F.pad(counts", "starts = F.pad((counts / group.size).long()")),
     words("capacity: the lowest weights stay", ROUTER, (router.within_capacity, "descending=True", "descending=False")),
     words("capacity: one more", ROUTER, (router.within_capacity, "place < limit", "place <= limit")),
-    words("bias: towards the load", MOE, (moe.moe_state, "load.mean() - load", "load - load.mean()")),
-    words("bias: moves in a step that is not made", MOE, (train._after_step, "torch.where(ok, new, mine[path])", "new")),
-    words("sums: twice as many", MOE, (train._world_sums, "(x.view(shape) for x", "(x.view(shape) * 2 for x")),
-    words("bias: in the compute dtype", MOE, (Param.used_in, "compute if self.learned else torch.promote_types(compute, torch.float32)", "compute")),
+    words("bias: towards the load", AGAINST, (moe.moe_state, "load.mean() - load", "load - load.mean()")),
+    words("bias: moves in a step that is not made", NOTHING, (train._after_step, "torch.where(ok, new, mine[path])", "new")),
+    words("sums: twice as many", "tests/test_experts.py", (train._world_sums, "(x.view(shape) for x", "(x.view(shape) * 2 for x")),
+    words("bias: in the compute dtype", WIDE, (Param.used_in, "compute if self.learned else torch.promote_types(compute, torch.float32)", "compute")),
     words("mtp: the next token", MTP, (mtp.enter_block, "k + 1, batch, 0", "k, batch, 0")),
     words("mtp: the label of the next token", MTP, (mtp.leave_block, "k + 1, batch, IGNORE", "k, batch, IGNORE")),
     words("mtp: tokens of the next document", MTP, (mtp.ahead, "later.where(there == document, fill)", "later")),
