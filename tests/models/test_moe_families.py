@@ -132,7 +132,7 @@ def test_logits_and_every_gradient_and_files_both_ways(tmp_path: Path, case: str
         params = lf.hf.load(tmp_path / "a", layout, ctx)
         for batch, (want, _) in zip(batches[dp.index :: dp.size], results[dp.index :: dp.size]):
             bare = lf.Batch({k: v for k, v in batch.plan.items() if k != "labels"})
-            close(lf.forward(model, params, bare, ctx), want.detach(), float(want.abs().max()), "logits")
+            close(lf.forward(model, params, bare, ctx), want.detach(), float(want.detach().abs().max()), "logits")
         grads, _ = lf.train.gradients(layout, lf.schedule.one_f_one_b(1, 2 // dp.size), ctx)(params, batches[dp.index :: dp.size])
         for path, spec in layout.specs.items():
             for piece in spec.pieces(axes.coords) if spec.param.learned else ():
@@ -157,7 +157,7 @@ def test_logits_and_every_gradient_and_files_both_ways(tmp_path: Path, case: str
         theirs.config._experts_implementation = "eager"
         assert type(theirs) is type(hf)
         with torch.no_grad():
-            close(said(theirs, batches[0])[0], results[0][0].detach(), float(results[0][0].abs().max()), "logits of what lf wrote")
+            close(said(theirs, batches[0])[0], results[0][0].detach(), float(results[0][0].detach().abs().max()), "logits of what lf wrote")
 
 
 def trunk_alone(folder: Path) -> None:
@@ -208,7 +208,7 @@ def on_disk(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Te
 
 
 @pytest.mark.parametrize("case", ["deepseek_v3", "glm4_moe plain"])
-def test_a_head_that_predicts_further_ahead(tmp_path: Path, case: str) -> None:
+def test_a_head_that_predicts_further_ahead(tmp_path: Path, capsys: Any, case: str) -> None:
     """Against transformers' own, which drafts with it: its layer, its norms, which half of the product is which, and what it shares."""
     from transformers.modeling_layers import MtpModel
 
@@ -249,6 +249,16 @@ def test_a_head_that_predicts_further_ahead(tmp_path: Path, case: str) -> None:
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert again.keys() == {**before, **further}.keys(), "the copies are not written"
     assert all(torch.equal(again[name], w) for name, w in {**before, **further}.items())
+    bare = decoder(attrs.evolve(model.config, mtp=None))  # without the head, whose tensors are left alone
+
+    def trunk(axes: Any) -> None:
+        ctx, layout = context(axes, "fp64"), lf.layout(bare, axes.mesh)
+        lf.hf.save(tmp_path / "trunk", layout, lf.hf.load(tmp_path / "a", layout, ctx), ctx)
+
+    lf.sim.spmd(lf.Mesh(dp=1), trunk)
+    assert f"{len(further) + 2} tensors are left alone: heads that predict further ahead" in capsys.readouterr().out
+    assert load_file(tmp_path / "trunk" / "model.safetensors").keys() == before.keys()
+    assert lf.hf.read_config(tmp_path / "trunk") == bare.config
     twice[prefix + "embed_tokens.weight"][0, 0] += 1
     save_file({**again, **twice}, path, metadata={"format": "pt"})
     with pytest.raises(lf.hf.CheckpointError, match=r"model.layers.2.embed_tokens.weight differs from model.embed_tokens.weight"):
