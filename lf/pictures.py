@@ -189,7 +189,8 @@ def draw_layout(
     told = [*drawn.items()]
     if len(told) > LEGEND:
         told = [*told[: LEGEND - 2], ("…", "none"), told[-1]]
-    ax.legend(handles=[Patch(color=colour, label=name) for name, colour in told], fontsize=8, ncols=min(len(told), 6 if layout.mesh.etp > 1 else 8), loc="upper right",
+    columns = min(len(told), 6 if layout.mesh.etp > 1 else 8)
+    ax.legend(handles=[Patch(color=colour, label=name) for name, colour in told], fontsize=8, ncols=columns, loc="upper right",
               bbox_to_anchor=(1, 0), frameon=False)  # fmt: skip
 
 

@@ -3,7 +3,7 @@
     read(values) -> DecoderConfig   from a parsed config.json; ConfigError that names every field that is missing or cannot be built
     write(config) -> dict           the config.json of a model; ConfigError where the family cannot say it
     names(config) -> dict           {key of a piece (`Spec.pieces`): name of the tensor on disk, or `Place` where it shares one with others}
-    forms(config) -> dict           {form: its names}, the one that is written first, where files come in several. A module with one form has none
+    forms(config) -> dict           {form: its names} where files come in several, the one that is written first (`place.forms`); not in every module
     copies(config) -> dict          {name of a tensor that may be on disk as well: name of the one that it must equal}, as a tied head
     derived(name) -> bool           whether a tensor on disk follows from the config and is not read
     unused(name, config) -> str     why lf leaves a tensor on disk alone on purpose, or ''; load says so. A module without it leaves none
