@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
 
 from lf import box as boxes
@@ -120,7 +121,8 @@ def _inspect(folder: Path, layout: Layout, ctx: Any, dtype: torch.dtype | None, 
     stored = config
     try:
         stored, scheme = _stored(folder)
-        have, want = (dict(flat(to_dict(families.bare(c)))) for c in (stored, config))
+        alike = stored if config.mtp else attrs.evolve(stored, mtp=None)  # heads that predict further ahead may be left out
+        have, want = (dict(flat(to_dict(families.bare(c)))) for c in (alike, config))
         for field, (theirs, ours) in differing(have, want).items():
             problems.append(f"config.json has {field}={theirs!r}, the layout's model {ours!r}; build it with lf.hf.model({str(folder)!r})")
     except ConfigError as error:

@@ -61,7 +61,7 @@ def inspect(
     ways = forms(family, config)
     wanted = {form: _wanted(at, pieces) for form, at in ways.items()}
     form = _form(ways, wanted, files, problems)
-    copies, unused = family.copies(config), getattr(family, "unused", lambda name: "")
+    copies, unused = family.copies(config), getattr(family, "unused", lambda name, config: "")
     known = dict(wanted[form])
     for name, shape in wanted[form].items():
         if name in files:
@@ -76,7 +76,7 @@ def inspect(
     for name in files.keys() - known.keys():
         if name in copies:
             problems += _misfit(name, files[name], known[copies[name]], dtype, master, None)
-        elif why := unused(name):
+        elif why := unused(name, config):
             alone[why] = alone.get(why, 0) + 1
         elif not family.derived(name):
             problems.append(f"{name} {list(shape_of(files[name], name))} is no tensor of this model")

@@ -42,7 +42,7 @@ def names(config: Any) -> dict[str, str | Place]:
 @pytest.fixture
 def family(monkeypatch: Any) -> None:
     made_up = SimpleNamespace(read=qwen3.read, write=qwen3.write, copies=lambda config: {}, derived=lambda name: False, names=names)
-    made_up.unused = lambda name: "heads for later" if name.startswith("mtp.") else ""
+    made_up.unused = lambda name, config: "heads for later" if name.startswith("mtp.") else ""
     monkeypatch.setattr(families, "FAMILIES", {"qwen3": made_up})
 
 

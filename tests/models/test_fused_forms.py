@@ -10,7 +10,7 @@ import torch
 from helpers import context
 from qwen3_oracle import files
 from safetensors.torch import load_file
-from test_moe_families import built, trunk_alone
+from wide_oracle import built, trunk_alone
 
 import lf
 from lf import tree

@@ -6,7 +6,7 @@
     forms(config) -> dict           {form: its names} where files come in several, the one that is written first (`place.forms`); not in every module
     copies(config) -> dict          {name of a tensor that may be on disk as well: name of the one that it must equal}, as a tied head
     derived(name) -> bool           whether a tensor on disk follows from the config and is not read
-    unused(name) -> str             why lf leaves a tensor on disk alone on purpose, or ''; load says so. A module without it leaves none
+    unused(name, config) -> str     why lf leaves a tensor on disk alone on purpose, or ''; load says so. A module without it leaves none
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ for it, and is left out where it has none: the weights mean the same without it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -288,3 +289,10 @@ def copies(config: DecoderConfig) -> dict[str, str]:
 def derived(name: str) -> bool:
     """The table of rotary frequencies, which old files hold, follows from the config."""
     return name.endswith("rotary_emb.inv_freq")
+
+
+def further_heads(name: str, config: DecoderConfig) -> str:
+    """Why a tensor of a layer after the last is left alone: the model has been built without the heads that the files have."""
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    beyond = config.mtp is None and layer is not None and int(layer[1]) >= len(config.layers)
+    return "heads that predict further ahead, which the model is built without" if beyond else ""

@@ -89,7 +89,7 @@ def read(values: dict[str, Any]) -> DecoderConfig:
     return common.read(DIALECT, values if said else {**values, "rope_parameters": YARN})
 
 
-def unused(name: str) -> str:
+def unused(name: str, config: DecoderConfig) -> str:
     """Raises ConfigError for a tensor of experts in 4 bits."""
     if name.endswith(("_blocks", "_scales")):
         raise ConfigError(f"{name}: {WAY_OUT}")

@@ -6,6 +6,7 @@ writes says that it has none (`num_nextn_predict_layers: 0`). transformers has n
 
 from functools import partial
 
+from lf.models.decoder import DecoderConfig
 from lf.models.families import common, windows
 
 DIALECT = common.Dialect(
@@ -33,5 +34,5 @@ read, write = partial(common.read, DIALECT), partial(common.write, DIALECT)
 names, copies, derived = common.names, common.copies, common.derived
 
 
-def unused(name: str) -> str:
+def unused(name: str, config: DecoderConfig) -> str:
     return "heads that predict further tokens" if name.startswith("model.mtp_layers.") else ""
