@@ -139,10 +139,10 @@ def way_out(usage: Usage, now: Setting) -> str:
     one = "--micro-batch 1 and " if now.micro_batch > 1 else ""
     of = f" in chain {now.chain!r}" if now.chain else ""
     for times in [n for n in range(2, now.edp + 1) if now.edp % n == 0 and now.ep * n <= now.experts]:
-        fewer = usage.lasting * (1 - now.routed * (1 - 1 / times))
+        left = usage.lasting * (1 - now.routed * (1 - 1 / times))
         for words, kept in (("", usage.activations), (one, row)):
-            if fits(fewer, kept):
-                return f"{words}ep={times * now.ep} instead of {now.ep}{of}, on the same ranks (about {_bytes(fewer + kept)} each)"
+            if fits(left, kept):
+                return f"{words}ep={times * now.ep} instead of {now.ep}{of}, on the same ranks (about {_bytes(left + kept)} each)"
     length = now.seq_len // 2
     while length >= SHORTEST:
         share = length / now.seq_len
@@ -185,8 +185,11 @@ def _setting(layouts: Layouts, micro_batch: int, seq_len: int, ctx: Any, again: 
     layers, mesh = len(where.model.layers()), where.mesh
     params = {path: layouts.specs[path].param for path in each if layouts.chain_of[path] == chain}
     routed = {path: param.shape[param.axes.index("expert")] for path, param in params.items() if "expert" in param.axes}
-    experts = {"ep": mesh.ep, "edp": mesh.edp, "experts": min(routed.values(), default=0), "routed": sum(each[p] for p in routed) / max(total, 1)}
-    return Setting(micro_batch, seq_len, mesh.tp, compute, ctx.precision.master, mesh.pp, layers, whole, chain, share, **experts)
+    of_experts = sum(each[path] for path in routed) / max(total, 1)
+    return Setting(
+        micro_batch, seq_len, mesh.tp, compute, ctx.precision.master, mesh.pp, layers, whole, chain, share,
+        routed=of_experts, ep=mesh.ep, edp=mesh.edp, experts=min(routed.values(), default=0),
+    )  # fmt: skip
 
 
 def _copied(layouts: Layouts, path: str, ctx: Any) -> int:

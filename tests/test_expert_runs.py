@@ -65,7 +65,8 @@ def test_a_run_goes_on_over_another_folding(config: pretrain.Config, tmp_path: P
     want = lf.runs.read_metrics(tmp_path / "whole" / "metrics.jsonl")
     processes(lf.Mesh(dp=2, ep=2), train, config, 2)
     assert len(lf.runs.read_metrics(tmp_path / "run" / "metrics.jsonl")) == 3
-    assert f"\nfirst loss {want[0]['cross_entropy']:.2f}; ln(vocabulary) = 5.67\n" in capfd.readouterr().out, "without what the routers and the head add"
+    first = f"\nfirst loss {want[0]['cross_entropy']:.2f}; ln(vocabulary) = 5.67\n"
+    assert first in capfd.readouterr().out, "without what the routers and the head add"
     other = attrs.evolve(config, mesh="tp=2,ep=2", dispatch="gather", micro_batch=1)
     processes(lf.Mesh(tp=2, ep=2), train, other)
     got = lf.runs.read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -88,7 +89,7 @@ def test_a_run_goes_on_over_another_folding(config: pretrain.Config, tmp_path: P
     assert bias.abs().max() > 0
     torch.testing.assert_close(state.params["layers.1.route"]["bias"].double(), bias, rtol=0, atol=1e-7)
 
-    settings = {"data": (f"held={tmp_path / 'texts'}",), "mesh": "dp=2,ep=2", "device": "cpu", "precision": "fp32", "out": str(tmp_path / "evaluated")}
+    settings = {"data": (f"held={tmp_path / 'texts'}",), "mesh": "dp=2,ep=2", "device": "cpu", "precision": "fp32", "out": str(tmp_path / "held")}
     perplexities = [
         processes(lf.Mesh(dp=2, ep=2), evaluated, evaluate.Config(**settings, **source))[0]
         for source in ({"run": str(tmp_path / "run")}, {"model": str(tmp_path / "run" / "hf"), "seq_len": 15})

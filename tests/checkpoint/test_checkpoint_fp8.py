@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import lf
 from lf import box, tree
-from lf.checkpoint import CheckpointError, export, fp8, weights
+from lf.checkpoint import CheckpointError, export, fp8, shards, weights
 from lf.config import ConfigError
 from lf.models import families
 from lf.models.attention import Attention
@@ -299,6 +299,24 @@ def test_modules_that_are_kept() -> None:
     kept |= {"model.layers.0.mlp.gate_proj.weight": False, "model.layers.11.mlp.up.weight": False, "xa.b.weight": False}
     assert {name: scheme.keeps(name) for name in kept} == kept
     assert fp8.scheme({fp8.FIELD: None}) is fp8.scheme({}) is None
+
+
+@pytest.mark.parametrize(
+    ("preset", "kept"),
+    [
+        ("deepseek-v3", {"embed_tokens", "lm_head", "gate", "eh_proj"}),
+        ("qwen1.5-moe-a2.7b", {"embed_tokens", "lm_head", "gate", "shared_expert_gate"}),
+        ("minimax-m2", {"embed_tokens", "lm_head", "gate"}),
+        ("gpt-oss-20b", {"embed_tokens", "lm_head", "router"}),
+    ],
+)
+def test_what_the_releases_leave_in_more_bits(preset: str, kept: set[str]) -> None:
+    layout = lf.layout(lf.hf.model(preset), lf.Mesh(dp=1))
+    config = layout.model.config
+    [form, *_] = weights.forms(families.of(config), config).values()
+    matrices = [e for e in shards.entries(layout, form, torch.bfloat16, True) if e.matrix]
+    assert {e.name.removesuffix(".weight").rpartition(".")[2] for e in matrices if not e.scaled} == kept
+    assert sum(e.scaled for e in matrices) > 100
 
 
 def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:

@@ -14,7 +14,10 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+import attrs
+
 from lf.config import ConfigError, one_of
+from lf.models.decoder import MTP, DecoderConfig, Layer
 from lf.models.families import (
     deepseek_v2,
     deepseek_v3,
@@ -32,6 +35,9 @@ from lf.models.families import (
     qwen3,
     qwen3_moe,
 )
+from lf.models.families.ffn import STEERS
+from lf.models.moe import MoE
+from lf.models.router import Router
 
 FAMILIES: dict[str, ModuleType] = {
     "llama": llama, "internlm2": internlm2, "mimo": mimo, "mistral": mistral, "phi3": phi3, "qwen2": qwen2, "qwen3": qwen3,
@@ -73,3 +79,16 @@ def of(config: Any) -> ModuleType:
         else:
             return family
     raise ConfigError("no family on disk has such a model:\n  " + "\n  ".join(reasons))
+
+
+def bare(config: DecoderConfig) -> DecoderConfig:
+    """The config with what changes nothing about what the weights mean at its default: how fresh ones start, what steers training alone (weights of
+    losses, capacity, …), and what is only passed on to files."""
+    plain: dict[str, Any] = {a.name: a.default for a in attrs.fields(Router) if a.name in STEERS}
+
+    def of(layer: Layer) -> Layer:
+        f = layer.ffn
+        return attrs.evolve(layer, ffn=attrs.evolve(f, router=attrs.evolve(f.router, **plain))) if isinstance(f, MoE) else layer
+
+    further = MTP(tuple(map(of, config.mtp.layers))) if config.mtp else None
+    return DecoderConfig(config.vocab, config.dim, tuple(map(of, config.layers)), norm_eps=config.norm_eps, tied=config.tied, mtp=further)

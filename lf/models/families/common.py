@@ -48,6 +48,8 @@ MLP = {
     "mlp/gate_up/up": "mlp.up_proj.weight",
     "mlp/down": "mlp.down_proj.weight",
 }
+NOWHERE: dict[str, str | Place] = {"route/fraction": Place("")}
+"""Of a mixture: how the tokens of the last step were spread, for a loss."""
 FURTHER = {
     "enter/norm_embed": "enorm.weight",
     "enter/norm_hidden": "hnorm.weight",
@@ -254,7 +256,7 @@ def names(config: DecoderConfig, mixture: Mixture | None = None) -> dict[str, st
     for i, (layer_name, layer) in enumerate(config.all_layers.items()):
         a = layer.mixer
         keys: dict[str, str | Place] = mla.names(a) if isinstance(a, Latent) else {**ATTENTION}
-        keys |= mixture(layer.ffn) if mixture and isinstance(layer.ffn, MoE) else MLP
+        keys |= MLP if mixture is None or not isinstance(layer.ffn, MoE) else mixture(layer.ffn) | NOWHERE
         keys |= FURTHER if i >= len(config.layers) else {}
         out |= {f"{layer_name}.{ours}": within(f"model.layers.{i}.", theirs) for ours, theirs in keys.items()}
     out["head/norm"] = "model.norm.weight"
@@ -267,7 +269,9 @@ def forms(config: DecoderConfig, mixture: Mixture, fused: Mixture = ffn.fused) -
 
 
 def within(prefix: str, place: str | Place) -> str | Place:
-    return prefix + place if isinstance(place, str) else attrs.evolve(place, name=prefix + place.name)
+    if isinstance(place, str):
+        return prefix + place
+    return attrs.evolve(place, name=prefix + place.name) if place.name else place
 
 
 def copies(config: DecoderConfig) -> dict[str, str]:

@@ -74,15 +74,16 @@ def refuse_unsaid(ffns: FFNs, read: Callable[[int, list[str]], FFNs]) -> None:
         raise ConfigError("; ".join(bad))
     for i, (ours, theirs) in enumerate(zip(ffns, again)):
         have, want = _flat(ours), _flat(theirs)
-        if unsaid := [f"{k}={v!r}" for k, v in have.items() if want.get(k, v) != v or want.keys() != have.keys()]:
+        if unsaid := [f"{k}={v!r}" for k, v in have.items() if k not in want or want[k] != v]:
             raise ConfigError(f"its layers have no {', '.join(unsaid)}, as layers.{i} of the model")
 
 
 def _flat(ffn: FFN) -> dict[str, Any]:
     values = attrs.asdict(ffn)
     router = values.pop("router", {})
-    alone = ("group_score",) if router.get("groups") == 1 else ()  # nothing to compare
-    return values | {f"router.{k}": v for k, v in router.items() if k not in STEERS + alone}
+    if router.get("groups") == 1:
+        router["group_score"] = None  # there is nothing to compare
+    return values | {f"router.{k}": v for k, v in router.items() if k not in STEERS}
 
 
 def by_step(values: dict[str, Any], layers: int, bad: list[str]) -> list[bool]:
