@@ -29,7 +29,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     first = numeric.index(False) if False in numeric else None
     others = sum((n if number else min(n, 9)) + 3 for i, (n, number) in enumerate(zip(least, numeric)) if i != first)
     room = console().width
-    about = max(12, min(26 + max(room - 80, 0) // 2, room - 2 - others))
+    about = max(12, min(max(room // 3, room // max(numeric.count(False), 1) - 4), room - 2 - others))
     tight = sum(max(n, len(name)) + 3 for name, n in zip(columns, longest)) >= room
     for i, name in enumerate(columns):
         if numeric[i]:

@@ -58,7 +58,7 @@ class Policy:
 
     `keep`: checkpoints that stay · `on_nonfinite`: "stop", or "skip:N", which goes on past at most N steps in a row that were not finite ·
     `log`: as 'jsonl,tensorboard,wandb' · `draw_step`: the step, from 1, whose actions are timed and drawn into the run's folder ·
-    `first_loss`: what the first loss of a fresh model should be, ln(vocabulary).
+    `first_loss`: what the first loss of a fresh model should be, ln(vocabulary): that of its first objective.
     """
 
     steps: int
@@ -137,7 +137,8 @@ def run(
             write(record)
             bar.at(done.step, values=_shown(record))
             if done.step == 1 and policy.first_loss is not None and not record["skipped"]:
-                screen.print(_first_loss(record["loss"], policy.first_loss), soft_wrap=True)
+                first_loss = record.get(next(iter(layout.model.objectives)), record["loss"])
+                screen.print(_first_loss(first_loss, policy.first_loss), soft_wrap=True)
             return stop
 
         def between(evaluating: bool, drifting: bool) -> dict[str, float]:

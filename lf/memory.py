@@ -47,8 +47,8 @@ class Setting:
     Of several chains tp, pp, layers and compute are those of `chain`, which takes the most here, and `share` of what there is: a larger mesh of it
     leaves the rest as it is.
 
-    `routed`: the share of what lasts that experts are, of which tp holds no less, but ep and etp do · `ep`: ranks that share the experts of a layer
-    out · `edp`: ranks that hold the same ones · `experts`: of the layer that has the fewest."""
+    `routed`: the share of what lasts that experts are, which tp does not split · `ep`: ranks that share the experts of a layer out · `edp`: ranks
+    that hold the same ones · `experts`: of the layer that has the fewest."""
 
     micro_batch: int
     seq_len: int
@@ -170,7 +170,8 @@ def way_out(usage: Usage, now: Setting) -> str:
         if fits(lasting, row * left):
             more = f" and ep={times * now.ep} instead of {now.ep}" if spread else ""
             return f"{one}tp={times * now.tp} instead of {now.tp}{more}{of} (about {_bytes(lasting + row * left)} each)"
-    return "none of fewer rows, recompute, shorter rows, more tp or lower precision is enough; take a smaller model or more memory"
+    more = "tp, ep" if now.experts else "tp"
+    return f"none of fewer rows, recompute, shorter rows, more {more} or lower precision is enough; take a smaller model or more memory"
 
 
 def _setting(layouts: Layouts, micro_batch: int, seq_len: int, ctx: Any, again: bool, each: dict[str, int]) -> Setting:

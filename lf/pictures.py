@@ -201,12 +201,12 @@ def _holders(mesh: Mesh, experts: bool) -> list[tuple[str, Any, dict[str, int]]]
     from matplotlib.colors import to_rgb
 
     ranks = mesh.ep if experts else mesh.tp
-    few, many = ("Dark2", "viridis") if experts else ("tab10", "turbo")
-    colours = colormaps[few] if ranks <= colormaps[few].N else colormaps[many].resampled(ranks)
+    few = [colormaps["Dark2"](i) for i in (0, 2, 3, 5, 4, 6, 7, 1)] if experts else [colormaps["tab10"](i) for i in range(10)]  # its orange last
+    colours = few if ranks <= len(few) else [colormaps["viridis" if experts else "turbo"].resampled(ranks)(r) for r in range(ranks)]
     if not experts:
-        return [(f"tp={r}", colours(r), mesh.coords(mesh.rank(tp=r))) for r in range(ranks)]
+        return [(f"tp={r}", colours[r], mesh.coords(mesh.rank(tp=r))) for r in range(ranks)]
     return [
-        (", ".join([f"ep={r}"] + [f"etp={e}"] * (mesh.etp > 1)), tuple(c + (1 - c) * 0.6 * e / mesh.etp for c in to_rgb(colours(r))),
+        (", ".join([f"ep={r}"] + [f"etp={e}"] * (mesh.etp > 1)), tuple(c + (1 - c) * 0.6 * e / mesh.etp for c in to_rgb(colours[r])),
          mesh.coords(mesh.rank(ep=r, etp=e)))
         for r in range(ranks) for e in range(mesh.etp)
     ]  # fmt: skip

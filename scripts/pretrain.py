@@ -10,7 +10,8 @@ import attrs
 
 import lf
 
-# What may be another when a run goes on: none of it changes which rows a step takes, or what it makes of them but for rounding.
+# What may be another when a run goes on: none of it changes which rows a step takes, or what it makes of them but for rounding (docs/moe.md: what of
+# a mixture goes by the microbatch).
 FREE = (
     *("out", "mesh", "device", "schedule", "chunks", "split", "recompute", "offload", "dispatch", "compile", "draw_step", "micro_batch"),
     *("microbatches", "save_every", "keep", "eval", "eval_every", "drift_every", "on_nonfinite", "log", "export_dtype"),

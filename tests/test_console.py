@@ -49,3 +49,15 @@ def test_what_a_line_is_about_is_read_behind_a_number_too() -> None:
     words = "words that take a lot of the room that there is"
     Console(file=out, width=80).print(table("", ("stage", "parameter", "a", "b"), [(1, "layers.*.attn/k_norm ×3", words, words)]))
     assert "layers.*.attn/k_norm ×3" in out.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_no_column_is_lost_where_it_is_narrow(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    out = io.StringIO()
+    row = ("layers.*.experts/gate_up ×3", "8×256×128", "expert→ep, expert_mlp→etp", "4×256×128", "dp, tp for k, v", "each ep its own, each etp")
+    Console(file=out, width=width).print(table("", ("parameter", "logical shape", "axes", "on rank 0", "summed over", "counted by"), [row]))
+    lines = [line.split("│")[1:-1] for line in out.getvalue().splitlines() if line.startswith("│")]
+    read = ["".join(cells).replace(" ", "") for cells in zip(*lines)]
+    assert read == [cell.replace(" ", "") for cell in row]
+    assert (len(lines) == 1) == (width == 200)

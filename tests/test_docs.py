@@ -24,6 +24,7 @@ import attrs
 import pytest
 import tyro
 from helpers import QWEN3, ROOT, processes
+from matplotlib.image import imread
 
 import lf
 from lf import launch
@@ -173,6 +174,11 @@ def test_the_commands_of_a_page_run_one_after_another(page: str, here: Path, cap
     if page == "evaluate":
         report = json.loads((here / "first.json").read_text())
         assert report["eval/held/perplexity"] > 1
+    if page == "moe":
+        drawn, stored = (imread(file)[..., :3] for file in (here / "layout.png", ROOT / "docs/moe-layout.png"))
+        assert drawn.shape == stored.shape
+        assert (abs(drawn - stored).max(-1) > 0.1).mean() < 0.02, "docs/moe-layout.png is another layout; the page's code draws it"
+        assert (here / "runs/moe/experts.png").exists()
     if page == "export":
         assert (here / "exports/older/tokenizer.json").exists()
 

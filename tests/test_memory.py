@@ -23,6 +23,7 @@ from lf.models.small import tiny
 from lf.schedule.memory import OutOfMemory, memory_at
 
 NOW = Setting(micro_batch=8, seq_len=1024, tp=2, compute=torch.bfloat16, master=torch.float32)
+MIXTURE = {"seq_len": 128, "routed": 0.8, "ep": 2, "edp": 4, "experts": 8}
 GIB = 1 << 30
 
 
@@ -51,6 +52,15 @@ GIB = 1 << 30
         (100, 0, {"chain": "vision", "share": 0.5}, "tp=4 instead of 2 in chain 'vision', on twice the ranks (about 75.0 GiB each)"),
         (100, 0, {"chain": "vision", "share": 0.4}, "--micro-batch 1 and tp=8 instead of 2 in chain 'vision' (about 70.0 GiB each)"),
         (100, 4, {"chain": "vision", "share": 0.2}, "none of fewer rows"),
+        # experts go over more of the ranks that there are, as long as each has one; tp holds no fewer
+        (100, 17, MIXTURE | {"micro_batch": 1}, "ep=8 instead of 2, on the same ranks (about 57.0 GiB each)"),  # ep=4 leaves 77
+        (88, 40, MIXTURE | {"micro_batch": 2}, "--micro-batch 1 and ep=4 instead of 2, on the same ranks (about 72.8 GiB each)"),
+        (100, 16, MIXTURE | {"edp": 3}, "ep=6 instead of 2, on the same ranks (about 62.7 GiB each)"),
+        (100, 16, MIXTURE | {"experts": 3}, "more tp, ep or lower precision is enough; take a smaller model or more memory"),
+        (84, 8, MIXTURE | {"edp": 1}, "ep=4 instead of 2 and twice the dp (about 58.4 GiB each)"),  # tp=4 leaves 79.6
+        (90, 8, MIXTURE | {"edp": 1, "routed": 0.3}, "tp=4 instead of 2, on twice the ranks (about 62.5 GiB each)"),  # ep=4 leaves 84.5
+        (80, 8, MIXTURE | {"edp": 1, "routed": 0.5}, "; or ep=4 instead of 2 and twice the dp (about 68.0 GiB each)"),
+        (200, 8, MIXTURE | {"edp": 1, "micro_batch": 1}, "tp=8 instead of 2 and ep=8 instead of 2 (about 52.0 GiB each)"),
     ],
 )
 def test_the_smallest_change_that_fits(lasting: int, activations: int, change: dict[str, Any], words: str) -> None:

@@ -13,7 +13,7 @@ from helpers import ROOT
 from matplotlib.image import imread
 
 import lf
-from lf.models.small import tiny
+from lf.models.small import tiny, tiny_moe
 
 DRAW = """
 import sys
@@ -48,6 +48,36 @@ def test_each_rank_has_a_colour_and_each_row_its_holders(ranks: int) -> None:
     # every row of every parameter is drawn once: however many hold it, their bars share its height
     assert sum(bar.get_width() * bar.get_height() for bar in bars) == pytest.approx(0.8 * len(layout.specs))
     assert [text.get_text() for text in ax.get_legend().get_texts()] == [f"tp={r}" for r in range(ranks)]
+
+
+def test_experts_have_the_colours_of_their_own_mesh() -> None:
+    from matplotlib.figure import Figure
+
+    layout = lf.layout(tiny_moe(), lf.Mesh(tp=2, dp=4, ep=2, etp=2))
+    ax = Figure().subplots()
+    lf.pictures.draw_layout(ax, layout, [path := "layers.1.experts/down", "layers.1.experts/down_bias", "layers.1.experts/gate_up", "head/norm"])
+    labels = [f"ep={r}, etp={e}" for r in range(2) for e in range(2)] + ["tp=0", "tp=1"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == labels
+    assert ax.get_title("left") == "who holds which slice: dp=4,tp=2,ep=2,etp=2, each on 4 data ranks, experts on 2 data ranks"
+    colours = [patch.get_facecolor() for patch in ax.get_legend().get_patches()]
+    bars = [(colours.index(p.get_facecolor()), p.get_x(), p.get_width(), p.get_height()) for p in ax.patches]
+    down, bias, gate_up, norm = bars[:4], bars[4:8], bars[8:16], bars[16:]
+    assert layout.specs[path].local_shape(layout.mesh.coords(0)) == (3, 15, 3)
+    assert down == [(r, r / 4, 1 / 4, pytest.approx(0.8)) for r in range(4)], "a quarter for each: half of the experts, half of their columns"
+    assert bias == [(r, r // 2 / 2, 1 / 2, pytest.approx(0.4)) for r in range(4)], "both ranks of etp hold it"
+    assert [(r, x, width) for r, x, width, _ in gate_up] == [(r, part / 2 + r / 8, 1 / 8) for part in range(2) for r in range(4)]
+    assert [r for r, *_ in norm] == [4, 5]
+
+
+def test_a_legend_names_some_of_many_ranks() -> None:
+    from matplotlib.figure import Figure
+
+    layout = lf.layout(tiny_moe(), lf.Mesh(dp=40, ep=40))
+    ax = Figure().subplots()
+    lf.pictures.draw_layout(ax, layout, ["head/norm", "layers.1.experts/down"])
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["tp=0", *(f"ep={r}" for r in range(13)), "…", "ep=39"]
+    assert len(ax.patches) == 1 + 6, "of 40 ranks six have an expert"
 
 
 def test_a_pipeline_is_shown_by_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

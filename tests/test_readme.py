@@ -22,8 +22,9 @@ from matplotlib.image import imread
 
 import lf
 from lf import launch
-from lf.models.small import tiny
+from lf.models.small import tiny, tiny_moe
 from lf.parallel import redistribute as moves
+from lf.schedule.compiled import refuse_compile
 
 ROOT = Path(__file__).resolve().parents[1]
 README, DESIGN = (ROOT / name for name in ("README.md", "docs/design.md"))
@@ -220,8 +221,20 @@ def on(**sizes: int) -> Callable[[Path], Any]:
     return lambda folder: lf.layout(tiny(), lf.Mesh(**{"dp": 2, **sizes}))
 
 
+def compiled_mixture(folder: Path) -> Any:
+    refuse_compile(lf.Mesh(dp=1), lf.devices.get("cpu"), segments=tiny_moe().segments)
+
+
+def four_bits(folder: Path) -> Any:
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}))
+    return lf.hf.model(folder)
+
+
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "context (`cp`)": (on(cp=2), r"cp=2\) is not built yet; use cp=1"),
+    "sparse attention": (model_of_type("deepseek_v32"), "its sparse attention.*is not built yet"),
+    "compiled mixtures": (compiled_mixture, "run a model with experts without compilation"),
+    "weights in four bits": (four_bits, "quant_method='mxfp4'"),
     "other families": (model_of_type("gpt2"), "unknown model_type 'gpt2'"),
     "vision-language": (model_of_type("qwen3_vl"), "unknown model_type 'qwen3_vl'"),
     "diffusion": (model_of_type("flux"), "unknown model_type 'flux'"),
