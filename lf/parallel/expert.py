@@ -39,15 +39,18 @@ def send_by_exchange(h_tD: Tensor, ids_tk: Tensor, weights_tk: Tensor, experts: 
     recv, sizes = arrive[:, etp.index].sum(1).tolist(), arrive.sum((0, 2)).tolist()
     rows = exchange(ctx.ops.permute(h_tD, order, k), send, recv, ep)
     rows = redistribute(rows, etp, S(0, sizes), R)  # of the tokens of all ranks of etp: each has columns of the same experts
-    into = sorted_by_expert(arrive.transpose(0, 1).flatten(0, 1), h_tD.device)
-    kept = {"order": order, "weights": weights_tk, "into": into, "counts": arrive.sum((0, 1))}
-    return {"rows": ctx.ops.permute(rows, into, 1), **kept, "send": torch.tensor(send), "recv": torch.tensor(recv), "sizes": torch.tensor(sizes)}
+    blocks = arrive.transpose(0, 1).flatten(0, 1)
+    kept = {"order": order, "weights": weights_tk, "counts": arrive.sum((0, 1))}
+    if min(blocks.shape) > 1:  # from one rank alone, or of one expert, they are in order
+        kept["into"] = sorted_by_expert(blocks, h_tD.device)
+        rows = ctx.ops.permute(rows, kept["into"], 1)
+    return {"rows": rows, **kept, "send": torch.tensor(send), "recv": torch.tensor(recv), "sizes": torch.tensor(sizes)}
 
 
 def back_by_exchange(c: Sent, ctx: Any) -> Callable[[], Tensor]:
     """The rows start on their way back; the function waits for them and gives each token's weighted sum, (t, D)."""
     ep, etp, weights_tk = ctx.axes["ep"], ctx.axes["etp"], c["weights"]
-    y = ctx.ops.permute(c["rows"], c["into"].argsort(), 1)  # a permutation's inverse
+    y = ctx.ops.permute(c["rows"], c["into"].argsort(), 1) if "into" in c else c["rows"]  # a permutation's inverse
     y = redistribute(y, etp, P, S(0, c["sizes"].tolist()))
     done = exchange_later(y, c["recv"].tolist(), c["send"].tolist(), ep)
 
