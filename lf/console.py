@@ -26,13 +26,16 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     numeric = [bool(cells) and all(_number(row[i]) for row in cells) for i in range(len(columns))]
     # where it is narrow words are folded, headings too, numbers never, and what a line is about as little as there is room for
     least = [max(n, *map(len, name.split())) for name, n in zip(columns, longest)]
-    about = min(26, max(12, 76 - sum(n + 3 for n, number in zip(least, numeric) if number)))
     first = numeric.index(False) if False in numeric else None
+    others = sum((n if number else min(n, 9)) + 3 for i, (n, number) in enumerate(zip(least, numeric)) if i != first)
+    room = console().width
+    about = max(12, min(26 + max(room - 80, 0) // 2, room - 2 - others))
+    tight = sum(max(n, len(name)) + 3 for name, n in zip(columns, longest)) >= room
     for i, name in enumerate(columns):
         if numeric[i]:
             out.add_column(name, justify="right", overflow="fold", min_width=longest[i], max_width=least[i] if len(name) > 12 else None)
-        else:
-            out.add_column(name, overflow="fold", min_width=min(longest[i], about) if i == first else None)
+        else:  # of a width that is given rich takes nothing away
+            out.add_column(name, overflow="fold", width=min(least[i], about) if i == first and tight else None)
     for row in cells:
         out.add_row(*row)
     return out

@@ -25,6 +25,7 @@ def expert_loads(records: Sequence[dict[str, Any]], png: str | Path, title: str 
     if not told:
         return
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     last = loads(told[-1])
     widest = max(map(len, last.values()))
@@ -34,16 +35,16 @@ def expert_loads(records: Sequence[dict[str, Any]], png: str | Path, title: str 
     figure = Figure(figsize=(9, 3.6 + min(0.3 * len(last), 5)), layout="constrained")
     top, low = figure.subplots(2, 1, height_ratios=(0.6 + min(0.3 * len(last), 5), 2))
     image = top.imshow(grid, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
-    step = -(-len(last) // 20)  # so many names stay legible
+    step = -(-len(last) // 20)  # of so many the names can be read
     top.set_yticks(range(0, len(last), step), [*last][::step], fontsize=8)
-    top.set(xlabel="expert", title=f"{title}: load of each expert at step {told[-1]['step']} (1 = even)")
+    top.set(xlabel="expert", title=f"{title}: load of each expert at step {told[-1]['step']}".removeprefix(": "))
     if widest <= 16 and len(last) <= 16:
         for y, load in enumerate(last.values()):
             for x, value in enumerate(load):
                 top.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if abs(value - 1) > 0.6 else "black")
         top.set_xticks(range(widest))
-    bar = figure.colorbar(image, ax=top, extend="max", ticks=[0, 1, 2])
-    bar.set_label("tokens / mean", fontsize=8)
+    bar = figure.colorbar(image, cax=top.inset_axes((1.02, 0, 0.02, 1)), extend="max", extendfrac=0.1, ticks=[0, 1, 2])
+    bar.set_label("tokens / mean,\n1 = even", fontsize=8)
 
     tokens = [r["tokens"] for r in records]
     low.plot(tokens, [r["expert_load_max"] for r in records], linewidth=1.0, color="tab:red", label="busiest expert, tokens / mean")
@@ -52,6 +53,7 @@ def expert_loads(records: Sequence[dict[str, Any]], png: str | Path, title: str 
     right = low.twinx()
     right.plot(tokens, [r["expert_entropy"] for r in records], linewidth=1.0, color="tab:blue", label="entropy of the loads, 1 = even")
     right.set(ylabel="entropy")
+    low.xaxis.set_major_formatter(EngFormatter(sep=""))
     lines = [*low.get_lines(), *right.get_lines()]
     low.legend(lines, [str(line.get_label()) for line in lines], fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=2, frameon=False)
     figure.savefig(png, dpi=110)

@@ -45,7 +45,10 @@ class Setting:
     of pp than these would have nothing to do · `whole`: layers of this rank of which all is kept for the backward, 0 where some are run again.
 
     Of several chains tp, pp, layers and compute are those of `chain`, which takes the most here, and `share` of what there is: a larger mesh of it
-    leaves the rest as it is."""
+    leaves the rest as it is.
+
+    `routed`: the share of what lasts that experts are, of which tp holds no less, but ep and etp do · `ep`: ranks that share the experts of a layer
+    out · `edp`: ranks that hold the same ones · `experts`: of the layer that has the fewest."""
 
     micro_batch: int
     seq_len: int
@@ -57,6 +60,10 @@ class Setting:
     whole: int = 0
     chain: str = ""
     share: float = 1.0
+    routed: float = 0.0
+    ep: int = 1
+    edp: int = 1
+    experts: int = 0
 
 
 def explained(
@@ -112,8 +119,8 @@ def refuse_what_cannot_fit(layout: Layout | Layouts, init: Callable[[Tree, torch
 
 
 def way_out(usage: Usage, now: Setting) -> str:
-    """The first change that fits: fewer rows in a microbatch, layers that are run again, both, shorter rows, twice tp, twice
-    pp or lower precision, ever more tp.
+    """The first change that fits: fewer rows in a microbatch, layers that are run again, both, experts over more of the ranks that there are, shorter
+    rows, twice tp, twice ep, twice pp or lower precision, ever more tp, and as much more ep.
 
     Twice pp halves what lasts; of activations each rank then has half the layers for twice the microbatches (1F1B), as much as before."""
     row = usage.activations / now.micro_batch
@@ -130,6 +137,12 @@ def way_out(usage: Usage, now: Setting) -> str:
             fewer = f"--micro-batch {rows} instead of {now.micro_batch} and " if rows < now.micro_batch else ""
             return f"{fewer}--recompute full (about {_bytes(usage.lasting + again)}; a step then takes up to a third longer)"
     one = "--micro-batch 1 and " if now.micro_batch > 1 else ""
+    of = f" in chain {now.chain!r}" if now.chain else ""
+    for times in [n for n in range(2, now.edp + 1) if now.edp % n == 0 and now.ep * n <= now.experts]:
+        left = usage.lasting * (1 - now.routed * (1 - 1 / times))
+        for words, kept in (("", usage.activations), (one, row)):
+            if fits(left, kept):
+                return f"{words}ep={times * now.ep} instead of {now.ep}{of}, on the same ranks (about {_bytes(left + kept)} each)"
     length = now.seq_len // 2
     while length >= SHORTEST:
         share = length / now.seq_len
@@ -137,10 +150,12 @@ def way_out(usage: Usage, now: Setting) -> str:
             return f"{one}--seq-len {length} instead of {now.seq_len} (about {_bytes(usage.lasting + row * share)})"
         length //= 2
     ways, half = [], 1 - now.share / 2
-    of = f" in chain {now.chain!r}" if now.chain else ""
-    if fits(usage.lasting * half, usage.activations * half):
-        total = (usage.lasting + usage.activations) * half
+    if fits(usage.lasting * (half + now.routed / 2), usage.activations * half):
+        total = usage.lasting * (half + now.routed / 2) + usage.activations * half
         ways.append(f"tp={2 * now.tp} instead of {now.tp}{of}, on twice the ranks (about {_bytes(total)} each)")
+    if 2 * now.ep <= now.experts and fits(usage.lasting * (1 - now.routed / 2), usage.activations):
+        total = usage.lasting * (1 - now.routed / 2) + usage.activations
+        ways.append(f"ep={2 * now.ep} instead of {now.ep}{of} and twice the dp (about {_bytes(total)} each)")
     if 2 * now.pp <= now.layers and fits(usage.lasting * half, usage.activations):
         total = usage.lasting * half + usage.activations
         ways.append(f"pp={2 * now.pp} instead of {now.pp}{of}, on twice the ranks (about {_bytes(total)} each)")
@@ -150,9 +165,11 @@ def way_out(usage: Usage, now: Setting) -> str:
     if ways:
         return "; or ".join(ways)
     for times in (2, 4, 8, 16, 32, 64):
-        left = 1 - now.share * (1 - 1 / times)
-        if fits(usage.lasting * left, row * left):
-            return f"{one}tp={times * now.tp} instead of {now.tp}{of} (about {_bytes((usage.lasting + row) * left)} each)"
+        left, spread = 1 - now.share * (1 - 1 / times), times * now.ep <= now.experts
+        lasting = usage.lasting * (left if spread else left + now.routed * (1 - 1 / times))
+        if fits(lasting, row * left):
+            more = f" and ep={times * now.ep} instead of {now.ep}" if spread else ""
+            return f"{one}tp={times * now.tp} instead of {now.tp}{more}{of} (about {_bytes(lasting + row * left)} each)"
     return "none of fewer rows, recompute, shorter rows, more tp or lower precision is enough; take a smaller model or more memory"
 
 
@@ -164,8 +181,14 @@ def _setting(layouts: Layouts, micro_batch: int, seq_len: int, ctx: Any, again: 
     where, compute = layouts.chains[chain], ctx.of(chain).precision.compute
     whole = 0 if again else sum(len(layouts.chains[c].layers(stage)) for c, at in here.items() for stage in layouts.chains[c].on(at["pp"]))
     share = sizes[chain] / total if (total := sum(sizes.values())) else 1.0
-    layers = len(where.model.layers())
-    return Setting(micro_batch, seq_len, where.mesh.tp, compute, ctx.precision.master, where.mesh.pp, layers, whole, chain, share)
+    layers, mesh = len(where.model.layers()), where.mesh
+    params = {path: layouts.specs[path].param for path in each if layouts.chain_of[path] == chain}
+    routed = {path: param.shape[param.axes.index("expert")] for path, param in params.items() if "expert" in param.axes}
+    of_experts = sum(each[path] for path in routed) / max(total, 1)
+    return Setting(
+        micro_batch, seq_len, mesh.tp, compute, ctx.precision.master, mesh.pp, layers, whole, chain, share,
+        routed=of_experts, ep=mesh.ep, edp=mesh.edp, experts=min(routed.values(), default=0),
+    )  # fmt: skip
 
 
 def _copied(layouts: Layouts, path: str, ctx: Any) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,13 @@ from typing import Any
 from lf.chain_layouts import Joint, Layouts, runs
 from lf.console import console, table
 from lf.layouts import Layout
+from lf.mesh import Mesh
 from lf.schedule import Program, cost
 from lf.schedule.looks import COLOURS, MEANING, OTHER
 from lf.segment import path_of
+from lf.spec import Piece, Spec
+
+LEGEND = 16  # ranks that a legend names
 
 
 def show(layout: Layout | Layouts, png: str | Path | None = None, rank: int = 0) -> None:
@@ -140,32 +144,32 @@ def _shape(shape: Sequence[int]) -> str:
 def draw_layout(
     ax: Any, layout: Layout, paths: Sequence[str], names: Sequence[str] | None = None, stages: Sequence[int] | None = None, chain: str = ""
 ) -> None:
-    """Each parameter as a bar, laid out along the dim that is split; each rank of tp has a colour, several where several hold a row.
+    """Each parameter as a bar, laid out along the dim that is split; each rank of tp has a colour, several where several hold a row. Of
+    experts, which lie side by side, each rank of ep has one, and each of etp a shade of it.
 
     `names`: what to write beside the bars instead of the paths · `stages`: the stage of each bar, ascending, to draw them apart · `chain`: its
     name, where there are several.
     """
-    from matplotlib import colormaps
     from matplotlib.patches import Patch, Rectangle
+    from matplotlib.patheffects import withStroke
 
-    ranks = layout.mesh["tp"]
-    colours = colormaps["tab10"] if ranks <= 10 else colormaps["turbo"].resampled(ranks)
+    edged = [withStroke(linewidth=2, foreground="0.25")]  # read on any colour, and across several
+    drawn: dict[str, Any] = {}  # what stands in the legend → its colour
     for y, path in enumerate(paths):
-        spec = layout.specs[path]
-        d = spec.param.part_dim
-        at, total = 0.0, spec.param.shape[d] if spec.param.shape else 1
+        spec, at = layout.specs[path], 0.0
+        holders = _holders(layout.mesh, "ep" in spec.grid)
+        drawn |= {name: colour for name, colour, _ in holders}
+        total = spec.param.shape[spec.param.part_dim] if spec.param.shape else 1
         for i, part in enumerate(spec.parts()):
-            boxes = [spec.pieces(layout.mesh.coords(layout.mesh.rank(tp=r)))[i].box for r in range(ranks)]
-            held = [box[d] if box else (0, 1) for box in boxes]  # a scalar is drawn as one row
-            edges = sorted({edge for bounds in held for edge in bounds})
-            for lo, hi in pairwise(edges):  # a row that several ranks hold is divided in height among them
-                holders = [r for r, (first, last) in enumerate(held) if first <= lo and hi <= last]
-                for k, r in enumerate(holders):
-                    height = 0.8 / len(holders)
-                    place = ((at + lo) / total, y - 0.4 + k * height)
-                    ax.add_patch(Rectangle(place, (hi - lo) / total, height, facecolor=colours(r), edgecolor="white", linewidth=0.6))
+            pieces = [spec.pieces(coords)[i] for *_, coords in holders]
+            for left, right, ranks in _spans(spec, pieces):  # a row that several ranks hold is divided in height among them
+                for k, r in enumerate(ranks):
+                    height = 0.8 / len(ranks)
+                    place = ((at + left * part.rows) / total, y - 0.4 + k * height)
+                    size = (right - left) * part.rows / total, height
+                    ax.add_patch(Rectangle(place, *size, facecolor=holders[r][1], edgecolor="white", linewidth=0.6))
             if part.name:
-                ax.text(at / total + 0.01, y, part.name, ha="left", va="center", fontsize=8, color="white", weight="bold")
+                ax.text(at / total + 0.01, y, part.name, ha="left", va="center", fontsize=8, color="white", weight="bold", path_effects=edged)
             at += part.rows
     ax.set(xlim=(0, 1), ylim=(len(paths) - 0.4, -0.6), xticks=[], yticks=range(len(paths)))
     shapes = [_shape(layout.specs[p].param.shape) for p in paths]
@@ -178,11 +182,50 @@ def draw_layout(
             ax.axhline(lo - 0.5, color="0.6", linewidth=0.8)
         words = f"stage {stage}" + (f"\non pp={layout.placement[stage]}" if layout.mesh.pp > 1 else "")
         ax.text(1.01, (lo + hi - 1) / 2, words, ha="left", va="center", fontsize=8, transform=ax.get_yaxis_transform())
-    copies = f", each on {layout.mesh['dp']} data ranks" if layout.mesh["dp"] > 1 else ""
-    ax.set_title(f"{chain}{': ' * bool(chain)}who holds which slice: {layout.mesh}{copies}", fontsize=9, loc="left")
+    of = {name: layout.mesh[axis] for name, axis in (("each", "dp"), ("experts", "edp")) if name == "each" or layout.mesh.ep * layout.mesh.etp > 1}
+    copies = ", ".join(f"{name} on {n} data ranks" for name, n in of.items() if n > 1)
+    ax.set_title(f"{chain}{': ' * bool(chain)}who holds which slice: {layout.mesh}{', ' * bool(copies)}{copies}", fontsize=9, loc="left")
     ax.tick_params(length=0)
-    ax.legend(handles=[Patch(color=colours(r), label=f"tp={r}") for r in range(ranks)], fontsize=8, ncols=min(ranks, 8), loc="upper right",
+    told = [*drawn.items()]
+    if len(told) > LEGEND:
+        told = [*told[: LEGEND - 2], ("…", "none"), told[-1]]
+    columns = min(len(told), 6 if layout.mesh.etp > 1 else 8)
+    ax.legend(handles=[Patch(color=colour, label=name) for name, colour in told], fontsize=8, ncols=columns, loc="upper right",
               bbox_to_anchor=(1, 0), frameon=False)  # fmt: skip
+
+
+def _holders(mesh: Mesh, experts: bool) -> list[tuple[str, Any, dict[str, int]]]:
+    """(name, colour, coordinates) of those that a parameter may be split among: the ranks of tp, or those of ep and etp, for which paler is a
+    higher etp."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_rgb
+
+    ranks = mesh.ep if experts else mesh.tp
+    few, many = ("Dark2", "viridis") if experts else ("tab10", "turbo")
+    colours = colormaps[few] if ranks <= colormaps[few].N else colormaps[many].resampled(ranks)
+    if not experts:
+        return [(f"tp={r}", colours(r), mesh.coords(mesh.rank(tp=r))) for r in range(ranks)]
+    return [
+        (", ".join([f"ep={r}"] + [f"etp={e}"] * (mesh.etp > 1)), tuple(c + (1 - c) * 0.6 * e / mesh.etp for c in to_rgb(colours(r))),
+         mesh.coords(mesh.rank(ep=r, etp=e)))
+        for r in range(ranks) for e in range(mesh.etp)
+    ]  # fmt: skip
+
+
+def _spans(spec: Spec, pieces: Sequence[Piece]) -> Iterator[tuple[float, float, list[int]]]:
+    """(left, right, its holders), from 0 to 1, of one part, of which each holder has a piece: along the rows that are split; of experts along these,
+    and of those that a rank of ep has along their columns."""
+    boxes = [piece.box or ((0, 1),) for piece in pieces]  # a scalar is drawn as one row
+    shape = pieces[0].shape or (1,)
+    along = spec.names.index("ep") if "ep" in spec.names else pieces[0].dim
+    within = next((d for d, axis in enumerate(spec.names) if axis and d != along), None)
+    wide, deep = shape[along], 1 if within is None else shape[within]
+    held = [(box[along], (0, 1) if within is None else box[within]) for box in boxes]
+    for left, right in pairwise(sorted({edge for rows, _ in held for edge in rows})):
+        for low, high in pairwise(sorted({edge for _, columns in held for edge in columns})):
+            ranks = [r for r, (x, y) in enumerate(held) if x[0] <= left and right <= x[1] and y[0] <= low and high <= y[1]]
+            start, each = left / wide, (right - left) / wide / deep
+            yield start + low * each, start + high * each, ranks
 
 
 def draw_program(ax: Any, program: Program, title: str) -> None:

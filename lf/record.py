@@ -67,7 +67,7 @@ def record_of(
             record["mfu"] = rate / peak
     record |= layout.model.report({name: metrics[name] for name in sums})
     if whole and sums:
-        record["counted"] = {name: metrics[name].tolist() for name in sums}
+        record["counted"] = {name: metrics[name].long().tolist() for name in sums}
     return {**record, "memory_gib": round(held / 2**30, 3), "skipped": int(values["skipped"])}, int(stop)
 
 

@@ -1,8 +1,12 @@
 """A small Qwen3-shaped model learns Python from the source of the standard library: tp=2 × dp=2 on CPU, a few minutes, nothing to download.
 
+    scripts/launch demo
+    scripts/launch demo --model moe-tiny --mesh ep=2,dp=4    # the same with a mixture of experts in each layer
+
 It runs scripts/pretrain.py with the settings below, opens the Hugging Face folder that comes out, and lets the model go on with some Python.
 """
 
+import math
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -41,7 +45,9 @@ class Config(pretrain.Config):
 
 def main(config: Config) -> None:
     if config.micro_batch is None and config.microbatches is None:  # several microbatches fill a pipeline; without one, few are quicker
-        config = attrs.evolve(config, micro_batch=4 if lf.Mesh.parse(config.mesh).pp == 1 else 1)
+        mesh = lf.Mesh.parse(config.mesh)
+        rows = config.global_batch // (mesh.dp or 1)  # of each rank, where the mesh says how many there are
+        config = attrs.evolve(config, micro_batch=math.gcd(rows, 4) if rows and mesh.pp == 1 else 1)
     _, ctx = pretrain.main(config)
     screen, out = lf.console.console(), Path(config.out)
     if ctx.axes.rank or not (out / "hf").is_dir():  # rank 0 speaks, and only of a run that has come to its end
@@ -52,12 +58,15 @@ def main(config: Config) -> None:
     tokens = f"{records[-1]['tokens']:,}"
     screen.print(f"\nloss {first:.2f} → {last:.2f} nats per token over {tokens} tokens. The model goes on after the first two lines:\n")
     screen.print(Text(PROMPT, style="bold") + Text(continuation(out / "hf", config)), soft_wrap=True)
+    experts = [("how evenly the experts are loaded", f"{out}/experts.png")] * (out / "experts.png").is_file()
+    parity = "--model tiny-moe --mesh dp=4,ep=2" if experts else "--mesh tp=4"
     screen.print(table("", ("what", "where"), [
         ("the loss, and who holds what", f"{out}/loss.png, {out}/layout.png"),
+        *experts,
         ("a line a step", f"{out}/metrics.jsonl"),
         ("a folder that transformers opens", f"{out}/hf"),
-        ("next: your own texts", "scripts/launch pretrain --device cpu --model qwen3-demo --data FOLDER"),
-        ("next: is a layout right?", "scripts/launch parity --device cpu --mesh tp=4"),
+        ("next: your own texts", f"scripts/launch pretrain --device cpu --model {config.model} --data FOLDER"),
+        ("next: is a layout right?", f"scripts/launch parity --device cpu {parity}"),
         ("next: ten minutes of reading", "notebooks/first.ipynb, scripts/pretrain.py"),
     ]))  # fmt: skip
 

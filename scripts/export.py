@@ -2,6 +2,7 @@
 
     scripts/launch export --device cpu --run runs/pretrain --out exports/mine --dtype bf16
     scripts/launch export --device cpu --run runs/pretrain --step 2000 --out exports/step-2000
+    scripts/launch export --device cpu --run runs/pretrain --out exports/small --dtype bf16 --fp8
 
 Parameters are read one after another, and the optimizer's state not at all: what is held at a time is one file of at most --max-shard-gb.
 """
@@ -26,6 +27,7 @@ class Config:
     out: str  # the folder to write; one that is there is replaced if it is an export
     step: int | None = None  # whose checkpoint; the newest without
     dtype: str | None = None  # fp32, bf16, fp16 or fp64; as in the checkpoint without
+    fp8: bool = False  # matrices in 8 bits with a scale for each block of 128 × 128; the rest in --dtype
     tokenizer: str | None = None  # a folder or a repository with a tokenizer, or "none"; the run's own without
     max_shard_gb: float = 5.0
     device: str | None = None
@@ -44,7 +46,7 @@ def main(config: Config) -> None:
             bar.at(place[path])
             return read(path)
 
-        out = lf.hf.save(config.out, layout, one, ctx, tokenizer, dtype, max_shard_bytes=int(config.max_shard_gb * 1e9))
+        out = lf.hf.save(config.out, layout, one, ctx, tokenizer, dtype, max_shard_bytes=int(config.max_shard_gb * 1e9), fp8=config.fp8)
     about = lf.checkpoint.manifest(source)
     screen.print(f"step {about.step} of {config.run}, trained on {about.mesh}, is in {out}; tokenizer: {tokenizer or 'none'}", soft_wrap=True)
     files = [(p.name, tensors(p), f"{p.stat().st_size:,}") for p in sorted(out.iterdir())]

@@ -57,7 +57,7 @@ def flags(name: str) -> frozenset[str]:
     """Those that a script's parser says that it has."""
     with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit):
         tyro.cli(script(name).Config, args=["--help"])
-    return frozenset(re.findall(r"--[a-z][a-z-]*", said.getvalue())) - {"--help", "--no-joined", "--no-compile", "--no-full"}
+    return frozenset(re.findall(r"--[a-z][a-z0-9-]*", said.getvalue())) - {"--help", "--no-joined", "--no-compile", "--no-full", "--no-fp8"}
 
 
 # commands

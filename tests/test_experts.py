@@ -44,7 +44,7 @@ def test_a_record_has_the_loads_of_all_ranks() -> None:
         assert "dropped" not in r
         assert ("counted" in r) == whole
         assert {"balance", "sequence_balance", "global_balance", "z"} <= r.keys()
-    load = torch.tensor(made[0]["counted"]["layers.1.route/load"])
+    load = torch.tensor(made[0]["counted"]["layers.1.route/load"], dtype=torch.float64)
     live = sum(int(tiny_moe().objectives["balance"].count(b)) for b in parity.random_batches(tiny_moe(), 0, 0, 2, 21))
     assert load.sum() == 2 * live
     assert made[0]["expert_load_max"] == pytest.approx(float(load.max() / load.mean()))

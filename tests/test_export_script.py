@@ -42,6 +42,7 @@ def run(tmp_path_factory: Any) -> Path:
             lf.checkpoint.save(folder / "checkpoints" / f"step-{step:08d}", layout, state, ctx, {})
             for dtype in ("bf16", "fp32"):
                 lf.hf.save(root / f"{step}-{dtype}", layout, state, ctx, folder / "tokenizer" / "0123", dtype)
+            lf.hf.save(root / f"{step}-fp8", layout, state, ctx, folder / "tokenizer" / "0123", "bf16", fp8=True)
 
     lf.sim.spmd(lf.Mesh(tp=2, dp=2), rank)
     return folder
@@ -55,6 +56,7 @@ def exported(run: Path, out: Path, **options: Any) -> Path:
 def test_the_files_are_those_of_the_runs_own_mesh(run: Path, tmp_path: Path, capsys: Any) -> None:
     assert files(exported(run, tmp_path / "newest")) == files(run.parent / "10-fp32")
     assert files(exported(run, tmp_path / "older", step=5, dtype="bf16")) == files(run.parent / "5-bf16")
+    assert files(exported(run, tmp_path / "8 bits", dtype="bf16", fp8=True)) == files(run.parent / "10-fp8")
     said = capsys.readouterr().out
     assert "model.safetensors" in said
     assert f"{(tmp_path / 'older' / 'model.safetensors').stat().st_size:,}" in said

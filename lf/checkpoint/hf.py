@@ -10,11 +10,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import attrs
 import torch
 
 from lf import box as boxes
-from lf import tree
+from lf import rng, tree
 from lf.checkpoint import fp8
 from lf.checkpoint.atomic import CheckpointError, agree, attempt, listing
 from lf.checkpoint.export import refuse_several, save
@@ -32,9 +31,6 @@ from lf.state import device_of
 from lf.tree import Tree
 
 __all__ = ["CheckpointError", "check", "float_dtype", "folder", "load", "model", "read_config", "save"]
-
-FREE = {"init_std": 0.02, "embed_std": 0.02, "max_len": 40960, "family": ""}  # fields that change nothing about what the weights mean
-
 
 def model(source: Source, axes: Any = None) -> Model:
     """A model by the name of a preset ("qwen3-0.6b"), or from the config.json of a folder or of a repository on the hub ("org/name[@revision]").
@@ -71,7 +67,7 @@ def _stored(folder: str | os.PathLike[str]) -> tuple[Any, fp8.Scheme | None]:
         raise ConfigError(f"{path} should be a JSON object, is a {type(values).__name__}")
     try:
         scheme = fp8.scheme(values)
-        return families.read({k: v for k, v in values.items() if k != fp8.FIELD}), scheme
+        return families.read({k: v for k, v in values.items() if k != fp8.FIELD} if scheme else values), scheme
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -124,7 +120,7 @@ def _inspect(folder: Path, layout: Layout, ctx: Any, dtype: torch.dtype | None, 
     stored = config
     try:
         stored, scheme = _stored(folder)
-        have, want = (dict(flat(to_dict(attrs.evolve(c, **FREE)))) for c in (stored, config))
+        have, want = (dict(flat(to_dict(families.bare(c)))) for c in (stored, config))
         for field, (theirs, ours) in differing(have, want).items():
             problems.append(f"config.json has {field}={theirs!r}, the layout's model {ours!r}; build it with lf.hf.model({str(folder)!r})")
     except ConfigError as error:
@@ -142,14 +138,16 @@ def _read(folder: Path, layout: Layout, ctx: Any, dtype: torch.dtype | None, fou
         rounded = dtype and spec.param.used_in(dtype)
         for piece in spec.pieces(ctx.axes.coords):
             place, target = found.at[piece.key], piece.view(local)
+            if not place.names:
+                target.copy_(rng.draw(0, piece.key, piece.shape, spec.param.init, piece.box, local.dtype))
             for cut in place.cuts(piece.box) if boxes.volume(piece.box) else ():
                 part = place.logical(found.read(cut.name, cut.disk))
                 target[boxes.slices(cut.part, piece.box)].copy_(part if rounded is None else part.to(rounded))
                 for copy, name in found.copies.items():
                     if name == cut.name and not torch.equal(place.logical(found.read(copy, cut.disk)), part):
                         raise CheckpointError(
-                            f"cannot load {folder}: its config.json ties them (tie_word_embeddings), but {copy} differs from {name}; "
-                            f"set tie_word_embeddings to false to train both, or remove {copy} to use {name}"
+                            f"cannot load {folder}: they are one in the model, but {copy} differs from {name}; "
+                            f"{'set tie_word_embeddings to false to train both, or ' if layout.model.config.tied else ''}remove {copy} to use {name}"
                         )
         pairs.append((path, local.to(device_of(ctx))))
     return tree.build(pairs)

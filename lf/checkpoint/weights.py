@@ -91,22 +91,22 @@ def _form(ways: dict[str, dict[str, Place]], wanted: dict[str, Shapes], files: d
     """The form that the files have, or the one that they come nearest to."""
     if len(ways) == 1:
         return next(iter(ways))
-    tags = {tag for file in {id(f): f for f in files.values()}.values() if (tag := (file.metadata() or {}).get(TAG))}
-    if len(tags) == 1 and tags <= ways.keys():
-        return tags.pop()
-    if tags:
-        problems.append(f"the metadata {TAG} of the files says {', '.join(map(repr, sorted(tags)))}; one of {', '.join(map(repr, ways))} is known")
     have = {name: shape_of(files[name], name) for name in {name for shapes in wanted.values() for name in shapes} & files.keys()}
     lacks = {form: (sum(n not in have for n in shapes), sum(have.get(n, s) != s for n, s in shapes.items())) for form, shapes in wanted.items()}
+    best = min(ways, key=lambda form: lacks[form])
     fits = [form for form, n in lacks.items() if n == (0, 0)]
-    if len(fits) > 1 and not tags:
-        key = next(key for key, place in ways[fits[0]].items() if any(ways[form][key] != place for form in fits))
-        place, say = ways[fits[0]][key], " or ".join(map(repr, fits))
-        problems.append(
-            f"{place.names[0]} {list(have[place.names[0]])} may be in the form {say}, which here have the same names and shapes: in the other one "
-            f"the weights would be wrong; say which it is in the metadata of the .safetensors files, as {TAG}={fits[0]!r}"
-        )
-    return min(ways, key=lambda form: lacks[form])
+    if all(ways[form] == ways[best] for form in fits):
+        return best
+    tags = {tag for file in {id(f): f for f in files.values()}.values() if (tag := (file.metadata() or {}).get(TAG))}
+    if len(tags) == 1 and tags <= {*fits}:
+        return tags.pop()
+    place = next(place for key, place in ways[best].items() if any(ways[form][key] != place for form in fits))
+    say, told = " or ".join(map(repr, fits)), f", not {' and '.join(map(repr, sorted(tags)))}" if tags else ""
+    problems.append(
+        f"{place.names[0]} {list(have[place.names[0]])} may be in the form {say}, which here have the same names and shapes: in the other one "
+        f"the weights would be wrong; say which it is in the metadata of the .safetensors files, as {TAG}={best!r}{told}"
+    )
+    return best
 
 
 def _misfit(name: str, file: Any, shape: tuple[int, ...], dtype: torch.dtype | None, master: torch.dtype, scheme: Scheme | None) -> list[str]:

@@ -44,7 +44,8 @@ class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, order: Tensor, weights: Tensor) -> Tensor:
         ctx.save_for_backward(y, order, weights)
-        return _summed(y, order, *weights.shape, weights)
+        t, k = weights.shape
+        return _summed(y, order, t, k, weights)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, None, Tensor | None]:  # type: ignore[override]

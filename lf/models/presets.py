@@ -74,7 +74,7 @@ def qwen3_moe(dim: int, inner: int, layers: int, heads: int) -> DecoderConfig:
 def moe_tiny() -> DecoderConfig:
     """Of the same width and as many layers as qwen3-demo, in the shape of Qwen3-MoE: two of eight experts, each a third as wide."""
     layer = Layer(Attention(4, 2, 32, Rope(1e6), qk_norm=True), MoE(Router(8, 2, balance=0.01), 128))
-    return _model("qwen3_moe", 1024, 128, [layer] * 3, max_len=40960, embed_std=0.5, tied=True)
+    return _model("qwen3_moe", 1024, 128, [layer] * 3, max_len=40960, embed_std=0.5)
 
 
 def qwen2_moe(dim: int, inner: int, shared: int, layers: int, heads: int, kv: int, experts: int, top: int, max_len: int) -> DecoderConfig:

@@ -39,12 +39,12 @@ def send_by_exchange(h_tD: Tensor, ids_tk: Tensor, weights_tk: Tensor, experts: 
     recv, sizes = arrive[:, etp.index].sum(1).tolist(), arrive.sum((0, 2)).tolist()
     rows = exchange(ctx.ops.permute(h_tD, order, k), send, recv, ep)
     rows = redistribute(rows, etp, S(0, sizes), R)  # of the tokens of all ranks of etp: each has columns of the same experts
-    blocks = arrive.transpose(0, 1).flatten(0, 1)
     kept = {"order": order, "weights": weights_tk, "counts": arrive.sum((0, 1))}
-    if min(blocks.shape) > 1:  # from one rank alone, or of one expert, they are in order
-        kept["into"] = sorted_by_expert(blocks, h_tD.device)
-        rows = ctx.ops.permute(rows, kept["into"], 1)
-    return {"rows": rows, **kept, "send": torch.tensor(send), "recv": torch.tensor(recv), "sizes": torch.tensor(sizes)}
+    kept |= {"send": torch.tensor(send), "recv": torch.tensor(recv), "sizes": torch.tensor(sizes)}
+    if ep.size * etp.size == 1:  # they lie by expert already
+        return {"rows": rows, **kept}
+    into = sorted_by_expert(arrive.transpose(0, 1).flatten(0, 1), h_tD.device)
+    return {"rows": ctx.ops.permute(rows, into, 1), "into": into, **kept}
 
 
 def back_by_exchange(c: Sent, ctx: Any) -> Callable[[], Tensor]:
@@ -100,7 +100,8 @@ def sorted_by_expert(blocks: Tensor, device: torch.device) -> Tensor:
     lengths = blocks.T.flatten()
     n = int(lengths.sum())
     shift = starts - (lengths.cumsum(0) - lengths)  # of a block, from its new place to where it came
-    return (torch.arange(n) + shift.repeat_interleave(lengths, output_size=n)).to(device, non_blocking=True)
+    shift, lengths = (x.to(device, non_blocking=True) for x in (shift, lengths))
+    return torch.arange(n, device=device) + shift.repeat_interleave(lengths, output_size=n)
 
 
 def each(values: Tensor, counts: Tensor, n: int) -> Tensor:

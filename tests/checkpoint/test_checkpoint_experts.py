@@ -308,7 +308,7 @@ def test_a_form_that_nothing_tells_is_refused(tmp_path: Path, monkeypatch: Any) 
     with pytest.raises(CheckpointError, match=words):
         square_loaded(folder(tmp_path / "x", held))
     assert torch.equal(square_loaded(folder(tmp_path / "x", held, **{"lf.layout": "fused"})), params.mT)
-    with pytest.raises(CheckpointError, match=r"lf\.layout of the files says 'flat'; one of 'transposed', 'fused' is known"):
+    with pytest.raises(CheckpointError, match=words + ", not 'flat'"):
         square_loaded(folder(tmp_path / "x", held, **{"lf.layout": "flat"}))
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import lf
 from lf import box, tree
-from lf.checkpoint import CheckpointError, export, fp8, weights
+from lf.checkpoint import CheckpointError, export, fp8, shards, weights
 from lf.config import ConfigError
 from lf.models import families
 from lf.models.attention import Attention
@@ -267,10 +269,6 @@ def test_files_that_contradict_themselves(tmp_path: Path, change: Change, quanti
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"quant_method": "mxfp4"}, "quant_method='mxfp4'; weights can be read as they are, or with 'fp8' in blocks"),
-        ({"quant_method": "awq", "bits": 4}, "quant_method='awq'"),
-        ({"bits": 4}, "quant_method=None"),
-        (["fp8"], r"\['fp8'\] should be a JSON object"),
         ({"quant_method": "fp8"}, "weight_block_size=None, which should be two whole numbers above 0"),
         ({"quant_method": "fp8", "weight_block_size": [128, 0]}, r"weight_block_size=\[128, 0\]"),
         ({"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e5m2"}, "fmt='e5m2'"),
@@ -278,9 +276,21 @@ def test_files_that_contradict_themselves(tmp_path: Path, change: Change, quanti
         ({"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": "gate"}, "modules_to_not_convert='gate'"),
     ],
 )
-def test_other_kinds_are_refused_by_name(values: Any, words: str) -> None:
+def test_other_kinds_of_fp8_are_refused(values: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         fp8.scheme({fp8.FIELD: values})
+
+
+@pytest.mark.parametrize("values", [{"quant_method": "mxfp4"}, {"quant_method": "awq", "bits": 4}, {"bits": 4}, ["fp8"]])
+def test_other_methods_are_refused_by_name(tmp_path: Path, values: Any) -> None:
+    model = lf.models.small.tiny()
+    config = {**families.qwen3.write(model.config), fp8.FIELD: values}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=re.escape(f"quantization_config={values!r} is not supported; weights as they are, or in 8 bits by blocks")):
+        lf.hf.read_config(tmp_path)
+    config[fp8.FIELD] = fp8.described([])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert lf.hf.read_config(tmp_path) == attrs.evolve(model.config, family="qwen3")
 
 
 def test_modules_that_are_kept() -> None:
@@ -289,6 +299,24 @@ def test_modules_that_are_kept() -> None:
     kept |= {"model.layers.0.mlp.gate_proj.weight": False, "model.layers.11.mlp.up.weight": False, "xa.b.weight": False}
     assert {name: scheme.keeps(name) for name in kept} == kept
     assert fp8.scheme({fp8.FIELD: None}) is fp8.scheme({}) is None
+
+
+@pytest.mark.parametrize(
+    ("preset", "kept"),
+    [
+        ("deepseek-v3", {"embed_tokens", "lm_head", "gate", "eh_proj"}),
+        ("qwen1.5-moe-a2.7b", {"embed_tokens", "lm_head", "gate", "shared_expert_gate"}),
+        ("minimax-m2", {"embed_tokens", "lm_head", "gate"}),
+        ("gpt-oss-20b", {"embed_tokens", "lm_head", "router"}),
+    ],
+)
+def test_what_the_releases_leave_in_more_bits(preset: str, kept: set[str]) -> None:
+    layout = lf.layout(lf.hf.model(preset), lf.Mesh(dp=1))
+    config = layout.model.config
+    [form, *_] = weights.forms(families.of(config), config).values()
+    matrices = [e for e in shards.entries(layout, form, torch.bfloat16, True) if e.matrix]
+    assert {e.name.removesuffix(".weight").rpartition(".")[2] for e in matrices if not e.scaled} == kept
+    assert sum(e.scaled for e in matrices) > 100
 
 
 def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:

@@ -83,3 +83,49 @@ def test_without_labels_the_heads_do_nothing() -> None:
 
     (with_heads,), (without,) = (lf.sim.spmd(lf.Mesh(dp=1), logits, n) for n in (1, 0))
     assert torch.equal(with_heads, without)
+
+
+def test_a_head_takes_the_token_that_is_further_ahead() -> None:
+    """By hand: what `enter` gives token i is made of the embedding of token i + k + 1 and of the normed trunk (or what the head before gave)."""
+    model = mixture("one", heads=2)
+    (batch,) = parity.random_batches(model, 5, 0, 1, 30)
+    ctx = lf.Context(lf.solo(), lf.devices.get("cpu"), "fp64")
+    params = parity.randomised(lf.layout(model, lf.Mesh(dp=1)), ctx, 0)
+    tokens, edges = batch.plan["tokens"], batch.plan["cu_seqlens"]
+    g = torch.Generator().manual_seed(0)
+    trunk, before = (torch.randn(len(tokens), 15, generator=g, dtype=torch.float64) for _ in range(2))
+
+    def norm(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + model.config.norm_eps).rsqrt() * gain
+
+    for k in range(2):
+        segment = next(s for s in model.segments if s.name == f"mtp.{k}.enter")
+        mine = {n: params[path_of(segment, n).partition("/")[0]][path_of(segment, n).partition("/")[2]] for n in segment.params}
+        carry: Any = trunk if k == 0 else {"trunk": trunk, "x": before}
+        out, _ = segment.apply(mine, carry, lf.shard_batch(batch, model, ctx), ctx)
+        hidden = norm(trunk, mine["norm"]) if k == 0 else before
+        stops = edges[torch.searchsorted(edges, torch.arange(len(tokens)), right=True)].tolist()
+        for i, stop in enumerate(stops):
+            word = int(tokens[i + k + 1]) if i + k + 1 < stop else 0
+            both = torch.cat([norm(mine["embed"][word], mine["norm_embed"]), norm(hidden[i], mine["norm_hidden"])])
+            assert torch.allclose(out["x"][i], mine["join"] @ both, rtol=1e-10, atol=1e-12), (k, i)
+        assert torch.equal(out["trunk"], trunk)
+
+
+def test_a_head_is_judged_by_the_label_that_is_further_ahead() -> None:
+    model = mixture("one", heads=2)
+    (batch,) = parity.random_batches(model, 5, 0, 1, 30)
+    ctx = lf.Context(lf.solo(), lf.devices.get("cpu"), "fp64")
+    params = parity.randomised(lf.layout(model, lf.Mesh(dp=1)), ctx, 0)
+    labels, edges = batch.plan["labels"], batch.plan["cu_seqlens"]
+    x = torch.randn(len(labels), 15, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    stops = edges[torch.searchsorted(edges, torch.arange(len(labels)), right=True)].tolist()
+    for k in range(2):
+        segment = next(s for s in model.segments if s.name == f"mtp.{k}.leave")
+        mine = {"norm": params[f"mtp.{k}.leave"]["norm"], "weight": params["embed"]["weight"]}
+        _, terms = segment.apply(mine, {"trunk": x, "x": x}, lf.shard_batch(batch, model, ctx), ctx)
+        h = x * (x.square().mean(-1, keepdim=True) + model.config.norm_eps).rsqrt() * mine["norm"]
+        scores = (h @ mine["weight"].T).log_softmax(-1)
+        judged = [(i, int(labels[i + k + 1])) for i, stop in enumerate(stops) if i + k + 1 < stop and labels[i + k + 1] != IGNORE]
+        assert judged
+        assert torch.allclose(terms["losses"][f"mtp_{k}"], -torch.stack([scores[i, label] for i, label in judged]).sum(), rtol=1e-10)

@@ -3,6 +3,7 @@
     read(values) -> DecoderConfig   from a parsed config.json; ConfigError that names every field that is missing or cannot be built
     write(config) -> dict           the config.json of a model; ConfigError where the family cannot say it
     names(config) -> dict           {key of a piece (`Spec.pieces`): name of the tensor on disk, or `Place` where it shares one with others}
+    forms(config) -> dict           {form: its names} where files come in several, the one that is written first (`place.forms`); not in every module
     copies(config) -> dict          {name of a tensor that may be on disk as well: name of the one that it must equal}, as a tied head
     derived(name) -> bool           whether a tensor on disk follows from the config and is not read
     unused(name) -> str             why lf leaves a tensor on disk alone on purpose, or ''; load says so. A module without it leaves none
@@ -13,7 +14,10 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+import attrs
+
 from lf.config import ConfigError, one_of
+from lf.models.decoder import MTP, DecoderConfig, Layer
 from lf.models.families import (
     deepseek_v2,
     deepseek_v3,
@@ -31,6 +35,9 @@ from lf.models.families import (
     qwen3,
     qwen3_moe,
 )
+from lf.models.families.ffn import STEERS
+from lf.models.moe import MoE
+from lf.models.router import Router
 
 FAMILIES: dict[str, ModuleType] = {
     "llama": llama, "internlm2": internlm2, "mimo": mimo, "mistral": mistral, "phi3": phi3, "qwen2": qwen2, "qwen3": qwen3,
@@ -72,3 +79,16 @@ def of(config: Any) -> ModuleType:
         else:
             return family
     raise ConfigError("no family on disk has such a model:\n  " + "\n  ".join(reasons))
+
+
+def bare(config: DecoderConfig) -> DecoderConfig:
+    """The config with what changes nothing about what the weights mean at its default: how fresh ones start, what steers training alone (weights of
+    losses, capacity, …), and what is only passed on to files."""
+    plain: dict[str, Any] = {a.name: a.default for a in attrs.fields(Router) if a.name in STEERS}
+
+    def of(layer: Layer) -> Layer:
+        f = layer.ffn
+        return attrs.evolve(layer, ffn=attrs.evolve(f, router=attrs.evolve(f.router, **plain))) if isinstance(f, MoE) else layer
+
+    further = MTP(tuple(map(of, config.mtp.layers))) if config.mtp else None
+    return DecoderConfig(config.vocab, config.dim, tuple(map(of, config.layers)), norm_eps=config.norm_eps, tied=config.tied, mtp=further)

@@ -17,7 +17,7 @@ import attrs
 
 from lf.config import ConfigError
 from lf.models.decoder import MTP, Attention, DecoderConfig, Layer
-from lf.models.families import mla
+from lf.models.families import ffn, mla
 from lf.models.families.ffn import FFNs, dense, refuse_unsaid, write_dense
 from lf.models.families.fields import LAYERS, number, whole, yes
 from lf.models.families.place import Place
@@ -48,6 +48,8 @@ MLP = {
     "mlp/gate_up/up": "mlp.up_proj.weight",
     "mlp/down": "mlp.down_proj.weight",
 }
+NOWHERE: dict[str, str | Place] = {"route/fraction": Place("")}
+"""Of a mixture: how the tokens of the last step were spread, for a loss."""
 FURTHER = {
     "enter/norm_embed": "enorm.weight",
     "enter/norm_hidden": "hnorm.weight",
@@ -61,11 +63,11 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "is_causal": (True, None),
     "mlp_bias": (False, None),
-    "quantization_config": (None,),
 }
 """Fields that change the mathematics in every family, and the values that are built."""
 
 Bias = tuple[bool, bool]
+Mixture = Callable[[MoE], dict[str, str | Place]]
 
 
 def no_bias(values: dict[str, Any], bad: list[str]) -> Bias:
@@ -154,6 +156,8 @@ def read(d: Dialect, values: dict[str, Any]) -> DecoderConfig:
     for name, good in {**ONLY, **d.only}.items():
         if name in values and values[name] not in good:
             bad.append(f"{name}={values[name]!r} is not supported; only {good[0]!r} is")
+    if (quantised := values.get("quantization_config")) is not None:
+        bad.append(f"quantization_config={quantised!r} is not supported; weights as they are, or in 8 bits by blocks (lf/checkpoint/fp8.py), are")
     if (made := values.get("architectures")) and not (isinstance(made, list) and d.architecture in made):
         bad.append(f"architectures={made!r} is not supported; only {d.architecture} is")
     if bad:
@@ -244,7 +248,7 @@ def write_mixers(d: Dialect, mixers: tuple[Attention | Latent, ...], max_len: in
     }
 
 
-def names(config: DecoderConfig, mixture: Callable[[MoE], dict[str, str | Place]] | None = None) -> dict[str, str | Place]:
+def names(config: DecoderConfig, mixture: Mixture | None = None) -> dict[str, str | Place]:
     """{key of a piece: its place on disk}; a tied head is not on disk. mixture: those of a mixture of experts, without the layer.
 
     Layers of further heads come after the others, and hold names of their own besides."""
@@ -252,15 +256,22 @@ def names(config: DecoderConfig, mixture: Callable[[MoE], dict[str, str | Place]
     for i, (layer_name, layer) in enumerate(config.all_layers.items()):
         a = layer.mixer
         keys: dict[str, str | Place] = mla.names(a) if isinstance(a, Latent) else {**ATTENTION}
-        keys |= mixture(layer.ffn) if mixture and isinstance(layer.ffn, MoE) else MLP
+        keys |= MLP if mixture is None or not isinstance(layer.ffn, MoE) else mixture(layer.ffn) | NOWHERE
         keys |= FURTHER if i >= len(config.layers) else {}
         out |= {f"{layer_name}.{ours}": within(f"model.layers.{i}.", theirs) for ours, theirs in keys.items()}
     out["head/norm"] = "model.norm.weight"
     return out if config.tied else out | {"head/weight": HEAD}
 
 
+def forms(config: DecoderConfig, mixture: Mixture, fused: Mixture = ffn.fused) -> dict[str, dict[str, str | Place]]:
+    """The releases have a tensor for each matrix of each expert; transformers 5 holds them in two, and writes these where it is asked to."""
+    return {"each": names(config, mixture), "fused": names(config, fused)}
+
+
 def within(prefix: str, place: str | Place) -> str | Place:
-    return prefix + place if isinstance(place, str) else attrs.evolve(place, name=prefix + place.name)
+    if isinstance(place, str):
+        return prefix + place
+    return attrs.evolve(place, name=prefix + place.name) if place.name else place
 
 
 def copies(config: DecoderConfig) -> dict[str, str]:

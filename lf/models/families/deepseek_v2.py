@@ -27,3 +27,4 @@ DIALECT = common.Dialect(
 )
 read, write = partial(common.read, DIALECT), partial(common.write, DIALECT)
 names, copies, derived = partial(common.names, mixture=ffn.experts), common.copies, common.derived
+forms = partial(common.forms, mixture=ffn.experts)

@@ -74,15 +74,16 @@ def refuse_unsaid(ffns: FFNs, read: Callable[[int, list[str]], FFNs]) -> None:
         raise ConfigError("; ".join(bad))
     for i, (ours, theirs) in enumerate(zip(ffns, again)):
         have, want = _flat(ours), _flat(theirs)
-        if unsaid := [f"{k}={v!r}" for k, v in have.items() if want.get(k, v) != v or want.keys() != have.keys()]:
+        if unsaid := [f"{k}={v!r}" for k, v in have.items() if k not in want or want[k] != v]:
             raise ConfigError(f"its layers have no {', '.join(unsaid)}, as layers.{i} of the model")
 
 
 def _flat(ffn: FFN) -> dict[str, Any]:
     values = attrs.asdict(ffn)
     router = values.pop("router", {})
-    alone = ("group_score",) if router.get("groups") == 1 else ()  # nothing to compare
-    return values | {f"router.{k}": v for k, v in router.items() if k not in STEERS + alone}
+    if router.get("groups") == 1:
+        router["group_score"] = None  # there is nothing to compare
+    return values | {f"router.{k}": v for k, v in router.items() if k not in STEERS}
 
 
 def by_step(values: dict[str, Any], layers: int, bad: list[str]) -> list[bool]:
@@ -130,3 +131,10 @@ def experts(
     out |= {"route/bias": f"{block}.{bias}"} if m.router.bias else {}
     out |= {f"combine/{key}": f"{block}.{shared}.{name}.weight" for key, name in zip(keys, matrices)} if m.shared else {}
     return out | ({"combine/gate": f"{block}.{shared}_gate.weight"} if m.shared_gate else {})
+
+
+def fused(m: MoE, bias: str = "gate.e_score_correction_bias", shared: str = "shared_experts") -> dict[str, str | Place]:
+    """The same in the form that transformers 5 has in memory, and writes with save_original_format=False: two tensors for all experts."""
+    rows = {part: Place("mlp.experts.gate_up_proj", ((0, first, m.dim),), 2 * m.dim, dim=1) for part, first in (("gate", 0), ("up", m.dim))}
+    stacks: dict[str, str | Place] = {f"experts/gate_up/{part}": place for part, place in rows.items()}
+    return experts(m, bias=bias, shared=shared) | stacks | {"experts/down": "mlp.experts.down_proj"}

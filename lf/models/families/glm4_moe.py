@@ -50,3 +50,4 @@ def write(config: DecoderConfig) -> dict[str, Any]:
 
 
 names, copies, derived = partial(common.names, mixture=ffn.experts), common.copies, common.derived
+forms = partial(common.forms, mixture=ffn.experts)

@@ -84,13 +84,13 @@ def read(values: dict[str, Any]) -> DecoderConfig:
     """The config in a parsed config.json."""
     quantised = values.get("quantization_config")
     if isinstance(quantised, dict) and quantised.get("quant_method") == "mxfp4":
-        raise ConfigError(f"config.json of {DIALECT.name}: quantization_config has quant_method='mxfp4': {WAY_OUT}")
+        raise ConfigError(f"quantization_config has quant_method='mxfp4': {WAY_OUT}")
     said = any(values.get(name) is not None for name in ("rope_parameters", "rope_scaling"))
     return common.read(DIALECT, values if said else {**values, "rope_parameters": YARN})
 
 
 def unused(name: str) -> str:
-    """Raises ConfigError for a tensor of 4-bit experts, which would otherwise count as one too many."""
+    """Raises ConfigError for a tensor of experts in 4 bits."""
     if name.endswith(("_blocks", "_scales")):
         raise ConfigError(f"{name}: {WAY_OUT}")
     return ""

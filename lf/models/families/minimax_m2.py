@@ -68,3 +68,4 @@ def write(config: DecoderConfig) -> dict[str, Any]:
 
 
 names, copies, derived = partial(common.names, mixture=mixtral.experts), common.copies, common.derived
+forms = partial(common.forms, mixture=mixtral.experts, fused=mixtral.fused)

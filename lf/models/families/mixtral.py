@@ -30,6 +30,11 @@ def experts(m: MoE) -> dict[str, str | Place]:
     return ffn.experts(m, "block_sparse_moe", ("w1", "w3", "w2"), "e_score_correction_bias")
 
 
+def fused(m: MoE) -> dict[str, str | Place]:
+    """The same in the form of transformers 5."""
+    return ffn.fused(m, bias="e_score_correction_bias")
+
+
 DIALECT = common.Dialect(
     "mixtral",
     "MixtralForCausalLM",
@@ -45,3 +50,4 @@ DIALECT = common.Dialect(
 )
 read, write = partial(common.read, DIALECT), partial(common.write, DIALECT)
 names, copies, derived = partial(common.names, mixture=experts), common.copies, common.derived
+forms = partial(common.forms, mixture=experts, fused=fused)

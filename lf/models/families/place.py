@@ -41,7 +41,7 @@ class Place:
     runs: (first row in the part, first row on disk, number of rows), in the order of the part, without gaps there.
     rows: how many the tensor on disk has along `dim` · step: how far apart on disk two neighbouring rows of a run are.
     stack: dim 0 of the part is so many tensors `name.format(i)`, each without that dim; 0: it is one tensor.
-    transposed: the last two dims are swapped on disk.
+    transposed: the last two dims are swapped on disk. A `name` of "" is no tensor: files do not hold the part, which starts as a fresh one.
     """
 
     name: str
@@ -55,6 +55,8 @@ class Place:
     @property
     def names(self) -> tuple[str, ...]:
         """Of the tensors on disk."""
+        if not self.name:
+            return ()
         return tuple(self.name.format(i) for i in range(self.stack)) if self.stack else (self.name,)
 
     def shape(self, part: tuple[int, ...]) -> tuple[int, ...]:
@@ -70,6 +72,8 @@ class Place:
 
     def cuts(self, held: Box) -> Iterator[Cut]:
         """`held`, a box of the part that is not empty, as boxes that lie in one piece on disk."""
+        if not self.name:
+            return
         if not held:  # a scalar
             yield Cut(self.name, (), ())
             return

@@ -55,3 +55,4 @@ DIALECT = common.Dialect(
 )
 read, write = partial(common.read, DIALECT), partial(common.write, DIALECT)
 names, copies, derived = partial(common.names, mixture=experts), common.copies, common.derived
+forms = partial(common.forms, mixture=experts, fused=partial(ffn.fused, shared="shared_expert"))
