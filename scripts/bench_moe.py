@@ -239,6 +239,7 @@ def megatron_layer(config: Config, experts: int, top: int, given: Mapping[str, T
         moe_utils.te_general_gemm = None  # its router asks for it by name even where Transformer Engine is not there
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
     made = TransformerConfig(
         num_layers=1, hidden_size=config.dim, num_attention_heads=1, num_moe_experts=experts, moe_router_topk=top, moe_ffn_hidden_size=config.inner,

@@ -81,5 +81,5 @@ def _summed(y: Tensor, order: Tensor, t: int, k: int, weights: Tensor | None) ->
         for _ in range(3):
             parts.append(scale.to(y.dtype))
             scale = scale - parts[-1]
-        scale, rows, starts = torch.stack(parts, 1).flatten(), rows.repeat_interleave(3), starts * 3
+        scale, rows, starts = torch.stack(parts, 1).flatten(), rows[:, None].expand(-1, 3).flatten(), starts * 3
     return F.embedding_bag(rows, y.detach().contiguous(), starts, mode="sum", per_sample_weights=scale)
