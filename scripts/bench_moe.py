@@ -263,6 +263,10 @@ def load(name: str, config: Config) -> None:
     warnings.filterwarnings("ignore")
     for library in LIBRARIES.get(name, ()):
         importlib.import_module(library)
+    device = lf.devices.get(config.device)
+    lf.devices.op_table(device)
+    x = torch.ones(64, 64, device=device.torch_device(0), requires_grad=True)
+    torch.autograd.grad(F.linear(x, x), x, x)  # torch loads parts of itself, and the library of its products, when they are first used
 
 
 PEERS: dict[str, Callable[[Config, int, int, Mapping[str, Tensor]], Layer]] = {
