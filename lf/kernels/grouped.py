@@ -21,13 +21,13 @@ _product = getattr(torch.nn.functional, "grouped_mm", None)  # since torch 2.10
 
 def grouped_linear(x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
     """The same as `lf.ops.grouped.grouped_linear`."""
-    if not usable(x, w):
+    if not _usable(x, w):
         return _Loop.apply(x, w, counts.tolist())
     ends = counts.to(x.device, non_blocking=True).cumsum(0).to(torch.int32)
     return _Grouped.apply(x, w, ends)
 
 
-def usable(x: Tensor, w: Tensor) -> bool:
+def _usable(x: Tensor, w: Tensor) -> bool:
     """Whether torch's grouped product takes these, both ways."""
     if _product is None or not x.numel() or not w.numel():
         return False

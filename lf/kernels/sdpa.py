@@ -128,10 +128,10 @@ class _Sunk(torch.autograd.Function):
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dy, q, k, v, y, z, 0.0, bias is None, attn_mask=bias, scale=ctx.scale
         )
-        return dq, dk, dv, sunk(sinks, z, (dy.to(z.dtype) * y.to(z.dtype)).sum(-1)), None, None
+        return dq, dk, dv, _sunk(sinks, z, (dy.to(z.dtype) * y.to(z.dtype)).sum(-1)), None, None
 
 
-def sunk(sinks_h: Tensor, z_bht: Tensor, dot_bht: Tensor) -> Tensor:
+def _sunk(sinks_h: Tensor, z_bht: Tensor, dot_bht: Tensor) -> Tensor:
     """The gradient of sinks. z: log-sum-exp of the scores, the sink's among them. dot: of each query the product of its output and the gradient."""
     return -((sinks_h.to(z_bht.dtype)[:, None] - z_bht).exp() * dot_bht).sum((0, 2)).to(sinks_h.dtype)
 

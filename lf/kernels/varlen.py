@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lf.kernels.sdpa import sunk
+from lf.kernels.sdpa import _sunk
 from lf.ops import attention as plain
 from lf.ops.attention import causal_mask, document_of, of_no_heads
 
@@ -61,7 +61,7 @@ class _Sunk(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, cu_seqlens: Tensor, back: int, scale: float) -> Tensor:
         y, before, *random, _ = _forward(q, k, v, cu_seqlens, back, scale)
         z = torch.logaddexp(before, sinks.to(before.dtype)[:, None])  # (h, t), or (documents, h, longest)
-        y = (y * by_token(before - z, cu_seqlens, len(q)).exp().T[..., None]).to(q.dtype)
+        y = (y * _by_token(before - z, cu_seqlens, len(q)).exp().T[..., None]).to(q.dtype)
         ctx.save_for_backward(q, k, v, sinks, cu_seqlens, y, z, *random)
         ctx.back, ctx.scale = back, scale
         return y
@@ -74,10 +74,10 @@ class _Sunk(torch.autograd.Function):
             scale=ctx.scale, window_size_left=ctx.back, window_size_right=0,
         )  # fmt: skip
         dot_ht = (dy.to(z.dtype) * y.to(z.dtype)).sum(-1).T
-        return dq, dk, dv, sunk(sinks, by_token(z, cu_seqlens, len(q))[None], dot_ht[None]), None, None, None
+        return dq, dk, dv, _sunk(sinks, _by_token(z, cu_seqlens, len(q))[None], dot_ht[None]), None, None, None
 
 
-def by_token(z: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
+def _by_token(z: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
     """(h, t) of what flash attention has for each head and query: that already, or, before torch 2.7, (documents, h, longest)."""
     if z.dim() == 2:
         return z

@@ -1,5 +1,7 @@
 """Products of neighbouring rows with a matrix of their own: the readable twin."""
 
+from __future__ import annotations
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -4,6 +4,8 @@ t tokens · k experts of each · D width · n rows · order (n,) int64: which of
 t; none twice, some perhaps missing (dropped, or elsewhere)
 """
 
+from __future__ import annotations
+
 from torch import Tensor
 
 from lf.context import wide

@@ -27,6 +27,6 @@ MIXERS = [
     words("sinks: give something", (OPS, ORACLE), (twin.attention, ".softmax(-1)[..., :tokens]", "[..., :tokens].softmax(-1)")),
     words("sinks: the output as without", OPS, (sdpa._Sunk.forward, "(before - z).exp()", "(before - before).exp()")),
     words("sinks: the kernel's backward as without", OPS, (sdpa._Sunk.forward, "bias, y, z)", "bias, y, before)")),
-    words("sinks: their gradient the other way", OPS, (sdpa.sunk, "-((", "((")),
+    words("sinks: their gradient the other way", OPS, (sdpa._sunk, "-((", "((")),
     words("attention: the scale of the values", OPS, (twin.attention, "dim**-0.5 if", "v_tke.shape[2] ** -0.5 if")),
 ]

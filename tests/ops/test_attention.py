@@ -115,7 +115,7 @@ def test_what_flash_attention_has_for_each_query_is_found_in_either_of_its_layou
     for i, (lo, hi) in enumerate(zip(starts, [*starts[1:], 11])):
         documents[i, :, : hi - lo] = z[:, lo:hi]
     for layout in (z, documents):
-        torch.testing.assert_close(varlen.by_token(layout, cu, 11), z, rtol=0, atol=0)
+        torch.testing.assert_close(varlen._by_token(layout, cu, 11), z, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -124,13 +124,13 @@ def test_which_product_is_taken() -> None:
     if fast_grouped._product is None:
         pytest.skip("this torch has no grouped product")
     x, w = torch.zeros(3, 8), torch.zeros(2, 16, 8)
-    assert fast_grouped.usable(x, w)
-    assert fast_grouped.usable(x.bfloat16(), w.bfloat16())
-    assert not fast_grouped.usable(x.double(), w.double())
-    assert not fast_grouped.usable(x[:0], w)
-    assert not fast_grouped.usable(x[:, :6].contiguous(), w[:, :, :6].contiguous())
-    assert not fast_grouped.usable(x.repeat(1, 2)[:, ::2], w)
-    assert not fast_grouped.usable(torch.zeros(25)[1:].view(3, 8), w), "memory that starts between 16 bytes"
+    assert fast_grouped._usable(x, w)
+    assert fast_grouped._usable(x.bfloat16(), w.bfloat16())
+    assert not fast_grouped._usable(x.double(), w.double())
+    assert not fast_grouped._usable(x[:0], w)
+    assert not fast_grouped._usable(x[:, :6].contiguous(), w[:, :, :6].contiguous())
+    assert not fast_grouped._usable(x.repeat(1, 2)[:, ::2], w)
+    assert not fast_grouped._usable(torch.zeros(25)[1:].view(3, 8), w), "memory that starts between 16 bytes"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
