@@ -317,6 +317,7 @@ def test_grouped_products_and_twin(widths: tuple[int, int], dtype: torch.dtype, 
     from lf.kernels import grouped
     from lf.ops import grouped as twin
 
+    counts = torch.tensor([0, 1, 130, 0, 7, 77, 0])
     inputs = [draw(k, shape=s).to(CUDA, dtype) for k, s in (("x", (215, widths[0])), ("w", (7, widths[1], widths[0])))]
     assert grouped._usable(*inputs) == (dtype == torch.bfloat16 and widths[0] == 64 and torch.cuda.get_device_capability() >= (8, 0))
     for dy in (draw("dy", shape=(215, widths[1])).to(CUDA, dtype), torch.ones((), dtype=dtype, device=CUDA).expand(215, widths[1])):
