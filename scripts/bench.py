@@ -10,12 +10,11 @@ the same rows with `datasets`. Memory is the peak beyond what stood there when t
 
 import contextlib
 import json
-import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,9 @@ import torch
 
 import lf
 from lf.console import table
+
+sys.path.insert(0, str(Path(__file__).parent / "lib"))
+from turns import Build, take_turns
 
 RANKS = 1
 OUT = "runs/bench"
@@ -81,58 +83,11 @@ def shown(found: dict[str, dict[str, Any]], tokens: int) -> tuple[tuple[str, ...
 
 def steps(config: Config) -> dict[str, dict[str, Any]]:
     """{peer: {"seconds": median of a step, "bytes": peak}}, or {"error": why it did not run}."""
-    names = ("lf", *config.peers)
-    spawn = multiprocessing.get_context("spawn")
-    pipes: dict[str, Connection] = {}
-    children = []
-    for name in names:
-        pipes[name], theirs = spawn.Pipe()
-        children.append(spawn.Process(target=child, args=(theirs, name, config), daemon=True))
-        children[-1].start()
-        theirs.close()
-    out: dict[str, dict[str, Any]] = {name: {"times": []} for name in names}
-    for _ in range(config.rounds):
-        for name in names:  # in turn, so that a machine that slows down slows all of them
-            if "error" not in out[name]:
-                try:
-                    pipes[name].send("go")
-                    kind, value, peak = pipes[name].recv()
-                except (EOFError, BrokenPipeError, ConnectionResetError):
-                    kind, value, peak = "error", "its process died", 0
-                if kind == "error":
-                    out[name] = {"error": value}
-                else:
-                    out[name]["times"].append(value)
-                    out[name]["bytes"] = peak
-    for child_process in children:
-        child_process.kill()
-    if "error" in out["lf"]:
-        raise lf.config.ConfigError(f"lf's own step did not run: {out['lf']['error']}")
-    return {name: x if "error" in x else {"seconds": statistics.median(x["times"]), "bytes": x["bytes"]} for name, x in out.items()}
-
-
-def child(pipe: Connection, name: str, config: Config) -> None:
-    """One peer: builds its step, then makes some whenever it is told to."""
-    device = lf.devices.get(config.device)
-    device.select(0)
-    try:
-        build = PEERS[name]
-        step = build(config)
-        before = next(step)
-        for _ in range(2):
-            next(step)
-        while pipe.recv():
-            began = time.perf_counter()
-            for _ in range(config.steps):
-                next(step)
-            if config.device == "cuda":
-                torch.cuda.synchronize()
-            pipe.send(("ok", (time.perf_counter() - began) / config.steps, max(device.memory_peak() - before, 1)))
-    except EOFError:
-        pass
-    except Exception as error:
-        pipe.recv()
-        pipe.send(("error", f"{type(error).__name__}: {error}"[:200], 0))
+    assert config.device is not None
+    found = take_turns({name: PEERS[name] for name in ("lf", *config.peers)}, config, config.device, config.rounds, config.steps)
+    if "error" in found["lf"]:
+        raise lf.config.ConfigError(f"lf's own step did not run: {found['lf']['error']}")
+    return {name: x if "error" in x else {"seconds": statistics.median(x["times"]), "bytes": x["bytes"]} for name, x in found.items()}
 
 
 def tokens_of(config: Config, vocab: int) -> np.ndarray:
@@ -270,7 +225,7 @@ def loader(config: Config) -> dict[str, float]:
     return {name: config.rows * n / seconds for name, seconds in best.items()}
 
 
-PEERS: dict[str, Callable[[Config], Iterator[int]]] = {"lf": lf_steps, "transformers": transformers_steps, "megatron-core": megatron_steps}
+PEERS: dict[str, Build] = {"lf": lf_steps, "transformers": transformers_steps, "megatron-core": megatron_steps}
 """Each yields the memory that its libraries take, then makes one step a turn."""
 
 if __name__ == "__main__":

@@ -308,3 +308,69 @@ def test_the_host_does_not_wait_for_what_is_made_again_or_moved(recompute: str, 
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(metrics["loss"])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("widths", [(64, 96), (15, 30)])
+def test_grouped_products_and_twin(widths: tuple[int, int], dtype: torch.dtype, tolerance: float) -> None:
+    """Experts without a row, with one, with odd numbers; a gradient whose strides are 0."""
+    from lf.kernels import grouped
+    from lf.ops import grouped as twin
+
+    counts = torch.tensor([0, 1, 130, 0, 7, 77, 0])
+    inputs = [draw(k, shape=s).to(CUDA, dtype) for k, s in (("x", (215, widths[0])), ("w", (7, widths[1], widths[0])))]
+    assert grouped._usable(*inputs) == (dtype == torch.bfloat16 and widths[0] == 64 and torch.cuda.get_device_capability() >= (8, 0))
+    for dy in (draw("dy", shape=(215, widths[1])).to(CUDA, dtype), torch.ones((), dtype=dtype, device=CUDA).expand(215, widths[1])):
+        results = []
+        for f, wide in ((grouped.grouped_linear, False), (twin.grouped_linear, True)):
+            leaves = [(x.double() if wide else x.clone()).requires_grad_() for x in inputs]
+            y = f(*leaves, counts)
+            results.append([y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))])
+        for a, b in zip(*results, strict=True):
+            assert a.dtype == dtype
+            torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2**-8), (torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("rows", [2400, 1999, 0])
+def test_permutes_and_twins(rows: int, dtype: torch.dtype, tolerance: float) -> None:
+    """Of all choices, of some, of none; and twice the same bits."""
+    from lf.kernels import permute
+    from lf.ops import permute as twin
+
+    order = torch.randperm(2400, generator=torch.Generator().manual_seed(0))[:rows].to(CUDA)
+    x, y = (draw(k, shape=(n, 70)).to(CUDA, dtype) for k, n in (("x", 300), ("y", rows)))
+    w = draw("w", shape=(300, 8)).to(CUDA, torch.promote_types(dtype, torch.float32))
+    dx, dy = (draw(k, shape=(n, 70)).to(CUDA, dtype) for k, n in (("dx", 300), ("dy", rows)))
+    results = []
+    for module, wide in ((permute, False), (permute, False), (twin, True)):
+        leaves = [(t.double() if wide else t.clone()).requires_grad_() for t in (x, y, w)]
+        there, back = module.permute(leaves[0], order, 8), module.unpermute(leaves[1], order, leaves[2])
+        grads = [*torch.autograd.grad(there, leaves[0], dy.to(there.dtype)), *torch.autograd.grad(back, leaves[1:], dx.to(back.dtype))]
+        results.append([there.detach(), back.detach(), *grads])
+    for a, again, b in zip(*results, strict=True):
+        assert torch.equal(a, again)
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * (b.abs().max().item() if b.numel() else 1.0))
+
+
+def test_the_host_does_not_wait_in_permutes() -> None:
+    from lf.kernels import grouped, permute
+
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))[:60].to(CUDA)
+    x, w = draw("x", shape=(16, 64)).to(CUDA, torch.bfloat16), draw("w", shape=(3, 64, 64)).to(CUDA, torch.bfloat16)
+    weights, counts = draw("weights", shape=(16, 4)).to(CUDA, torch.float32), torch.tensor([10, 0, 50])
+    if not grouped._usable(x, w):
+        pytest.skip("this card's products read the counts")
+    leaves = [t.requires_grad_() for t in (x, w, weights)]
+
+    def step() -> None:
+        y = permute.unpermute(grouped.grouped_linear(permute.permute(x, order, 4), w, counts), order, weights)
+        torch.autograd.grad(y.sum(), leaves)
+
+    step()  # the first call of a kernel may wait, to load it
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
