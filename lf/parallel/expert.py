@@ -53,7 +53,6 @@ def back_by_exchange(c: Sent, ctx: Any) -> Callable[[], Tensor]:
     y = ctx.ops.permute(c["rows"], c["into"].argsort(), 1) if "into" in c else c["rows"]  # a permutation's inverse
     y = redistribute(y, etp, P, S(0, c["sizes"].tolist()))
     done = exchange_later(y, c["recv"].tolist(), c["send"].tolist(), ep)
-
     return lambda: ctx.ops.unpermute(done(), c["order"], weights_tk)
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lf.axes_meta import MetaAxes
+from lf.context import DISPATCH
 from lf.mesh import Mesh
 from lf.models.router import tally
 from lf.ops import permute
@@ -218,3 +219,7 @@ def shapes(axes: Any, style: str, device: str) -> dict[str, Any]:
 def test_on_paper_all_experts_get_equally_many(style: str, ep: int, etp: int) -> None:
     mesh = Mesh(dp=ep * etp, ep=ep, etp=etp)
     assert [shapes(MetaAxes(mesh, rank), style, "meta") for rank in range(mesh.size)] == spmd(mesh, shapes, style, "cpu")
+
+
+def test_a_context_names_the_styles_that_there_are() -> None:
+    assert {*DISPATCH} == STYLES.keys()
