@@ -212,7 +212,8 @@ def test_each_chain_computes_in_its_own_precision() -> None:
     def fn(axes: Any, precision: Any) -> Any:
         ctx = context(layouts, axes, precision)
         init, step = lf.train.make(layouts, lf.optim.sgd(0.1), program, ctx)
-        state = init(parity.randomised(layouts, ctx, SEED))
+        # as a model starts: with weights that are noise, the rounding of bfloat16 now and then moves the norm by a fifth
+        state = init(lf.init(layouts, ctx, SEED))
         dtypes = {path: w.dtype for path, w in tree.items(state.params)}
         state, metrics = step(state, batches)
         assert {w.dtype for _, w in tree.items(state.optimizer["master"])} == {torch.float32}
@@ -224,7 +225,7 @@ def test_each_chain_computes_in_its_own_precision() -> None:
     for (dtypes, metrics), (_, want) in zip(mixed, exact):
         assert all(dtype == (torch.bfloat16 if path.startswith("decoder") else torch.float32) for path, dtype in dtypes.items())
         for name in ("loss", "grad_norm"):
-            torch.testing.assert_close(metrics[name], want[name], rtol=0.05, atol=0)
+            torch.testing.assert_close(metrics[name], want[name], rtol=0.02, atol=0)
             assert metrics[name] != want[name]
 
 
