@@ -80,6 +80,9 @@ def main(config: Config) -> None:
         busy = f", {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}" if device.NAME == "cpu" else ""
         title = f"{experts} experts, {top} a token: {config.tokens} tokens, {config.dim} → {config.inner}, {config.precision}, {device.NAME}"
         screen.print(table(f"{title} ({device.found()}{busy})", *shown(found, config.tokens)))
+        for name, x in found.items():
+            if "error" in x:
+                screen.print(f"{name}: {x['error']}", markup=False, soft_wrap=True)
     if config.json:
         Path(config.json).write_text(json.dumps({"config": lf.config.to_dict(config), "mixtures": results}, indent=1) + "\n")
     if any("differs" in x for found in results.values() for x in found.values()):
@@ -132,7 +135,6 @@ def shown(found: Found, tokens: int) -> tuple[tuple[str, ...], list[tuple[object
     lines: list[tuple[object, ...]] = []
     for name, x in found.items():
         if "error" in x:
-            lines.append((name, x["error"], "", "", "", "", ""))
             continue
         memory = found["lf"]["bytes"] / x["bytes"]
         worst = max(e for each in x["errors"].values() for e in each.values())
