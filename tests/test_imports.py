@@ -24,7 +24,7 @@ LEVELS = (
     ("split", "ops", "chains"),
     ("layouts", "deal"),
     ("kernels", "parallel", "chain_layouts"),
-    ("models", "bridge", "chain_context"),
+    ("models", "bridge", "chain_context", "meter"),
     ("schedule", "optim", "data"),
     ("state", "ramp", "record", "pipeline"),
     ("checkpoint", "evaluate", "drift", "memory", "chain_feed"),
