@@ -1,7 +1,7 @@
 """What a layer costs, found out once for all that are alike: memory, traffic and operations of its forward and backward on one rank.
 
-    layers = Layers()
-    lf.train.make(…, compile=layers.stand_ins(ctx, meter, traffic))      each layer is a stand-in that costs what the layer does
+    layers, tally = Layers(), Tally(meter, traffic)
+    lf.train.make(…, compile=layers.stand_ins(ctx, tally))      each layer is a stand-in that costs what the layer does
 
 A layer is run once, on paper, under a meter of its own. From then on a stand-in takes its place, one node of autograd's graph: it gives tensors of the
 same shapes, keeps as many bytes for its backward as the layer does, and for a moment takes up as many more as the layer does at most. So the
@@ -11,7 +11,6 @@ interpreter that runs a step runs one of stand-ins, under the meter that measure
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from lf.axes_counted import CountedAxes, Traffic
 from lf.meter import BATCH, GRADIENT, PARAMETER, Meter
 from lf.parallel.product import W
 from lf.schedule.compiled import Fed, LayerFn, Told, layer_fn
@@ -27,18 +27,19 @@ from lf.schedule.vjp import ends, vjp
 from lf.segment import Apply
 
 Values = Sequence[dict[str, Tensor | W]]
-Traffic = Counter[Any]
+Sent = tuple[str, str, int, int]
+"""A collective: its axis, its kind, bytes of the whole, and bytes that leave this rank."""
 
 
 @attrs.frozen
 class Way:
     """One way through a layer, forward or backward. peak: bytes at most beyond those that are there when it begins · flops: operations of its products
-    · moved: bytes that all else reads and writes · traffic: what it sends, by what the axes count it under."""
+    · moved: bytes that all else reads and writes · sent: its collectives, in their order."""
 
     peak: int = 0
     flops: int = 0
     moved: int = 0
-    traffic: Mapping[Any, int] = attrs.field(factory=dict)
+    sent: tuple[Sent, ...] = ()
 
 
 @attrs.frozen
@@ -73,15 +74,49 @@ class Costs:
     grads: tuple[Made | None, ...]
 
 
+@attrs.define
+class Tally:
+    """What a step comes to: a meter, the traffic of its axes, and bytes that all but products read and write."""
+
+    meter: Meter
+    traffic: Traffic
+    moved: int = 0
+
+    def add(self, way: Way) -> None:
+        """A way through a layer, as the meter and the axes would have seen it."""
+        if way.peak:
+            torch.empty(way.peak, dtype=torch.uint8, device="meta")  # and gone at once
+        self.meter.flops += way.flops
+        self.moved += way.moved
+        for sent in way.sent:
+            self.traffic.add(*sent)
+
+
+class _Listed(Traffic):
+    """Traffic that remembers each collective."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[Sent] = []
+
+    def add(self, axis: str, kind: str, payload: int, sent: int) -> None:
+        self.sent.append((axis, kind, payload, sent))
+
+    def taken(self) -> tuple[Sent, ...]:
+        """Those since the last time."""
+        sent, self.sent = tuple(self.sent), []
+        return sent
+
+
 class Layers:
     """The costs of layers that have been run, by all that they depend on. It may serve many plans: what is alike in them is run once."""
 
     def __init__(self) -> None:
         self.known: dict[Any, Costs] = {}
 
-    def stand_ins(self, ctx: Any, meter: Meter, traffic: Traffic) -> Callable[[tuple[Apply, ...]], LayerFn]:
-        """(apply functions of its segments) → the stand-in of a layer. ctx: the context of the step · meter: that of the step · traffic: what the axes
-        of ctx count in. Where a program moves single tensors of a layer, or makes them again, the layer itself is run."""
+    def stand_ins(self, ctx: Any, tally: Tally) -> Callable[[tuple[Apply, ...]], LayerFn]:
+        """(apply functions of its segments) → the stand-in of a layer. ctx: the context of the step, whose axes are `CountedAxes`. Where a program
+        moves single tensors of a layer, or makes them again, the layer itself is run."""
 
         def stand_in(applies: tuple[Apply, ...]) -> LayerFn:
             layer = layer_fn(applies)
@@ -90,26 +125,23 @@ class Layers:
                 carry = x if isinstance(x, dict) else {"x": x}
                 if fed or own.ops is not ctx.ops or any(v.grad_fn is not None for v in carry.values()):
                     return layer(values, x, batch, own, fed)
-                costs = self.costs(applies, values, x, batch, own, meter, traffic)
-                return _stood_in(costs, inputs(values, carry), meter, traffic)
+                with tally.meter.quiet():
+                    costs = self.costs(applies, values, x, batch, own)
+                return _stood_in(costs, inputs(values, carry), tally)
 
             return run
 
         return stand_in
 
-    def costs(self, applies: tuple[Apply, ...], values: Values, x: Any, batch: Any, ctx: Any, meter: Meter, traffic: Traffic) -> Costs:
-        """Of a layer with weights and inputs like these. Nothing of a first run is seen by the meter, nor counted in the traffic."""
+    def costs(self, applies: tuple[Apply, ...], values: Values, x: Any, batch: Any, ctx: Any) -> Costs:
+        """Of a layer with weights and inputs like these."""
         axes = ctx.axes
         where = tuple((name, axes.mesh[name], axes.coords[name]) for name in ("tp", "cp", "ep", "etp"))
         tensors, shape = tree_flatten([list(values), x, batch.plan, batch.payload, batch.derived])
         looks = tuple((tuple(t.shape), t.stride(), t.dtype, t.requires_grad) if isinstance(t, Tensor) else t for t in tensors)
         key = (applies, looks, str(shape), where, ctx.precision, ctx.dispatch, torch.is_grad_enabled(), tuple(vars(ctx.ops).values()))
         if key not in self.known:
-            sent = dict(traffic)
-            with meter.quiet():
-                self.known[key] = _measured(layer_fn(applies), values, x, batch, ctx, traffic)
-            traffic.clear()
-            traffic.update(sent)
+            self.known[key] = _measured(layer_fn(applies), values, x, batch, ctx)
         return self.known[key]
 
 
@@ -139,17 +171,19 @@ class _Sheet(Meter):
         return self.now
 
 
-def _measured(layer: LayerFn, values: Values, x: Any, batch: Any, ctx: Any, traffic: Traffic) -> Costs:
+def _measured(layer: LayerFn, values: Values, x: Any, batch: Any, ctx: Any) -> Costs:
     """What the layer does to tensors like these, which are left as they are."""
     fresh = {name: _fresh(v) for name, v in (x if isinstance(x, dict) else {"x": x}).items()}
     into = inputs(values, fresh)
     numbers, n = {_key(v): i for i, v in reversed([*enumerate(into)])}, len(into)
     sums = [w.acc for segment in values for w in segment.values() if isinstance(w, W)]
     sheet = _Sheet({PARAMETER: into, GRADIENT: sums, BATCH: [batch.plan, batch.payload, batch.derived]})
-    before, sent = sheet.begin(), Counter(traffic)
+    traffic = _Listed()
+    ctx = attrs.evolve(ctx, axes=CountedAxes(ctx.axes.axes, traffic))
+    before = sheet.begin()
     with sheet:
         outs, names = tree_flatten(layer(values, fresh if isinstance(x, dict) else fresh["x"], batch, ctx, ()))
-    forward = Way(sheet.peak - before, sheet.flops, sheet.moved, dict(Counter(traffic) - sent))
+    forward = Way(sheet.peak - before, sheet.flops, sheet.moved, traffic.taken())
     made, places = [], dict[int, int]()
     for y in outs:
         made.append(_made(y, numbers, places))
@@ -168,10 +202,10 @@ def _measured(layer: LayerFn, values: Values, x: Any, batch: Any, ctx: Any, traf
     into.clear()
     saved = {i for i, ref in others if ref() is not None}
     sheet.mark(GRADIENT, dys)
-    there, sent = sheet.begin(), Counter(traffic)
+    there = sheet.begin()
     with sheet:
         got = vjp(held, dys, wanted)
-    backward = Way(sheet.peak - there, sheet.flops, sheet.moved, dict(Counter(traffic) - sent))
+    backward = Way(sheet.peak - there, sheet.flops, sheet.moved, traffic.taken())
     numbers.update((_key(dy), n + i) for i, dy in enumerate(dys))
     places = {}
     grads = [None if g is None else _made(g, numbers, places) for g in got]
@@ -214,43 +248,34 @@ def _make(made: Sequence[Made | None], given: Sequence[Tensor | None]) -> list[T
     return out
 
 
-def _count(way: Way, meter: Meter, traffic: Traffic) -> None:
-    """A way, as the meter and the axes would have seen it."""
-    if way.peak:
-        torch.empty(way.peak, dtype=torch.uint8, device="meta")  # and gone at once
-    meter.flops += way.flops
-    for what, n in way.traffic.items():
-        traffic[what] += n
-
-
-def _stood_in(costs: Costs, into: list[Tensor], meter: Meter, traffic: Traffic) -> Told:
+def _stood_in(costs: Costs, into: list[Tensor], tally: Tally) -> Told:
     if not any(m.live for m in costs.outputs):
-        _count(costs.forward, meter, traffic)
+        tally.add(costs.forward)
         return tree_unflatten(_make(costs.outputs, into), costs.names)
     rest: list[Any] = []
-    live = iter(_Layer.apply(costs, meter, traffic, rest, *into))
+    live = iter(_Layer.apply(costs, tally, rest, *into))
     return tree_unflatten([next(live) if m.live else y for m, y in zip(costs.outputs, rest)], costs.names)
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, costs: Costs, meter: Meter, traffic: Traffic, rest: list[Any], *into: Tensor) -> Any:
-        _count(costs.forward, meter, traffic)
+    def forward(ctx: Any, costs: Costs, tally: Tally, rest: list[Any], *into: Tensor) -> Any:
+        tally.add(costs.forward)
         outs = _make(costs.outputs, into)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*(into[i] for i in costs.saved), *(y for y, m in zip(outs, costs.outputs) if m.saved))
         ctx.kept = [torch.empty(costs.kept, dtype=torch.uint8, device="meta")]
-        ctx.of, ctx.inputs = (costs, meter, traffic), len(into)
+        ctx.costs, ctx.tally, ctx.inputs = costs, tally, len(into)
         rest += [None if m.live else y for y, m in zip(outs, costs.outputs)]
         return tuple(y for y, m in zip(outs, costs.outputs) if m.live)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        costs, meter, traffic = ctx.of
-        _count(costs.backward, meter, traffic)
+        costs = ctx.costs
+        ctx.tally.add(costs.backward)
         given: list[Tensor | None] = [None] * ctx.inputs
         for i, saved in zip(costs.saved, ctx.saved_tensors):
             given[i] = saved
         ctx.kept.clear()  # as a layer lets go of it on the way: what is made now takes its room
         got = iter(_make(costs.grads, [*given, *dys]))
-        return None, None, None, None, *(next(got) if needed else None for needed in ctx.needs_input_grad[4:])
+        return None, None, None, *(next(got) if needed else None for needed in ctx.needs_input_grad[3:])
