@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import attrs
@@ -138,6 +138,16 @@ class Meter(TorchDispatchMode):
 
 FRESH = (torch.ops.aten.lift_fresh.default,)
 """Operations that give what they are given, which Python has just made (torch.tensor)."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """`Meter.quiet` of the meters that are on in this thread."""
+    with ExitStack() as stack:
+        for mode in _get_current_dispatch_mode_stack():
+            if isinstance(mode, Meter):
+                stack.enter_context(mode.quiet())
+        yield
 
 
 def mark(kind: str, *trees: Any) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lf.mesh import shares
+from lf.paper import assume
 from lf.parallel.redistribute import P, R, S, exchange, exchange_later, redistribute
 from lf.spec import Part
 
@@ -86,6 +87,7 @@ def counted(ids_tk: Tensor, experts: int, ctx: Any) -> Tensor:
     group, (t, k) = ctx.axes["ep", "etp"], ids_tk.shape
     shape = (ctx.axes["ep"].size, ctx.axes["etp"].size, 1 + experts)
     if ids_tk.is_meta:
+        assume("every token goes to all of its experts, and every expert gets equally many")
         return torch.tensor([t, *shares(t * k, experts)]).expand(shape)
     mine = ids_tk.new_zeros(2 + experts)  # the last: rows that go nowhere
     mine[0] = t

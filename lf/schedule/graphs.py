@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_leaves
 
 from lf.batch import Batch
+from lf.meter import GRADIENT, mark
 from lf.parallel.product import W, probe_of
 from lf.schedule.bind import BoundChain, Piece
 from lf.schedule.compiled import Fed, LayerFn
@@ -144,6 +145,7 @@ class Graphs:
         if path not in self.grads:
             like, dtype = self.leaves[path], self.ctx.precision.master
             self.grads[path] = torch.zeros_like(like, dtype=dtype, requires_grad=False, memory_format=torch.contiguous_format)
+            mark(GRADIENT, self.grads[path])
         return self.grads[path]
 
     def shapes(self, m: int) -> Shapes:
@@ -184,6 +186,7 @@ class Graphs:
             self.grads[path] += g
         else:  # a copy: autograd may hand one tensor to several leaves, and later microbatches are added in place
             self.grads[path] = g.to(self.ctx.precision.master, copy=True, memory_format=torch.contiguous_format)
+            mark(GRADIENT, self.grads[path])
 
 
 # A carry is a tensor or a dict of tensors; between pieces it is always a dict.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lf.batch import Batch
+from lf.meter import GRADIENT, mark
 from lf.parallel.product import weight_gradient
 from lf.parallel.reduce import reduce_gradients
 from lf.schedule.bind import Bound, BoundChain
@@ -297,6 +298,7 @@ class _Rank:
     def finish_sums(self) -> None:
         while self.waits:
             self.waits.pop(0)()
+        mark(GRADIENT, self.gradients())
 
 
 def run_forward(segments: Sequence[Segment], params: dict[str, Any], batch: Batch, ctx: Any) -> tuple[Any, Terms]:
