@@ -160,7 +160,7 @@ def plan(
     Raises what `lf.train.make` raises, and ConfigError for a value of the device that is needed and not known.
     """
     device = described(device) if isinstance(device, str) else device
-    layers, compute = layers or Layers(), precision_of(precision).compute
+    layers, compute = layers or Layers(seq_len), precision_of(precision).compute
     table = op_table(ops or (cuda if compute == torch.bfloat16 else cpu))
     rates, count, dp = Rates(layout.mesh, device, compute, achieved), microbatches(program), layout.mesh["dp"]
     batch = _batch(seq_len, micro_batch, 2 * layout.mesh.tp)

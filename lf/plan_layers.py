@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import attrs
@@ -109,9 +110,11 @@ class _Listed(Traffic):
 
 
 class Layers:
-    """The costs of layers that have been run, by all that they depend on. It may serve many plans: what is alike in them is run once."""
+    """The costs of layers that have been run, by all that they depend on. It may serve many plans: what is alike in them is run once.
+    seq_len: tokens of a document."""
 
-    def __init__(self) -> None:
+    def __init__(self, seq_len: int) -> None:
+        self.seq_len = seq_len
         self.known: dict[Any, Costs] = {}
 
     def stand_ins(self, ctx: Any, tally: Tally) -> Callable[[tuple[Apply, ...]], LayerFn]:
@@ -141,7 +144,7 @@ class Layers:
         looks = tuple((tuple(t.shape), t.stride(), t.dtype, t.requires_grad) if isinstance(t, Tensor) else t for t in tensors)
         key = (applies, looks, str(shape), where, ctx.precision, ctx.dispatch, torch.is_grad_enabled(), tuple(vars(ctx.ops).values()))
         if key not in self.known:
-            self.known[key] = _measured(layer_fn(applies), values, x, batch, ctx)
+            self.known[key] = _measured(layer_fn(applies), values, x, batch, ctx, self.seq_len)
         return self.known[key]
 
 
@@ -155,9 +158,20 @@ def inputs(values: Values, carry: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 class _Sheet(Meter):
-    """The meter of a layer, which also counts the bytes that operations read and write, but for products and views."""
+    """The meter of a layer, which also counts the bytes that operations read and write, but for products and views. Of attention it counts the scores
+    that are not masked, where the formulas of a meter count all: a document of n tokens has n(n+1)/2."""
 
-    moved = 0
+    def __init__(self, known: Mapping[str, Any], seq_len: int):
+        super().__init__(known, "meta")
+        self.moved, self.seq_len = 0, seq_len
+        aten, pairs = torch.ops.aten, self._pairs
+        forward, backward = partial(_scores, pairs, 1, 1), partial(_scores, pairs, 3, 2)
+        self._of = self._of | dict.fromkeys((aten._scaled_dot_product_flash_attention_for_cpu, aten._flash_attention_forward), forward)
+        self._of |= dict.fromkeys((aten._scaled_dot_product_flash_attention_for_cpu_backward, aten._flash_attention_backward), backward)
+
+    def _pairs(self, q: Tensor) -> int:
+        """Heads and pairs of a query and a key that it sees, for q (tokens, heads, d) or (documents, heads, tokens, d)."""
+        return q.numel() // q.shape[-1] * (self.seq_len + 1) // 2
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
@@ -171,13 +185,20 @@ class _Sheet(Meter):
         return self.now
 
 
-def _measured(layer: LayerFn, values: Values, x: Any, batch: Any, ctx: Any) -> Costs:
+def _scores(pairs: Callable[[Tensor], int], wide: int, narrow: int, *args: Any, **more: Any) -> int:
+    """Operations of attention: so many products as wide as a key, and as a value. The scores and what they weigh; backward the scores again, and two
+    gradients of each (dy stands before q there)."""
+    q, _, v = args[wide // 2 : wide // 2 + 3]
+    return 2 * pairs(q) * (wide * q.shape[-1] + narrow * v.shape[-1])
+
+
+def _measured(layer: LayerFn, values: Values, x: Any, batch: Any, ctx: Any, seq_len: int) -> Costs:
     """What the layer does to tensors like these, which are left as they are."""
     fresh = {name: _fresh(v) for name, v in (x if isinstance(x, dict) else {"x": x}).items()}
     into = inputs(values, fresh)
     numbers, n = {_key(v): i for i, v in reversed([*enumerate(into)])}, len(into)
     sums = [w.acc for segment in values for w in segment.values() if isinstance(w, W)]
-    sheet = _Sheet({PARAMETER: into, GRADIENT: sums, BATCH: [batch.plan, batch.payload, batch.derived]})
+    sheet = _Sheet({PARAMETER: into, GRADIENT: sums, BATCH: [batch.plan, batch.payload, batch.derived]}, seq_len)
     traffic = _Listed()
     ctx = attrs.evolve(ctx, axes=CountedAxes(ctx.axes.axes, traffic))
     before = sheet.begin()
