@@ -32,7 +32,7 @@ from lf.data.stream import Row as Tokens
 from lf.devices import cpu, cuda, op_table, paper
 from lf.devices.described import Described, described
 from lf.layouts import Layout
-from lf.meter import GRADIENT, OPTIMIZER, PARAMETER, Meter
+from lf.meter import BATCH, GRADIENT, OPTIMIZER, PARAMETER, Meter
 from lf.optim import Optimizer
 from lf.paper import Paper
 from lf.plan_layers import Layers, Tally
@@ -68,7 +68,7 @@ class Row:
 class Plan:
     """Of a step. rows: those that were run, of which each other one has the layers of one · timeline: of all rows, in seconds, until the last action ·
     update: seconds after that · spent: seconds of the busiest row by what they go to · tokens: of a step, all ranks · peak_flops: of a device ·
-    model_flops: forward and backward of a step on all ranks, nothing made again."""
+    beyond: seconds of the microbatches of a step that the program leaves out · model_flops: forward and backward of a step on all ranks, nothing made again."""
 
     layout: Layout
     device: Described
@@ -79,6 +79,7 @@ class Plan:
     tokens: int
     peak_flops: float
     model_flops: float
+    beyond: float = 0.0
 
     @property
     def worst(self) -> Row:
@@ -102,7 +103,7 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Of a step."""
-        return self.timeline.makespan + self.update
+        return self.timeline.makespan + self.beyond + self.update
 
     @property
     def tokens_per_second(self) -> float:
@@ -149,48 +150,57 @@ def plan(
     achieved: Achieved = Achieved(),  # noqa: B008  (frozen)
     rows: Sequence[int] | None = None,
     layers: Layers | None = None,
+    of: int | None = None,
     ops: ModuleType | None = None,
 ) -> Plan:
     """What a step takes: `program` over `layout`, each microbatch `micro_batch` rows of `seq_len` tokens.
 
     device: a name of `lf.devices.described.DESCRIBED`, or a description · achieved: shares of it that are reached · rows: of the pipeline that are
     run (default: all); those that are left out take the times of one with the same layers, and their memory is not known · layers: of earlier
-    plans of the same model, which know what its layers cost · ops: the device module whose kernels are used (default: of an accelerator, those of
+    plans of the same model and seq_len, which know what its layers cost · of: microbatches of a step, where the program is for fewer of them and what
+    these do at their most, and the busiest row for each, speaks for all · ops: the device module whose kernels are used (default: of an accelerator, those of
     CUDA; in float32 and float64, where that has none that are meant for training, those of the CPU).
     Raises what `lf.train.make` raises, and ConfigError for a value of the device that is needed and not known.
     """
     device = described(device) if isinstance(device, str) else device
     layers, compute = layers or Layers(seq_len), precision_of(precision).compute
-    table = op_table(ops or (cuda if compute == torch.bfloat16 else cpu))
     rates, count, dp = Rates(layout.mesh, device, compute, achieved), microbatches(program), layout.mesh["dp"]
-    batch = _batch(seq_len, micro_batch, 2 * layout.mesh.tp)
+    batch, times = rows_of(seq_len, micro_batch, 2 * layout.mesh.tp), (of or count) / count
     signs, each = signatures(layout), range(layout.mesh.pp)
     run = [*each] if rows is None else sorted({*rows, *(signs.index(sign) for sign in signs)})
-    found = {r: _row(r, layout, program, optimizer, batch, count, precision, dispatch, clip, layers, table) for r in run}
-    rep = {r: r if r in found else next(f for f in found if signs[f] == signs[r]) for r in each}
-    timeline = _timed(layout, program, found, rep, rates)
+    table = table_for(precision, ops)
+    found = {r: _row(r, layout, program, optimizer, [batch] * count, times, precision, dispatch, clip, layers, table) for r in run}
+    like = {r: r if r in found else next(f for f in found if signs[f] == signs[r]) for r in each}
+    timeline = _timed(layout, program, found, like, rates)
     update = max(rates.seconds(row.rest) for row in found.values())
-    flops = layout.model.flops
+    beyond = max(timeline.busy(r) for r in found) * (times - 1)
+    flops, steps = layout.model.flops, (of or count) * dp
     return Plan(
-        layout, device, tuple(found.values()), timeline, update, _spent(timeline, program, found, rates, update),
-        len(batch.plan["tokens"]) * count * dp, device.peak(compute), flops(batch) * count * dp if flops else math.nan,
+        layout, device, tuple(found.values()), timeline, update, _spent(timeline, program, found, rates, update, times),
+        len(batch.plan["tokens"]) * steps, device.peak(compute), flops(batch) * steps if flops else math.nan, beyond,
     )  # fmt: skip
 
 
-def _batch(seq_len: int, micro_batch: int, multiple: int) -> Batch:
+def table_for(precision: str, ops: ModuleType | None = None) -> SimpleNamespace:
+    """The op table that is planned with."""
+    return op_table(ops or (cuda if precision_of(precision).compute == torch.bfloat16 else cpu))
+
+
+def rows_of(seq_len: int, micro_batch: int, multiple: int) -> Batch:
+    """A microbatch of rows that are one document each."""
     return pack([Tokens(np.zeros(seq_len, np.int64), np.zeros(seq_len, np.int64), np.zeros(1, np.int64))] * micro_batch, multiple)
 
 
 def signatures(layout: Layout) -> list[tuple[Any, ...]]:
     """Of each pipeline row the layers of its stages, as far as they differ in anything but their place."""
-    of = [tuple((s.apply, s.layer.partition(".")[0], *(p if isinstance(p, Tied) else p.shape for p in s.params.values())) for s in stage) for stage in layout.stages]
+    of = [tuple((s.apply, *(p if isinstance(p, Tied) else p.shape for p in s.params.values())) for s in stage) for stage in layout.stages]
     last = len(layout.stages) - 1
     return [tuple((of[s], s == 0, s == last) for s in layout.on(r)) for r in range(layout.mesh.pp)]
 
 
 def _row(
-    row: int, layout: Layout, program: Program, optimizer: Optimizer, batch: Batch, count: int, precision: str, dispatch: str, clip: float | None,
-    layers: Layers, table: SimpleNamespace,
+    row: int, layout: Layout, program: Program, optimizer: Optimizer, batches: list[Batch], times: float, precision: str, dispatch: str,
+    clip: float | None, layers: Layers, table: SimpleNamespace,
 ) -> Row:  # fmt: skip
     """The step of one rank, its last, on paper and of stand-ins."""
     ranks = layout.mesh.size // layout.mesh.pp
@@ -203,20 +213,29 @@ def _row(
         state = init(fresh(layout, ctx, 0))
         lasting = dict(tally.meter.now_by_kind)
         tally.meter.peak = 0
-        step(state, [batch] * count, clock)
+        step(state, batches, clock)
     work, held = zip(*(clock.taken[i] for i in range(len(program[row]))))
-    total = clock.moment()
-    rest = total - sum(work, Work())
-    moved = sum(n for kind, n in lasting.items() if kind == OPTIMIZER) * 2 + lasting.get(PARAMETER, 0) + tally.meter.now_by_kind.get(GRADIENT, 0)
-    rest = attrs.evolve(rest, moved=rest.moved + moved)
-    return Row(row, rank, tally.meter.peak, tally.meter.peak_by_kind, lasting, tally.traffic.of_axes(), tally.meter.flops, work, rest, held)
+    again = sum((w for a, w in zip(program[row], work) if _microbatch(a) is not None), Work()) * (times - 1)
+    total, kinds = clock.moment(), tally.meter.now_by_kind
+    moved = 2 * lasting.get(OPTIMIZER, 0) + lasting.get(PARAMETER, 0) + kinds.get(GRADIENT, 0)  # an update reads and writes these
+    rest = attrs.evolve(rest := total - sum(work, Work()), moved=rest.moved + moved)
+    memory = dict(tally.meter.peak_by_kind)
+    memory[BATCH] = round(memory.get(BATCH, 0) * times)
+    sent = dict[str, int]()
+    for (axis, _), n in (total + again).sent.items():
+        sent[axis] = sent.get(axis, 0) + round(n)
+    return Row(row, rank, sum(memory.values()), memory, lasting, sent, round(total.flops + again.flops), work, rest, held)
+
+
+def _microbatch(a: Action) -> int | None:
+    return a.pair[0].microbatch if a.op == "OVERLAP" else a.microbatch
 
 
 Same = tuple[str, str | None, tuple[str, ...]]
 """An action of a stage, whatever the microbatch: its op, its segment, and which ops are made again."""
 
 
-def _timed(layout: Layout, program: Program, found: Mapping[int, Row], rep: Mapping[int, int], rates: Rates) -> Timeline:
+def _timed(layout: Layout, program: Program, found: Mapping[int, Row], like: Mapping[int, int], rates: Rates) -> Timeline:
     """The program in seconds. An action takes what those like it take on average; where a row was not run, those of the row that speaks for it."""
     known: dict[tuple[int, Same], float] = {}
     for r, row in found.items():
@@ -228,14 +247,14 @@ def _timed(layout: Layout, program: Program, found: Mapping[int, Row], rep: Mapp
             known[key] = _duration(key[1][0], mean, rates) / len(works)
     names = {s: _names(layout, s) for s in range(len(layout.stages))}
     twin = {}
-    for r, other in rep.items():
+    for r, other in like.items():
         for s, t in zip(layout.on(r), layout.on(other)):
             twin[s] = t, dict(zip(names[s], names[t]))
 
     def seconds(a: Action) -> float:
         stage, called = twin[a.stage]
         op, segment, ops = _same(a)
-        return known.get((stage, (op, called.get(segment, segment), ops)), 0.0)
+        return known.get((stage, (op, called.get(segment or "", segment), ops)), 0.0)
 
     return cost(program, seconds, lambda a, source, target: seconds(a))
 
@@ -254,7 +273,7 @@ def _duration(op: str, work: Work, rates: Rates) -> float:
     return max(computing, sending) if op.startswith("(") else computing + sending  # of an OVERLAP one part sends while the other computes
 
 
-def _spent(timeline: Timeline, program: Program, found: Mapping[int, Row], rates: Rates, update: float) -> dict[str, float]:
+def _spent(timeline: Timeline, program: Program, found: Mapping[int, Row], rates: Rates, update: float, times: float) -> dict[str, float]:
     """Seconds of a step on the row that is busy longest, by what they go to."""
     r = max(found, key=timeline.busy)
     out = {"compute": 0.0, "made again": 0.0}
@@ -263,6 +282,7 @@ def _spent(timeline: Timeline, program: Program, found: Mapping[int, Row], rates
             out["made again" if a.op == "REMAT" else "compute"] += rates.computing(work)
             for axis, seconds in rates.sending(work).items():
                 out[axis] = out.get(axis, 0.0) + seconds
+    out = {what: seconds * times for what, seconds in out.items()}
     end = max((s.end for s in timeline.rows[r] if s.action.op in (*COMPUTE, "OVERLAP")), default=0.0)
     out["bubble"] = end - timeline.busy(r)
     out["waits"] = timeline.makespan - end

@@ -18,14 +18,16 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from lf.axes_counted import CountedAxes, Traffic
+from lf.batch import Batch
+from lf.layouts import Layout
 from lf.meter import BATCH, GRADIENT, PARAMETER, Meter
 from lf.parallel.product import W
 from lf.schedule.compiled import Fed, LayerFn, Told, layer_fn
 from lf.schedule.vjp import ends, vjp
-from lf.segment import Apply
+from lf.segment import Apply, Segment, path_of
 
 Values = Sequence[dict[str, Tensor | W]]
 Sent = tuple[str, str, int, int]
@@ -300,3 +302,30 @@ class _Layer(torch.autograd.Function):
         ctx.kept.clear()  # as a layer lets go of it on the way: what is made now takes its room
         got = iter(_make(costs.grads, [*given, *dys]))
         return None, None, None, *(next(got) if needed else None for needed in ctx.needs_input_grad[3:])
+
+
+def chain(layout: Layout, batch: Batch, ctx: Any, layers: Layers) -> dict[str, Costs]:
+    """The costs of each layer of the model, one after another, on the rank of ctx and whatever its stage. batch: as `shard_batch` leaves it."""
+    out: dict[str, Costs] = {}
+    x: Any = {}
+    for name, segments in layout.model.layers().items():
+        values = [_weights(layout, s, ctx) for s in segments]
+        with torch.enable_grad():
+            costs = out[name] = layers.costs(tuple(s.apply for s in segments), values, x, batch, ctx)
+        carry = inputs(values, x if isinstance(x, dict) else {"x": x})
+        x = tree_unflatten(_make(costs.outputs, carry), costs.names)[0]
+        x = tree_map(lambda v: v.detach().requires_grad_(v.is_floating_point()), x)
+    return out
+
+
+def _weights(layout: Layout, segment: Segment, ctx: Any) -> dict[str, Tensor | W]:
+    """What a segment gets where B follows."""
+    out: dict[str, Tensor | W] = {}
+    for n in segment.params:
+        path = path_of(segment, n)
+        spec = layout.specs[path]
+        shape, trains = spec.local_shape(ctx.axes.coords), path not in layout.frozen
+        value = torch.empty(shape, dtype=spec.param.used_in(ctx.precision.compute), device="meta").requires_grad_(trains)
+        product = n in segment.products and trains
+        out[n] = W(value, torch.empty(shape, dtype=ctx.precision.master, device="meta")) if product else value
+    return out

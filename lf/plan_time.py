@@ -48,6 +48,9 @@ class Work:
         sent = {key: self.sent.get(key, 0.0) + other.sent.get(key, 0.0) for key in (*self.sent, *other.sent)}
         return Work(self.flops + other.flops, self.moved + other.moved, sent)
 
+    def __mul__(self, times: float) -> Work:
+        return Work(self.flops * times, self.moved * times, {key: n * times for key, n in self.sent.items()})
+
     def __sub__(self, other: Work) -> Work:
         sent = {key: left for key, n in self.sent.items() if (left := n - other.sent.get(key, 0.0))}
         return Work(self.flops - other.flops, self.moved - other.moved, sent)

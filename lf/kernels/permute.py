@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lf.context import wide
 
-PIECE = {"cpu": 2**18, "cuda": 2**24}
+PIECE = {"cpu": 2**18, "cuda": 2**24, "meta": 2**24}
 """Elements that the gradient of unpermute has in float32 at once: few enough for a core's cache, enough to fill a card."""
 
 
