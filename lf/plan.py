@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from statistics import fmean
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import attrs
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map
 
 from lf.axes_counted import CountedAxes, Traffic
 from lf.axes_meta import MetaAxes
@@ -32,13 +34,15 @@ from lf.data.stream import Row as Tokens
 from lf.devices import cpu, cuda, op_table, paper
 from lf.devices.described import Described, described
 from lf.layouts import Layout
-from lf.meter import BATCH, GRADIENT, OPTIMIZER, PARAMETER, Meter
+from lf.meter import BATCH, GRADIENT, OPTIMIZER, PARAMETER, Meter, quiet
 from lf.optim import Optimizer
 from lf.paper import Paper
 from lf.plan_layers import Layers, Tally
 from lf.plan_time import Achieved, Rates, Work
 from lf.schedule import Action, Program, Timeline, cost
 from lf.schedule.ir import COMPUTE, microbatches
+from lf.schedule.shapes import key
+from lf.segment import Model
 from lf.spec import Tied
 from lf.state import init as fresh
 from lf.train import make
@@ -209,8 +213,9 @@ def _row(
     clock = _Clock(tally)
     with Paper(), tally.meter:
         ctx = Context(CountedAxes(MetaAxes(layout.mesh, rank), tally.traffic), paper, precision, dispatch=dispatch, ops=table)
-        init, step = make(layout, optimizer, program, ctx, clip, layers.stand_ins(ctx, tally))
-        state = init(fresh(layout, ctx, 0))
+        alike = attrs.evolve(layout, model=_once(layout.model))
+        init, step = make(alike, optimizer, program, ctx, clip, layers.stand_ins(ctx, tally))
+        state = init(fresh(alike, ctx, 0))
         lasting = dict(tally.meter.now_by_kind)
         tally.meter.peak = 0
         step(state, batches, clock)
@@ -225,6 +230,27 @@ def _row(
     for (axis, _), n in (total + again).sent.items():
         sent[axis] = sent.get(axis, 0) + round(n)
     return Row(row, rank, sum(memory.values()), memory, lasting, sent, round(total.flops + again.flops), work, rest, held)
+
+
+def _once(model: Model) -> Model:
+    """The model, which prepares and counts one of equal microbatches and gives tensors like those for the others."""
+    prepared, counted = dict[Any, Batch](), dict[Any, torch.Tensor]()
+
+    def prepare(batch: Batch, ctx: Any) -> Batch:
+        if (of := key(batch)) not in prepared:
+            with quiet():
+                prepared[of] = model.prepare(batch, ctx)
+        derived = tree_map(lambda x: torch.empty_like(x) if isinstance(x, torch.Tensor) else x, prepared[of].derived)
+        return attrs.evolve(batch, derived=derived)
+
+    def count(name: str, batch: Batch) -> torch.Tensor:
+        if (of := (name, key(batch))) not in counted:
+            with quiet():
+                counted[of] = model.objectives[name].count(batch)
+        return counted[of]
+
+    objectives = {name: attrs.evolve(o, count=partial(count, name)) for name, o in model.objectives.items()}
+    return attrs.evolve(model, objectives=objectives, prepare=prepare)
 
 
 def _microbatch(a: Action) -> int | None:

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import attrs
+import numpy as np
 import torch
 
 from lf import split as splits
@@ -31,7 +31,7 @@ from lf.optim import Optimizer
 from lf.paper import Paper
 from lf.pipeline import Pipeline
 from lf.plan import USABLE, Plan, plan, rows_of, table_for
-from lf.plan_layers import Costs, Layers, chain
+from lf.plan_layers import Layers, chain
 from lf.plan_state import state_bytes
 from lf.plan_time import Achieved, Rates, Work
 from lf.schedule import ProgramError
@@ -40,11 +40,16 @@ from lf.spec import LayoutError, Param
 from lf.state import shard_batch
 
 SCHEDULES = (("1f1b", 1), ("interleaved", 2), ("interleaved", 4), ("zb-v", 2))
-RECOMPUTE = ("none", "half", "full")
+RECOMPUTE = {"none": 0.0, "half": 0.5, "full": 1.0}
+"""Which share of the layers is run again."""
 SHARDS = ("1", "2", "3")
 MICRO = (1, 2, 4, 8)
 SLACK = 1.1
 """What the formulas may say too much."""
+HIDDEN = 0.7
+"""Of the time of a microbatch, what sums of gradients can go on beside: about its backward."""
+SHORT = 512
+"""Tokens of a row that layers send by, as they would by more."""
 
 
 @attrs.frozen
@@ -74,24 +79,20 @@ class Choice:
 
 
 def choices(model: Model, ranks: int, node: int, global_batch: int) -> Iterator[Choice]:
-    """All that divide: tp within a node, experts over any part of the ranks that share a stage."""
+    """All that divide, without a policy for state and activations: tp within a node, experts over any part of the ranks that share a stage."""
     layers = len(model.layers())
     experts = [p.shape[p.axes.index("expert")] for p in model.params().values() if "expert" in p.axes]
     heads = [p.shape[0] for p in model.params().values() if p.axes and p.axes[0] == "heads"]
-    for tp in _divisors(ranks, min(node, min(heads, default=1))):
+    for tp in _divisors(math.gcd(ranks, node), min(heads, default=1)):
         for pp in _divisors(ranks // tp, layers):
             dp = ranks // tp // pp
             for ep, etp in _expert_axes(min(experts, default=0), dp * tp, tp):
                 for micro in MICRO:
-                    if global_batch % (dp * micro):
+                    if global_batch % (dp * micro) or (pp > 1 and global_batch // (dp * micro) < pp):
                         continue
-                    count, mesh = global_batch // (dp * micro), Mesh(pp=pp, dp=dp, tp=tp, ep=ep, etp=etp)
                     for schedule, chunks in SCHEDULES if pp > 1 else SCHEDULES[:1]:
-                        if pp * chunks > layers or (pp > 1 and count < pp):
-                            continue
-                        for shard in ("0",) if dp == 1 else SHARDS:
-                            for again in RECOMPUTE:
-                                yield Choice(mesh, micro, schedule, chunks, again, shard)
+                        if pp * chunks <= layers:
+                            yield Choice(Mesh(pp=pp, dp=dp, tp=tp, ep=ep, etp=etp), micro, schedule, chunks)
 
 
 def _divisors(n: int, most: int) -> list[int]:
@@ -104,20 +105,9 @@ def _expert_axes(experts: int, ranks: int, tp: int) -> list[tuple[int, int]]:
     return [(ep, etp) for etp in {1, tp} for ep in _divisors(experts, experts) if ranks % (ep * etp) == 0]
 
 
-@attrs.frozen
-class Layer:
-    """Of a layer on one rank of a mesh of one, a microbatch of one row. Seconds of its ways, bytes kept and taken in, elements of its dense parameters
-    and of its experts · tp, ep, etp: bytes that it sends over each of two ranks, forward and backward."""
-
-    forward: Work
-    backward: Work
-    kept: int
-    given: int
-    dense: int
-    experts: int
-    tp: tuple[float, float]
-    ep: tuple[float, float]
-    etp: tuple[float, float]
+FIELDS = ("forward", "backward", "tp_f", "tp_b", "ep_f", "ep_b", "etp_f", "etp_b", "kept", "given", "dense", "experts")
+"""What the formulas know of a layer, on one rank and for one row: seconds forward and backward; bytes that it sends over tp, ep and etp of two ranks,
+forward and backward; bytes that it keeps and takes in; elements of its dense parameters and of its experts."""
 
 
 @attrs.frozen
@@ -129,88 +119,81 @@ class Guess:
 
 
 class Rough:
-    """Formulas for one model, device and batch. layers: by name, in order · state: bytes of optimizer state for each element that trains."""
+    """Formulas for one model, device and batch. layers: (layer, FIELDS) · rows: of a step · state: bytes of optimizer state for each element."""
 
-    def __init__(self, layers: Sequence[Layer], device: Described, rows: int, compute: torch.dtype, state: int, achieved: Achieved):
+    def __init__(self, layers: np.ndarray, device: Described, rows: int, compute: torch.dtype, state: int, achieved: Achieved):
         self.layers, self.device, self.rows, self.compute, self.state, self.achieved = layers, device, rows, compute, state, achieved
-        one = Rates(Mesh(dp=1), device, compute, achieved)
-        self.ways = [(one.computing(x.forward), one.computing(x.backward)) for x in layers]
-        self.parts: dict[int, list[tuple[int, int]]] = {}
-        self.rates: dict[Mesh, Rates] = {}
+        self.parts: dict[int, np.ndarray] = {}
 
-    def of(self, c: Choice) -> Guess:
-        mesh, count = c.mesh, self.rows // (c.mesh["dp"] * c.micro_batch)
-        rates = self.rates.setdefault(mesh, Rates(mesh, self.device, self.compute, self.achieved))
+    def of(self, c: Choice) -> Iterator[tuple[Guess, Choice]]:
+        """With each way to keep state and activations."""
+        mesh, count, size = c.mesh, self.rows // (c.mesh["dp"] * c.micro_batch), self.compute.itemsize
+        rates = Rates(mesh, self.device, self.compute, self.achieved)
+        x = dict(zip(FIELDS, self.stages(mesh.pp * c.chunks).T))
+        place = np.arange(mesh.pp * c.chunks)
+        at = np.minimum(place, 2 * mesh.pp - 1 - place) if c.schedule == "zb-v" else place % mesh.pp
         over = [("tp", 1, ""), ("ep", mesh.tp, "all_to_all"), ("etp", mesh.tp / 2, "")]  # (axis, how its bytes shrink with tp, kind)
-        tp, ep, etp = (2 * (mesh[axis] - 1) / mesh[axis] / less * rates.per_byte(axis, kind) for axis, less, kind in over)
-        stages, size = self.stages(mesh.pp * c.chunks), self.compute.itemsize
-        share = {"none": 0.0, "half": 0.5, "full": 1.0}[c.recompute]
-        back = 1 if c.shard != "0" else 0
+        each = {axis: 2 * (mesh[axis] - 1) / mesh[axis] / less * rates.per_byte(axis, kind) for axis, less, kind in over}
+        forward, backward = (x[way] / mesh.tp + sum(x[f"{axis}_{way[0]}"] * t for axis, t in each.items()) for way in ("forward", "backward"))
+        forward, backward = (np.bincount(at, c.micro_batch * t, mesh.pp) for t in (forward, backward))
+        ahead = np.minimum(count, _held(c, at)) if mesh.pp > 1 else np.ones(1)
+        kept, given = (np.bincount(at, x[name] * ahead * c.micro_batch / mesh.tp, mesh.pp) for name in ("kept", "given"))
+        dense, experts = np.bincount(at, x["dense"] / mesh.tp, mesh.pp), np.bincount(at, x["experts"] / (mesh.ep * mesh.etp), mesh.pp)
         n, e = mesh["dp"] * mesh.cp, mesh.edp
-        busy, full, parameters, whole = [0.0] * mesh.pp, [0.0] * mesh.pp, [0.0] * mesh.pp, [0.0] * mesh.pp
-        for s, (lo, hi) in enumerate(stages):
-            r = s % mesh.pp if c.schedule != "zb-v" else min(s, 2 * mesh.pp - 1 - s)
-            ahead = min(count, _held(c, r)) if mesh.pp > 1 else 1
-            for i in range(lo, hi):
-                x, (f, b) = self.layers[i], self.ways[i]
-                sends_f, sends_b = (x.tp[k] * tp + x.ep[k] * ep + x.etp[k] * etp for k in range(2))
-                busy[r] += c.micro_batch * ((f + b + share * f) / mesh.tp + sends_f * (1 + share) + sends_b)
-                kept = (x.kept * (1 - share) + x.given) * c.micro_batch / mesh.tp
-                full[r] += kept * ahead
-                dense, routed = x.dense / mesh.tp, x.experts / (mesh.ep * mesh.etp)
-                parameters[r] += dense + routed
-                cut = dense / (n if back else 1) + routed / (e if back else 1)
-                grads = cut if c.shard in ("2", "3") else dense + routed
-                copy = cut if c.shard == "3" else dense + routed
-                full[r] += size * copy + 4 * grads + self.state * cut
-                whole[r] += (dense * (n - 1) / n * rates.per_byte("dp·cp") + routed * (e - 1) / e * rates.per_byte("edp"))
-        worst = max(busy)
-        largest = max(self.layers[i].kept + self.layers[i].given for i in range(len(self.layers))) * c.micro_batch / mesh.tp
-        bubble = 0.0 if mesh.pp == 1 else (mesh.pp - 1) / c.chunks * worst * (0.5 if c.schedule == "zb-v" else 1.0)
-        sums = max(whole) * {"0": 8, "1": 4 + size, "2": 4 * count + size, "3": (4 + 2 * size) * count}[c.shard]
-        hidden = worst * count * 0.7 if c.shard in ("2", "3") else worst * 0.7
-        return Guess(worst * count + bubble + max(0.0, sums - hidden), max(full) + largest)
+        cut, whole = dense / n + experts / e, dense + experts
+        sums = dense * (n - 1) / n * rates.per_byte("dp·cp") + experts * (e - 1) / e * rates.per_byte("edp")  # a byte of each element
+        moment = (self.layers[:, 8] + self.layers[:, 9]).max() * c.micro_batch / mesh.tp  # of the layer that is at work
+        for again, share in RECOMPUTE.items():
+            busy = float((forward * (1 + share) + backward).max())
+            bubble = (mesh.pp - 1) / c.chunks * busy * (0.5 if c.schedule == "zb-v" else 1.0)
+            held = kept * (1 - share) + given + moment
+            for shard in SHARDS if mesh["dp"] > 1 else ("0",):
+                mine = cut if shard != "0" else whole
+                copy, grads = (cut if shard == "3" else whole), (cut if shard in ("2", "3") else whole)
+                sent = float(sums.max()) * {"0": 8, "1": 4 + size, "2": 4 * count + size, "3": (4 + 2 * size) * count}[shard]
+                hidden = HIDDEN * busy * (count if shard in ("2", "3") else 1)
+                peak = (size * copy + 4 * grads + self.state * mine + held).max()
+                yield Guess(busy * count + bubble + max(0.0, sent - hidden), float(peak)), attrs.evolve(c, recompute=again, shard=shard)
 
-    def stages(self, n: int) -> list[tuple[int, int]]:
-        """[start, stop) of the layers of each of n stages, balanced by their time."""
+    def stages(self, n: int) -> np.ndarray:
+        """(stage, FIELDS): the sums over the layers of each of n stages, balanced by their time."""
         if n not in self.parts:
-            sizes = splits.partition([f + b for f, b in self.ways], n)
-            ends = [sum(sizes[: k + 1]) for k in range(n)]
-            self.parts[n] = [(end - size, end) for end, size in zip(ends, sizes)]
+            sizes = splits.partition((self.layers[:, 0] + self.layers[:, 1]).tolist(), n)
+            ends = np.cumsum(sizes)
+            self.parts[n] = np.stack([self.layers[end - size : end].sum(0) for end, size in zip(ends, sizes)])
         return self.parts[n]
 
 
-def _held(c: Choice, rank: int) -> float:
-    """Microbatches of each stage of a rank that are held at most, on average over its stages."""
+def _held(c: Choice, rank: np.ndarray) -> np.ndarray:
+    """Microbatches of each stage that its rank holds at most, on average over the stages of a rank."""
     pp = c.mesh.pp
     if c.schedule == "interleaved":
         return ((c.chunks - 1) * pp + 2 * (pp - 1 - rank) + 1) / c.chunks
-    return pp if c.schedule == "zb-v" else pp - rank
+    return np.full(len(rank), float(pp)) if c.schedule == "zb-v" else pp - rank
 
 
-def _layers(model: Model, seq_len: int, precision: str, known: Layers) -> list[Layer]:
-    """The layers on one rank, and what they send on two."""
-    single, sends = list[Costs](), {"tp": list[Any](), "ep": list[Any](), "etp": list[Any]()}
+def _layers(model: Model, seq_len: int, precision: str, device: Described, achieved: Achieved, known: Layers) -> np.ndarray:
+    """(layer, FIELDS), from the layers on one rank, and what they send on two, which is found out on shorter rows."""
+    out = np.zeros((len(model.layers()), len(FIELDS)))
     experts = any("expert" in p.axes for p in model.params().values())
-    for axis, mesh in (("", Mesh(dp=1)), ("tp", Mesh(tp=2)), *([("ep", Mesh(dp=2, ep=2)), ("etp", Mesh(tp=2, etp=2))] if experts else [])):
-        where = layout(model, mesh)
+    meshes = {"": Mesh(dp=1), "tp": Mesh(tp=2)} | ({"ep": Mesh(dp=2, ep=2), "etp": Mesh(tp=2, etp=2)} if experts else {})
+    for axis, mesh in meshes.items():
+        where, tokens = layout(model, mesh), seq_len if not axis else min(seq_len, SHORT)
         with Paper():
             ctx = Context(CountedAxes(MetaAxes(where.mesh, where.mesh.size - 1), Traffic()), paper, precision, ops=table_for(precision))
-            costs = [*chain(where, shard_batch(rows_of(seq_len, 1, 2), model, ctx), ctx, known).values()]
-        if not axis:
-            single = costs
-        else:
-            sends[axis] = [tuple(float(sum(n for name, _, _, n in way.sent if name == axis)) for way in (c.forward, c.backward)) for c in costs]
-    out, given = list[Layer](), 0
-    for i, (c, segments) in enumerate(zip(single, model.layers().values())):
-        params = [p for s in segments for p in s.params.values() if isinstance(p, Param) and p.learned]
-        routed = sum(math.prod(p.shape) for p in params if "expert" in p.axes)
-        none = (0.0, 0.0)
-        out.append(Layer(
-            Work(c.forward.flops, c.forward.moved), Work(c.backward.flops, c.backward.moved), c.kept, given,
-            sum(math.prod(p.shape) for p in params) - routed, routed, *((sends[axis] or [none] * (i + 1))[i] for axis in ("tp", "ep", "etp")),
-        ))  # fmt: skip
-        given = sum({m.place: m.bytes for m in c.outputs if m.given is None}.values())
+            costs = [*chain(where, shard_batch(rows_of(tokens, 1, 2), model, ctx), ctx, known if not axis else Layers(tokens)).values()]
+        if axis:
+            for k, way in enumerate("fb"):
+                sent = [(c.forward, c.backward)[k].sent for c in costs]
+                out[:, FIELDS.index(f"{axis}_{way}")] = [sum(n for name, _, _, n in each if name == axis) * seq_len / tokens for each in sent]
+            continue
+        rates, given = Rates(mesh, device, precision_of(precision).compute, achieved), 0
+        for i, (c, segments) in enumerate(zip(costs, model.layers().values())):
+            params = [p for s in segments for p in s.params.values() if isinstance(p, Param) and p.learned]
+            routed = sum(math.prod(p.shape) for p in params if "expert" in p.axes)
+            ways = [rates.computing(Work(way.flops, way.moved)) for way in (c.forward, c.backward)]
+            out[i, :2], out[i, 8:] = ways, (c.kept, given, sum(math.prod(p.shape) for p in params) - routed, routed)
+            given = sum({m.place: m.bytes for m in c.outputs if m.given is None}.values())
     return out
 
 
@@ -242,8 +225,9 @@ def search(
     Raises ConfigError where a value of the device is needed and not known, and where nothing fits, with what comes nearest."""
     compute, layers = precision_of(precision).compute, Layers(seq_len)
     tell("layers on paper")
-    rough = Rough(_layers(model, seq_len, precision, layers), device, global_batch, compute, state_bytes(optimizer, precision), achieved)
-    every = [(rough.of(c), c) for c in choices(model, ranks, int(device.need("node")), global_batch)]
+    known = _layers(model, seq_len, precision, device, achieved, layers)
+    rough = Rough(known, device, global_batch, compute, state_bytes(optimizer, precision), achieved)
+    every = [pair for c in choices(model, ranks, int(device.need("node")), global_batch) for pair in rough.of(c)]
     if not every:
         raise ConfigError(f"{global_batch} rows on {ranks} ranks: no mesh divides them; give --global-batch as a multiple of the ranks, {ranks}")
     limit = USABLE * device.need("memory")
