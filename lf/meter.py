@@ -52,6 +52,11 @@ class Meter(TorchDispatchMode):
     It is of one thread (and of those that its backwards run in): simulated ranks have one each. It holds no tensor and changes none.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Else torch loads its compiler at the first operation, which takes seconds."""
+        return False
+
     def __init__(self, known: Mapping[str, Any] | None = None, device: str | None = None):
         super().__init__()
         self.device, self.flops, self.peak, self.now = device, 0, 0, 0
