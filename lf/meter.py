@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 import lf.parallel.product  # noqa: F401  it defines the operator that is counted below
 
-PARAMETER, GRADIENT, OPTIMIZER, BATCH, BUFFER, ACTIVATION = "parameter", "gradient", "optimizer", "batch", "buffer", "activation"
+KINDS = PARAMETER, GRADIENT, OPTIMIZER, BATCH, BUFFER, ACTIVATION = "parameter", "gradient", "optimizer", "batch", "buffer", "activation"
 """Kinds that lf uses. "buffer": what a collective gathers into or sends from, apart from activations."""
 
 
