@@ -120,22 +120,17 @@ class CountedAxis:
         self, outs: Sequence[Tensor], xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int], later: bool = False
     ) -> Any:
         self._count("all_gather", sum(map(_bytes, outs)))
-        return self._made(lambda give, later: self.axis.gather_many(outs, [give(x) for x in xs], sizes, dims, later), later)
+        return self._filled(lambda given, later: self.axis.gather_many(outs, given, sizes, dims, later), xs, later)
 
-    def scatter_many(self, xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int], later: bool = False) -> Any:
+    def scatter_many(
+        self, outs: Sequence[Tensor], xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int], later: bool = False
+    ) -> Any:
         self._count("reduce_scatter", sum(map(_bytes, xs)))
-        return self._made(lambda give, later: self.axis.scatter_many([give(x) for x in xs], sizes, dims, later), later)
+        return self._filled(lambda given, later: self.axis.scatter_many(outs, given, sizes, dims, later), xs, later)
 
     def sum_many(self, xs: Sequence[Tensor], later: bool = False) -> Any:
         self._count("all_reduce", sum(map(_bytes, xs)))
-        if self.meter is None or self.axis.size == 1:
-            return self.axis.sum_many(xs, later)
-        with self.meter.quiet():
-            totals = [x.detach().clone() for x in xs]
-            self.axis.sum_many(totals)
-            for x, total in zip(xs, totals):
-                x.copy_(total)
-        return at_once(None, later)
+        return self._filled(self.axis.sum_many, xs, later, in_place=True)
 
     def shift(self, x: Tensor, k: int) -> Tensor:
         if k % self.axis.size:
@@ -184,6 +179,23 @@ class CountedAxis:
             out = make(lambda x: x.detach().clone(), False)
         self.meter.mark(ACTIVATION, out)
         return at_once(out, later)
+
+    def _filled(self, start: Callable[[Sequence[Tensor], bool], Any], xs: Sequence[Tensor], later: bool, in_place: bool = False) -> Any:
+        """start(given, later) of the axis itself, as in `_made`, which fills what is there already. `in_place`: what is given."""
+        if self.meter is None or self.axis.size == 1:
+            return start(xs, later)
+        meter, held = self.meter, [*xs]  # until they have left
+        with meter.quiet():
+            given = [x.detach().clone() for x in xs]
+            wait = start(given, True)
+
+        def filled() -> None:
+            with meter.quiet():
+                wait()
+                for x, total in zip(held if in_place else (), given):
+                    x.copy_(total)
+
+        return filled if later else filled()
 
 
 class CountedAxes:
