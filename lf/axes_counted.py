@@ -96,44 +96,46 @@ class CountedAxis:
     def all_reduce(self, x: Tensor, op: str = "sum", later: bool = False, spend: bool = False) -> Any:
         self._count("all_reduce", _bytes(x))
         if self.meter is None or self.axis.size == 1 or not (spend and x.is_contiguous()):
-            return self._made(lambda later: self.axis.all_reduce(x, op, later, spend), later)
+            return self._made(lambda give, later: self.axis.all_reduce(give(x), op, later, spend), later)
         out = x.detach()
         with self.meter.quiet():
-            out.copy_(self.axis.all_reduce(out.clone(), op))  # a clone, because others may still read what this rank has given
+            out.copy_(self.axis.all_reduce(out.clone(), op))
         return at_once(out, later)
 
     def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0, later: bool = False) -> Any:
         self._count("all_gather", _bytes(x, dim, sum(sizes)))
-        return self._made(lambda later: self.axis.all_gather(x, sizes, dim, later), later)
+        return self._made(lambda give, later: self.axis.all_gather(give(x), sizes, dim, later), later)
 
     def reduce_scatter(self, x: Tensor, sizes: Sequence[int], dim: int = 0, later: bool = False) -> Any:
         self._count("reduce_scatter", _bytes(x))
-        return self._made(lambda later: self.axis.reduce_scatter(x, sizes, dim, later), later)
+        return self._made(lambda give, later: self.axis.reduce_scatter(give(x), sizes, dim, later), later)
 
     def all_to_all(
         self, x: Tensor, send: Sequence[int], recv: Sequence[int], dim: int = 0, join: int | None = None, later: bool = False
     ) -> Any:
         self._count("all_to_all", _bytes(x), _bytes(x) - _bytes(x, dim, send[self.axis.index]))
-        return self._made(lambda later: self.axis.all_to_all(x, send, recv, dim, join, later), later)
+        return self._made(lambda give, later: self.axis.all_to_all(give(x), send, recv, dim, join, later), later)
 
     def gather_many(
         self, outs: Sequence[Tensor], xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int], later: bool = False
     ) -> Any:
         self._count("all_gather", sum(map(_bytes, outs)))
-        return self._made(lambda later: self.axis.gather_many(outs, xs, sizes, dims, later), later)
+        return self._filled(lambda given, later: self.axis.gather_many(outs, given, sizes, dims, later), xs, later)
 
-    def scatter_many(self, xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int], later: bool = False) -> Any:
+    def scatter_many(
+        self, outs: Sequence[Tensor], xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int], later: bool = False
+    ) -> Any:
         self._count("reduce_scatter", sum(map(_bytes, xs)))
-        return self._made(lambda later: self.axis.scatter_many(xs, sizes, dims, later), later)
+        return self._filled(lambda given, later: self.axis.scatter_many(outs, given, sizes, dims, later), xs, later)
 
     def sum_many(self, xs: Sequence[Tensor], later: bool = False) -> Any:
         self._count("all_reduce", sum(map(_bytes, xs)))
-        return self._made(lambda later: self.axis.sum_many(xs, later), later)
+        return self._filled(self.axis.sum_many, xs, later, in_place=True)
 
     def shift(self, x: Tensor, k: int) -> Tensor:
         if k % self.axis.size:
             self._count("shift", _bytes(x), _bytes(x))
-        return self._made(lambda later: self.axis.shift(x, k), False)
+        return self._made(lambda give, later: self.axis.shift(give(x), k), False)
 
     def send(self, x: Tensor, to: int, what: str) -> Callable[[], None]:
         self._count("send", _bytes(x), _bytes(x))
@@ -169,13 +171,31 @@ class CountedAxis:
         if self.axis.size > 1:
             self.traffic.add(self.axis.name, kind, payload, sent(kind, payload, self.axis.size) if leaves is None else leaves)
 
-    def _made(self, make: Callable[[bool], Any], later: bool) -> Any:
+    def _made(self, make: Callable[[Callable[[Tensor], Tensor], bool], Any], later: bool) -> Any:
+        """make(give, later) of the axis itself. give(x): what other ranks are given; simulated ones hold it until the last has looked at it."""
         if self.meter is None or self.axis.size == 1:
-            return make(later)
+            return make(_as_it_is, later)
         with self.meter.quiet():
-            out = make(False)
+            out = make(lambda x: x.detach().clone(), False)
         self.meter.mark(ACTIVATION, out)
         return at_once(out, later)
+
+    def _filled(self, start: Callable[[Sequence[Tensor], bool], Any], xs: Sequence[Tensor], later: bool, in_place: bool = False) -> Any:
+        """start(given, later) of the axis itself, as in `_made`, which fills what is there already. `in_place`: what is given."""
+        if self.meter is None or self.axis.size == 1:
+            return start(xs, later)
+        meter, held = self.meter, [*xs]  # until they have left
+        with meter.quiet():
+            given = [x.detach().clone() for x in xs]
+            wait = start(given, True)
+
+        def filled() -> None:
+            with meter.quiet():
+                wait()
+                for x, total in zip(held if in_place else (), given):
+                    x.copy_(total)
+
+        return filled if later else filled()
 
 
 class CountedAxes:
@@ -210,6 +230,10 @@ class CountedAxes:
 
     def _counted(self, axis: Any) -> CountedAxis:
         return CountedAxis(axis, self.traffic, self.meter)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _bytes(x: Tensor, dim: int = 0, rows: int | None = None) -> int:

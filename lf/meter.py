@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 import lf.parallel.product  # noqa: F401  it defines the operator that is counted below
 
-PARAMETER, GRADIENT, OPTIMIZER, BATCH, BUFFER, ACTIVATION = "parameter", "gradient", "optimizer", "batch", "buffer", "activation"
+KINDS = PARAMETER, GRADIENT, OPTIMIZER, BATCH, BUFFER, ACTIVATION = "parameter", "gradient", "optimizer", "batch", "buffer", "activation"
 """Kinds that lf uses. "buffer": what a collective gathers into or sends from, apart from activations."""
 
 
@@ -51,6 +51,11 @@ class Meter(TorchDispatchMode):
     of matrix products, also of attention and grouped ones.
     It is of one thread (and of those that its backwards run in): simulated ranks have one each. It holds no tensor and changes none.
     """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Else torch loads its compiler at the first operation, which takes seconds."""
+        return False
 
     def __init__(self, known: Mapping[str, Any] | None = None, device: str | None = None):
         super().__init__()
