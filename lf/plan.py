@@ -38,7 +38,7 @@ from lf.meter import BATCH, GRADIENT, OPTIMIZER, PARAMETER, Meter, quiet
 from lf.optim import Optimizer
 from lf.paper import Paper
 from lf.plan_layers import Layers, Tally
-from lf.plan_time import Achieved, Rates, Work
+from lf.plan_time import Achieved, Rates, Sent, Work
 from lf.schedule import Action, Program, Timeline, cost
 from lf.schedule.ir import COMPUTE, microbatches
 from lf.schedule.shapes import key
@@ -54,18 +54,26 @@ USABLE = 0.95
 @attrs.frozen
 class Row:
     """Of one rank of a pipeline row. memory: bytes of each kind when it holds the most, `peak` in all · lasting: of each kind between steps · sent: bytes
-    that leave it in a step, by axis · flops: of its products, second forwards too · work: of each of its actions · held: bytes after each."""
+    that leave it in a step, by (axis, kind) · flops: of its products, second forwards too · work: of each of its actions · held: bytes after each."""
 
     row: int
     rank: int
     peak: int
     memory: Mapping[str, int]
     lasting: Mapping[str, int]
-    sent: Mapping[str, int]
+    sent: Mapping[Sent, int]
     flops: int
     work: tuple[Work, ...] = attrs.field(repr=False)
     rest: Work = attrs.field(repr=False)
     held: tuple[int, ...] = attrs.field(repr=False)
+
+    @property
+    def sent_over(self) -> dict[str, int]:
+        """Bytes that leave it in a step, by axis."""
+        out = dict[str, int]()
+        for (axis, _), n in self.sent.items():
+            out[axis] = out.get(axis, 0) + n
+        return out
 
 
 @attrs.frozen
@@ -226,9 +234,7 @@ def _row(
     rest = attrs.evolve(rest := total - sum(work, Work()), moved=rest.moved + moved)
     memory = dict(tally.meter.peak_by_kind)
     memory[BATCH] = round(memory.get(BATCH, 0) * times)
-    sent = dict[str, int]()
-    for (axis, _), n in (total + again).sent.items():
-        sent[axis] = sent.get(axis, 0) + round(n)
+    sent = {key: round(n) for key, n in (total + again).sent.items()}
     return Row(row, rank, sum(memory.values()), memory, lasting, sent, round(total.flops + again.flops), work, rest, held)
 
 

@@ -1,0 +1,84 @@
+"""A plan says what a step will take: memory as ranks with data have it, traffic as the trace counts it, times that add up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import numpy as np
+import pytest
+import torch
+from helpers import SEED
+
+import lf
+from lf.config import ConfigError
+from lf.data.batches import pack
+from lf.devices import cpu, paper
+from lf.devices.described import described
+from lf.models.decoder import Attention, DecoderConfig, GatedMLP, Layer, MoE, decoder
+from lf.models.router import Router
+from lf.models.small import tiny
+from lf.pipeline import Pipeline
+from lf.plan import plan, signatures
+from lf.plan_layers import Layers
+from lf.plan_time import Achieved, Rates, Work
+from lf.sim import measured, spmd, trace
+
+TOKENS, ROWS, COUNT = 16, 2, 4
+KNOWN = Layers(TOKENS)
+
+
+def even() -> lf.models.decoder.Model:
+    """A mixture in which every token goes to every expert: a plan takes experts to be loaded evenly."""
+    a = Attention(heads=4, kv_heads=2, head_dim=8, qk_norm=True)
+    router = Router(4, 4, score="sigmoid", bias=True, balance=0.1, sequence_balance=0.1, global_balance=0.1, z=0.1)
+    routed = Layer(a, MoE(router, 16, shared=24, shared_gate=True, biases=True))
+    return decoder(DecoderConfig(vocab=37, dim=32, layers=(Layer(a, GatedMLP(24)), routed)))
+
+
+MODELS = {"tiny": tiny(), "untied": tiny(False), "even": even()}
+CASES: dict[str, tuple[str, str, dict[str, Any], str]] = {  # mesh, model, pipeline, precision
+    "one rank": ("", "tiny", {}, "fp32"),
+    "dp, bf16": ("dp=2", "tiny", {}, "bf16"),
+    "dp, tp": ("dp=2,tp=2", "tiny", {}, "bf16"),
+    "pp, run again": ("pp=2", "tiny", {"recompute": "full"}, "fp32"),
+    "pp, half run again": ("pp=2,tp=2", "untied", {"recompute": "full:1"}, "bf16"),
+    "pp, operations run again": ("pp=2", "tiny", {"recompute": "ops=swiglu,rms_norm"}, "fp32"),
+    "pp, weight gradients apart": ("pp=2,dp=2", "tiny", {"schedule": "zb-h1"}, "bf16"),
+    "pp, a vee": ("pp=2", "untied", {"schedule": "zb-v"}, "fp32"),
+    "pp, two stages a rank": ("pp=2", "untied", {"schedule": "interleaved", "chunks": 2}, "bf16"),
+    "stage 1": ("dp=4", "tiny", {"shard": "1"}, "bf16"),
+    "stage 2, pp": ("pp=2,dp=2", "untied", {"shard": "2"}, "bf16"),
+    "stage 3": ("dp=2", "untied", {"shard": "3"}, "fp32"),
+    "stage 3, hybrid, run again": ("dp=4", "tiny", {"shard": "3,ranks=2", "recompute": "full"}, "bf16"),
+    "experts": ("ep=2,dp=2", "even", {}, "bf16"),
+    "experts, stage 1": ("ep=2,etp=2,tp=2,dp=2", "even", {"shard": "1"}, "fp32"),
+}
+
+
+def batches() -> list[lf.Batch]:
+    """Microbatches of rows that are a document each, all of which are learned."""
+    rows = np.random.default_rng(SEED).integers(0, 37, (COUNT, ROWS, TOKENS + 1))
+    return [pack([lf.data.Row(row[:-1], row[1:], np.array([0])) for row in each], 2) for each in rows]
+
+
+def step(axes: Any, device: Any, layout: Any, program: Any, precision: str) -> None:
+    ctx = lf.Context(axes, device, precision)
+    init, step = lf.train.make(layout, lf.optim.adamw(1e-2), program, ctx)
+    step(init(lf.init(layout, ctx, SEED)), batches())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_memory_is_that_of_ranks_with_data_and_traffic_that_of_the_trace(name: str) -> None:
+    mesh, model, flags, precision = CASES[name]
+    pipeline = Pipeline(**flags)
+    layout = pipeline.layout(MODELS[model], lf.Mesh.parse(mesh).fill(), TOKENS)
+    program = pipeline.program(layout, COUNT)
+    told = plan(layout, program, lf.optim.adamw(1e-2), "h100", seq_len=TOKENS, micro_batch=ROWS, precision=precision, layers=KNOWN, ops=cpu)
+    real = spmd(layout.mesh, measured, step, cpu, layout, program, precision)
+    assert [row.row for row in told.rows] == [*range(layout.mesh.pp)]
+    for row in told.rows:
+        seen, paper_trace = real[row.rank], trace(layout.mesh, row.rank, step, paper, layout, program, precision)
+        assert {key: n for key, n in row.sent.items() if n} == {key: c.sent for key, c in paper_trace.traffic.items() if c.sent}
+        assert abs(row.peak - seen.peak) <= 0.03 * seen.peak, (row.memory, seen.peak_by_kind)
+        assert row.peak == sum(row.memory.values())
