@@ -44,10 +44,12 @@ RECOMPUTE = {"none": 0.0, "half": 0.5, "full": 1.0}
 """Which share of the layers is run again."""
 SHARDS = ("1", "2", "3")
 MICRO = (1, 2, 4, 8)
-SLACK = 1.1
+SLACK = 1.03
 """What the formulas may say too much."""
 HIDDEN = 0.7
 """Of the time of a microbatch, what sums of gradients can go on beside: about its backward."""
+FLYING = 3
+"""Layers whose whole gradients are there at a time where they are summed after each microbatch."""
 SHORT = 512
 """Tokens of a row that layers send by, as they would by more."""
 
@@ -105,9 +107,10 @@ def _expert_axes(experts: int, ranks: int, tp: int) -> list[tuple[int, int]]:
     return [(ep, etp) for etp in {1, tp} for ep in _divisors(experts, experts) if ranks % (ep * etp) == 0]
 
 
-FIELDS = ("forward", "backward", "tp_f", "tp_b", "ep_f", "ep_b", "etp_f", "etp_b", "kept", "given", "dense", "experts")
+FIELDS = ("forward", "backward", "tp_f", "tp_b", "ep_f", "ep_b", "etp_f", "etp_b", "kept", "given", "dense", "experts", "moment")
 """What the formulas know of a layer, on one rank and for one row: seconds forward and backward; bytes that it sends over tp, ep and etp of two ranks,
-forward and backward; bytes that it keeps and takes in; elements of its dense parameters and of its experts."""
+forward and backward; bytes that it keeps and takes in; elements of its dense parameters and of its experts; bytes that its backward makes for a moment,
+besides the gradients of experts."""
 
 
 @attrs.frozen
@@ -142,14 +145,17 @@ class Rough:
         n, e = mesh["dp"] * mesh.cp, mesh.edp
         cut, whole = dense / n + experts / e, dense + experts
         sums = dense * (n - 1) / n * rates.per_byte("dp·cp") + experts * (e - 1) / e * rates.per_byte("edp")  # a byte of each element
-        moment = (self.layers[:, 8] + self.layers[:, 9]).max() * c.micro_batch / mesh.tp  # of the layer that is at work
+        kept_, _, dense_, experts_, moment_ = self.layers[:, 8:].T
+        one = dense_ / mesh.tp + experts_ / (mesh.ep * mesh.etp)  # parameters of each layer here
+        moment = c.micro_batch * moment_ / mesh.tp + size * experts_ / (mesh.ep * mesh.etp)
         for again, share in RECOMPUTE.items():
             busy = float((forward * (1 + share) + backward).max())
             bubble = (mesh.pp - 1) / c.chunks * busy * (0.5 if c.schedule == "zb-v" else 1.0)
-            held = kept * (1 - share) + given + moment
+            held = kept * (1 - share) + given + (moment + (c.micro_batch * kept_ / mesh.tp if share else 0)).max()
             for shard in SHARDS if mesh["dp"] > 1 else ("0",):
                 mine = cut if shard != "0" else whole
-                copy, grads = (cut if shard == "3" else whole), (cut if shard in ("2", "3") else whole)
+                copy = {"0": whole, "3": cut + 2 * one.max()}.get(shard, whole + cut)
+                grads = cut + FLYING * one.max() if shard in ("2", "3") else whole + (cut if shard == "1" else 0)
                 sent = float(sums.max()) * {"0": 8, "1": 4 + size, "2": 4 * count + size, "3": (4 + 2 * size) * count}[shard]
                 hidden = HIDDEN * busy * (count if shard in ("2", "3") else 1)
                 peak = (size * copy + 4 * grads + self.state * mine + held).max()
@@ -169,7 +175,7 @@ def _held(c: Choice, rank: np.ndarray) -> np.ndarray:
     pp = c.mesh.pp
     if c.schedule == "interleaved":
         return ((c.chunks - 1) * pp + 2 * (pp - 1 - rank) + 1) / c.chunks
-    return np.full(len(rank), float(pp)) if c.schedule == "zb-v" else pp - rank
+    return np.full(len(rank), 1.25 * pp) if c.schedule == "zb-v" else pp - rank  # what W multiplies waits
 
 
 def _layers(model: Model, seq_len: int, precision: str, device: Described, achieved: Achieved, known: Layers) -> np.ndarray:
@@ -192,7 +198,8 @@ def _layers(model: Model, seq_len: int, precision: str, device: Described, achie
             params = [p for s in segments for p in s.params.values() if isinstance(p, Param) and p.learned]
             routed = sum(math.prod(p.shape) for p in params if "expert" in p.axes)
             ways = [rates.computing(Work(way.flops, way.moved)) for way in (c.forward, c.backward)]
-            out[i, :2], out[i, 8:] = ways, (c.kept, given, sum(math.prod(p.shape) for p in params) - routed, routed)
+            moment = c.backward.peak - precision_of(precision).compute.itemsize * routed
+            out[i, :2], out[i, 8:] = ways, (c.kept, given, sum(math.prod(p.shape) for p in params) - routed, routed, moment)
             given = sum({m.place: m.bytes for m in c.outputs if m.given is None}.values())
     return out
 

@@ -8,7 +8,7 @@ import attrs
 import numpy as np
 import pytest
 import torch
-from helpers import SEED
+from helpers import SEED, processes
 
 import lf
 from lf.config import ConfigError
@@ -75,7 +75,7 @@ def test_memory_is_that_of_ranks_with_data_and_traffic_that_of_the_trace(name: s
     layout = pipeline.layout(MODELS[model], lf.Mesh.parse(mesh).fill(), TOKENS)
     program = pipeline.program(layout, COUNT)
     told = plan(layout, program, lf.optim.adamw(1e-2), "h100", seq_len=TOKENS, micro_batch=ROWS, precision=precision, layers=KNOWN, ops=cpu)
-    real = spmd(layout.mesh, measured, step, cpu, layout, program, precision)
+    real = (processes if "shard" in flags else spmd)(layout.mesh, measured, step, cpu, layout, program, precision)  # which pack what travels
     assert [row.row for row in told.rows] == [*range(layout.mesh.pp)]
     for row in told.rows:
         seen, paper_trace = real[row.rank], trace(layout.mesh, row.rank, step, paper, layout, program, precision)
