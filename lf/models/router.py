@@ -18,6 +18,7 @@ Each of them is summed over the layers. Only documents with a label count: paddi
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import attrs
@@ -81,8 +82,8 @@ class Router:
             raise ConfigError(f"router: top={self.top} experts cannot be chosen from top_groups={self.top_groups} groups of {each}")
         if self.group_score == "top2" and self.groups > 1 and each < 2:
             raise ConfigError(f"router: group_score='top2' needs groups of at least 2 experts; {self.experts} in {self.groups} groups have {each}")
-        if self.capacity is not None and not self.capacity > 0:
-            raise ConfigError(f"router: capacity={self.capacity} must be above 0, or None for no limit")
+        if self.capacity is not None and not 1e-6 <= self.capacity <= 1e6:
+            raise ConfigError(f"router: capacity={self.capacity} must be above 0, from 1e-6 to 1e6, or None for no limit")
         if wrong := [f"{name}={getattr(self, name)}" for name in (*LOSSES, "bias_rate") if not getattr(self, name) >= 0]:
             raise ConfigError(f"router: {', '.join(wrong)} must not be negative")
 
@@ -142,7 +143,8 @@ def within_capacity(r: Router, ids_tk: Tensor, weights_tk: Tensor, batch: Batch,
     counts = tally(ids, r.experts)
     starts = F.pad(counts.cumsum(0), (1, 0))  # the last: where those without an expert begin
     place = torch.arange(len(ids), device=ids.device) - starts[ids[order]]
-    limit = torch.ceil(r.capacity * r.top * batch.derived["live"].sum() / r.experts)
+    each = Fraction(r.capacity).limit_denominator(10**6) * r.top / r.experts  # a quotient in float32 may come out above a whole number
+    limit = -(-batch.derived["live"].sum() * each.numerator // each.denominator)
     kept = torch.zeros_like(ids, dtype=torch.bool).scatter(0, order, (place < limit) & (ids[order] < r.experts))
     return kept.split(sizes)[group.index].view_as(ids_tk)
 

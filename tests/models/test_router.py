@@ -19,7 +19,7 @@ from lf.data.stream import Row
 from lf.models import router
 from lf.models.decoder import Attention, DecoderConfig, GatedMLP, Layer, MoE, decoder
 from lf.models.moe import moe_report
-from lf.models.router import Router, choose, documents, route
+from lf.models.router import Router, choose, documents, route, within_capacity
 
 E, D = 6, 5
 STARTS, LENGTH, PADDING = (0, 4, 5, 11), 17, 3
@@ -163,6 +163,17 @@ def test_an_expert_takes_no_more_than_its_capacity(drop: str) -> None:
     assert sums["dropped"] == (free[LIVE] < E).sum() - (ids[LIVE] < E).sum() > 0
 
 
+def test_a_capacity_that_comes_out_whole_is_not_rounded_up() -> None:
+    """1.2 · 25 / 5 is 6, and in float32 more."""
+    ctx = lf.Context(lf.solo(), lf.devices.get("cpu"), "fp32")
+    for capacity, top, n in ((1.2, 1, 25), (1.2, 2, 100), (0.7, 2, 50), (1.1, 1, 150)):
+        limit = round(capacity * top * n / 5)
+        assert limit == pytest.approx(capacity * top * n / 5, abs=1e-9)
+        made = lf.Batch({"tokens": torch.zeros(n)}, derived={"live": torch.ones(n, dtype=torch.bool)})
+        ids = torch.zeros(n, top, dtype=torch.int64)
+        assert within_capacity(Router(5, top, capacity=capacity), ids, torch.rand(n, top), made, ctx).sum() == limit
+
+
 def test_scores_are_worked_out_in_float32_at_least() -> None:
     _, _, (_, weights, _, _) = routed(Router(E, 2), dtype=torch.bfloat16)
     assert weights.dtype == torch.float32
@@ -180,6 +191,7 @@ def test_scores_are_worked_out_in_float32_at_least() -> None:
         ({"groups": 6, "top_groups": 1}, "top=2 experts cannot be chosen from top_groups=1 groups of 1"),
         ({"groups": 6, "top_groups": 3, "group_score": "top2"}, "needs groups of at least 2 experts"),
         ({"capacity": 0.0}, "capacity=0.0 must be above 0"),
+        ({"capacity": math.inf}, "capacity=inf must be .*None for no limit"),
         ({"balance": -0.1}, "balance=-0.1 must not be negative"),
         ({"z": math.nan}, "z=nan must not be negative"),
         ({"drop": "last"}, "unknown router drop 'last'"),
