@@ -89,16 +89,22 @@ class Router:
 
 
 def route(r: Router, p: dict[str, Tensor], h_tD: Tensor, batch: Batch, ctx: Any) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """(experts (t, k) int64, weights (t, k) in at least float32, losses, sums of load and drops). E stands for no expert: for tokens of documents
-    without a label, and where one is full. p: weight (E, D), and those of bias (E,), linear_bias (E,), fraction (E,) that there are."""
+    """(experts (t, k) int64, weights (t, k) in at least float32, losses, sums of load and drops). Of tokens of documents without a label E stands for
+    no expert, and -1 - e for expert e where it is full. p: weight (E, D), and those of bias (E,), linear_bias (E,), fraction (E,) that there are.
+    Choices that the batch has, of each token of the row, are taken instead of its own (lf/models/replay.py)."""
     dtype = wide(h_tD.dtype)
     logits_tE = F.linear(h_tD.to(dtype), p["weight"].to(dtype), p["linear_bias"].to(dtype) if r.linear_bias else None)
     score_tE = logits_tE.softmax(-1) if r.score == "softmax" else logits_tE.sigmoid()
-    ids_tk = choose(r, score_tE.detach(), p["bias"].to(dtype) if r.bias else None)
-    if r.score == "softmax" and r.normalise:
-        weights_tk = logits_tE.gather(1, ids_tk).softmax(-1)
+    given_tk = own(batch.derived["choices"], batch, ctx)[:, : r.top] if "choices" in batch.derived else None
+    if given_tk is None:
+        ids_tk = at_tk = choose(r, score_tE.detach(), p["bias"].to(dtype) if r.bias else None)
     else:
-        weights_tk = score_tE.gather(1, ids_tk)
+        ids_tk = torch.where(given_tk < 0, -1 - given_tk, given_tk)
+        at_tk = ids_tk.clamp_max(r.experts - 1)  # what goes nowhere has some weight that is not used
+    if r.score == "softmax" and r.normalise:
+        weights_tk = logits_tE.gather(1, at_tk).softmax(-1)
+    else:
+        weights_tk = score_tE.gather(1, at_tk)
         if r.normalise:
             weights_tk = weights_tk / (weights_tk.sum(-1, keepdim=True) + 1e-20)  # sigmoids may all be 0
     weights_tk = weights_tk * r.scale
@@ -109,9 +115,10 @@ def route(r: Router, p: dict[str, Tensor], h_tD: Tensor, batch: Batch, ctx: Any)
     losses = _losses(r, p, logits_tE, score_tE, ids_tk, load_E, live_t, batch, ctx) if "labels" in batch.plan else {}
     sums = {"load": load_E.to(dtype)}
     if r.capacity is not None:
-        kept_tk = within_capacity(r, ids_tk, weights_tk.detach(), batch, ctx)
-        sums["dropped"] = ((ids_tk < r.experts) & ~kept_tk).sum().to(dtype)
-        ids_tk = ids_tk.masked_fill(~kept_tk, r.experts)
+        full_tk = ~within_capacity(r, ids_tk, weights_tk.detach(), batch, ctx) if given_tk is None else given_tk < 0
+        full_tk = full_tk & (ids_tk < r.experts)
+        sums["dropped"] = full_tk.sum().to(dtype)
+        ids_tk = torch.where(full_tk, -1 - ids_tk, ids_tk)
     return ids_tk, weights_tk, losses, sums
 
 
