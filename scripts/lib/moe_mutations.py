@@ -69,7 +69,7 @@ MIXTURES = [
     words("replay: the choices of another layer", REPLAY, (replay._chosen, "[:, i]", "[:, i - 1]")),
     words("replay: its own choices", REPLAY, (router.route, 'if "choices" in batch.derived else None', "if False else None")),
     words("replay: nobody is dropped", REPLAY, (router.route, "else given_tk < 0\n", "else given_tk < -99\n")),
-    words("agreement: counts may differ", REPLAY, (agreement.rounded, "q if q.name in exact else attrs", "attrs")),
+    words("agreement: counts may differ", "tests/test_agreement.py", (agreement.rounded, "q if q.name in exact else attrs", "attrs")),
     words("agreement: any tolerance", REPLAY, (agreement.rounded, "min(TIMES * worst[kind(q)], MOST)", "2.0")),
     words("mtp: the next token", MTP, (mtp.enter_block, "k + 1, batch, 0", "k, batch, 0")),
     words("mtp: the label of the next token", MTP, (mtp.leave_block, "k + 1, batch, IGNORE", "k, batch, IGNORE")),
