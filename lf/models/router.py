@@ -18,6 +18,7 @@ Each of them is summed over the layers. Only documents with a label count: paddi
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import Any
 
@@ -84,8 +85,10 @@ class Router:
             raise ConfigError(f"router: group_score='top2' needs groups of at least 2 experts; {self.experts} in {self.groups} groups have {each}")
         if self.capacity is not None and not 1e-6 <= self.capacity <= 1e6:
             raise ConfigError(f"router: capacity={self.capacity} must be above 0, from 1e-6 to 1e6, or None for no limit")
-        if wrong := [f"{name}={getattr(self, name)}" for name in (*LOSSES, "bias_rate") if not getattr(self, name) >= 0]:
-            raise ConfigError(f"router: {', '.join(wrong)} must not be negative")
+        if not 0 < self.scale < math.inf:
+            raise ConfigError(f"router: scale={self.scale} must be a number above 0")
+        if wrong := [f"{name}={getattr(self, name)}" for name in (*LOSSES, "bias_rate") if not 0 <= getattr(self, name) < math.inf]:
+            raise ConfigError(f"router: {', '.join(wrong)} must not be negative, nor infinite")
 
 
 def route(r: Router, p: dict[str, Tensor], h_tD: Tensor, batch: Batch, ctx: Any) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
