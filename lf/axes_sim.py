@@ -17,7 +17,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from lf.axes import of_world, placed
+from lf.axes import of_world, parted, placed
 from lf.axis import at_once, check_rows
 from lf.mesh import Mesh
 from lf.position import Position
@@ -103,9 +103,10 @@ class SimAxis:
         self.size, self.index, self.calls = len(ranks), ranks.index(rank), 0
         self.messages: dict[tuple[int, int], int] = {}  # how many have gone from one place to another
 
-    def _meet(self, x: Any, *tag: Any) -> list[Any]:
-        self.calls += 1
-        return self.world.meet((self.of, self.name, self.ranks, self.calls), self.ranks, self.rank, (*tag, self.name), x)
+    def _meet(self, x: Any, *tag: Any, number: int | None = None) -> list[Any]:
+        self.calls += number is None
+        place = (self.of, self.name, self.ranks, self.calls if number is None else number)
+        return self.world.meet(place, self.ranks, self.rank, (*tag, self.name), x)
 
     def sum(self, x: Tensor) -> Tensor:
         return self.all_reduce(x)
@@ -146,6 +147,63 @@ class SimAxis:
         if [p.shape[join] for p in got] != list(recv):
             raise ValueError(f"all_to_all over {self.name}: rank {self.rank} expects {list(recv)} rows, is sent {[p.shape[join] for p in got]}")
         return at_once(torch.cat(got, join), later)
+
+    def gather_many(
+        self, outs: Sequence[Tensor], xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int], later: bool = False
+    ) -> Any:
+        for x, each, dim in zip(xs, sizes, dims):
+            check_rows(self, "gather_many", x.shape[dim], each[self.index] if self.size > 1 else x.shape[dim])
+
+        def fill(given: Sequence[Sequence[Tensor]]) -> None:
+            for i, (out, dim) in enumerate(zip(outs, dims)):
+                for target, theirs in zip(out.split([x[i].shape[dim] for x in given], dim), given):
+                    target.copy_(theirs[i])
+
+        return self._many("gather_many", xs, sizes, dims, fill, later)
+
+    def scatter_many(
+        self, outs: Sequence[Tensor], xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int], later: bool = False
+    ) -> Any:
+        for x, each, dim in zip(xs, sizes, dims):
+            check_rows(self, "scatter_many", x.shape[dim], sum(each))
+
+        def fill(given: Sequence[Sequence[Tensor]]) -> None:
+            for i, (out, each, dim) in enumerate(zip(outs, sizes, dims)):
+                out.copy_(_added([theirs[i].split(list(each), dim)[self.index] for theirs in given]))
+
+        return self._many("scatter_many", xs, sizes, dims, fill, later)
+
+    def sum_many(self, xs: Sequence[Tensor], later: bool = False) -> Any:
+        totals: list[Tensor] = []
+
+        def fill(given: Sequence[Sequence[Tensor]]) -> None:
+            totals.extend(_added([theirs[i] for theirs in given]) for i in range(len(xs)))
+
+        def put() -> None:
+            for x, total in zip(xs, totals):
+                x.copy_(total)
+
+        return self._many("sum_many", xs, [()] * len(xs), [None] * len(xs), fill, later, put)
+
+    def _many(
+        self, what: str, xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int | None], fill: Callable[[Any], None], later: bool,
+        put: Callable[[], None] | None = None,
+    ) -> Any:  # fmt: skip
+        """Of `later`, all happens when it is waited for: who has not waited sees nothing, and what changes on the way is seen. `fill` reads what all
+        have left, `put` writes when all have read."""
+        self.calls += 2
+        number = self.calls
+        about = [(_but(x.shape, d) if d is not None else tuple(x.shape), x.dtype, tuple(each), d) for x, each, d in zip(xs, sizes, dims)]
+
+        def wait() -> None:
+            given = [xs] if self.size == 1 else self._meet(xs, what, tuple(about), number=number - 1)
+            fill(given)
+            if self.size > 1:
+                self._meet(None, "read", number=number)
+            if put:
+                put()
+
+        return wait if later else wait()
 
     def shift(self, x: Tensor, k: int) -> Tensor:
         if k % self.size == 0:
@@ -192,7 +250,17 @@ class SimAxes:
             self._axes[names] = SimAxis(self._world, ranks, self.ranks[self.rank], "·".join(names) or "self", self._of)
         return self._axes[names]
 
-    def over(self, mesh: Mesh, ranks: Sequence[int]) -> SimAxes | None:
+    def part(self, names: str | tuple[str, ...], n: int) -> tuple[SimAxis, SimAxis]:
+        names = (names,) if isinstance(names, str) else tuple(names)
+        made = []
+        for ranks, mark in zip(parted(self[names], n), "/%"):
+            key = (*names, f"{mark}{n}")
+            if key not in self._axes:
+                self._axes[key] = SimAxis(self._world, ranks, self.ranks[self.rank], "·".join(names) + key[-1], self._of)
+            made.append(self._axes[key])
+        return made[0], made[1]
+
+    def over(self, mesh: Mesh, ranks: Sequence[int], parts: Sequence[tuple[tuple[str, ...], int]] = ()) -> SimAxes | None:
         """The axes of another mesh over these ranks. Collective over the world: ranks that ask for different ones are told."""
         mesh, place = placed(self, mesh, ranks)
         if self.mesh.size > 1:
@@ -253,6 +321,11 @@ def spmd(mesh: Mesh, fn: Callable[..., Any], *args: Any) -> list[Any]:
             error.add_note(f"raised by rank {rank} {mesh.coords(rank)} of mesh {mesh}")
         raise error
     return out
+
+
+def _added(pieces: Sequence[Tensor]) -> Tensor:
+    """Their sum, in their order: what `all_reduce` makes of the same, to the bit."""
+    return torch.stack(list(pieces)).sum(0)
 
 
 def _but(shape: Sequence[int], dim: int) -> tuple[int, ...]:

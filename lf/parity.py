@@ -41,6 +41,7 @@ from lf.optim import Optimizer, sgd
 from lf.schedule import Program
 from lf.schedule.build import build
 from lf.segment import Model
+from lf.sharding import NONE, Sharding
 from lf.spec import Init, Piece
 from lf.state import init, shard_batch
 from lf.train import make
@@ -85,15 +86,16 @@ def compare(
     program: Callable[[Layout, int], Program] = build,
     compile: bool | str = False,
     dispatch: str = "exchange",
+    sharding: Sharding | str = NONE,
     precision: str = "fp64",
     replayed: bool | None = None,
 ) -> Report:
-    """`model` on `mesh`, with `microbatches` a rank and step, against one rank. `split`, `placement`, `frozen`: as in `lf.layout`; the one rank has
-    one stage, and the same frozen. `program(layout, microbatches)`: what the mesh does in a step; the one rank makes a forward and its backward in
-    turn. `compile`: as in `lf.train.make`, `dispatch`: as in `lf.Context`, both of the mesh alone. `spmd(mesh, fn, *args)` is how ranks are run:
-    fn(axes, *args) on each, the results in their order. `precision`: of the mesh, as in `lf.Context`. `replayed`: whether all take the choices of the
-    one rank's routers; None: where there are any, and less than float64. Raises what the ranks raise; ConfigError where the device has no float64
-    and it is asked for.
+    """`model` on `mesh`, with `microbatches` a rank and step, against one rank. `split`, `placement`, `frozen`, `sharding`: as in `lf.layout`; the
+    one rank has one stage, whole state, and the same frozen. `program(layout, microbatches)`: what the mesh does in a step; the one rank makes a
+    forward and its backward in turn. `compile`: as in `lf.train.make`, `dispatch`: as in `lf.Context`, both of the mesh alone. `spmd(mesh, fn,
+    *args)` is how ranks are run: fn(axes, *args) on each, the results in their order. `precision`: of the mesh, as in `lf.Context`. `replayed`:
+    whether all take the choices of the one rank's routers; None: where there are any, and less than float64. Raises what the ranks raise; ConfigError
+    where the device has no float64 and it is asked for.
     """
     exact, less = devices.get(device).FLOAT64, precision_of(precision) != precision_of("fp64")
     if not exact and not less:
@@ -105,7 +107,7 @@ def compare(
     batches = [random_batches(model, seed, step, count, tokens, padding) for step in range(steps)]
     taking = replay.replaying(model) if replayed else model
     single, again = (layout(m, Mesh(dp=1), rules, frozen=frozen) for m in (model, taking))
-    where = layout(taking, mesh, rules, split=split, placement=placement, frozen=frozen)
+    where = layout(taking, mesh, rules, split=split, placement=placement, frozen=frozen, sharding=sharding)
     args = (seed, lr, clip)
     noise = CALM if less else 1.0
     alone = device if exact else "cpu", False, dispatch, "fp64", noise
@@ -195,7 +197,7 @@ def randomised(where: Layout | Layouts, ctx: Any, seed: int, noise: float = 1.0)
     for path, spec in layouts.held(rank).items():
         shape = spec.param.shape
         std = shape[-1] ** -0.5 if len(shape) > 1 else 0.2  # keeps the variance of what a matrix makes near 1, whatever the width
-        for piece in layouts.pieces(path, rank):
+        for piece in layouts.state_pieces(path, rank):
             view = piece.view(tree.get(params, path))
             view += rng.draw(seed, f"parity/{piece.key}", piece.shape, Init(std=noise * std), piece.box, view.dtype).to(view.device)
     return params
@@ -243,8 +245,8 @@ def _compared(one_layout: Layout | Layouts, one: Trace, many_layout: Layout | La
             holding.setdefault(path, []).append(t)
 
     def pairs(path: str, local: list[Tensor], want: Tensor) -> list[tuple[Tensor, Tensor]]:
-        held = [(where.pieces(path, t.rank), tensor) for t, tensor in zip(holding[path], local)]
-        return _pairs(held, whole.pieces(path, 0), want)
+        held = [(where.state_pieces(path, t.rank), tensor) for t, tensor in zip(holding[path], local)]
+        return _pairs(held, whole.state_pieces(path, 0), want)
 
     for path in where.specs:
         if path not in where.frozen:
@@ -274,9 +276,9 @@ def _covered(where: Layouts) -> Quantity:
     shapes = {piece.key: piece.shape for path, spec in where.specs.items() for piece in spec.pieces(first[path])}
     held, owned = ({key: torch.zeros(shape, dtype=torch.int64) for key, shape in shapes.items()} for _ in range(2))
     for rank in range(where.world):
-        for piece in (piece for path in where.held(rank) for piece in where.pieces(path, rank)):
+        for piece in (piece for path in where.held(rank) for piece in where.state_pieces(path, rank)):
             held[piece.key][box.slices(piece.box, box.whole(piece.shape))] = 1
-        for _, piece in where.owned(rank):
+        for _, piece in where.state_owned(rank):
             owned[piece.key][box.slices(piece.box, box.whole(piece.shape))] += 1
     missed = sum(int((held[key] != 1).sum() + (owned[key] != 1).sum()) for key in shapes)
     return Quantity("elements not held, or not owned once", 1.0, float(missed), 0.0)

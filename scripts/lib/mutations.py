@@ -136,14 +136,14 @@ SPECS = [
     words("reduction axes: without edp", SPEC, (fget(Spec, "sum_axes"), "not in self.names", "not in (*self.names, 'edp')")),
     words("reduction axes: one too many", PARITY, (fget(Spec, "sum_axes"), "if a not in self.names", "")),
     words("reduction axes: experts by the dense ones", SPEC, (fget(Spec, "grid"), '"expert" in self.param.axes', "False")),
-    words("overlap of kv heads: not summed", PARITY, (reduce.reduce_gradients, "for i in spec.shared())", "for i in ())")),
-    words("overlap of kv heads: keys alone are summed", PARITY, (reduce.reduce_gradients, "for i in spec.shared())", "for i in spec.shared()[:1])")),
+    words("overlap of kv heads: not summed", PARITY, (reduce._overlaps, "for i in spec.shared())", "for i in ())")),
+    words("overlap of kv heads: keys alone are summed", PARITY, (reduce._overlaps, "for i in spec.shared())", "for i in spec.shared()[:1])")),
     words(
         "overlap of kv heads: found only where boxes are equal",
         (SPEC, PARITY),
         (Part.overlaps, "> self.bounds(r + 1, ranks)[0]", "> self.bounds(r + 1, ranks)[1]"),
     ),
-    words("gradient sum: not done", PARITY, (reduce.reduce_gradients, "if axes[spec.sum_axes].size > 1:", "if False:")),
+    words("gradient sum: not done", PARITY, (reduce.reduce_gradients, "elif axes[spec.sum_axes].size > 1:", "elif False:")),
     words("gradient sum: not waited for", PARITY, (_Rank.results, "self.finish_sums()\n", "pass\n")),
     words("norm owner: every holder counts", PARITY, (Spec.owned, "if any(coords[a] for a in self.sum_axes):", "if False:")),
     words("norm owner: only rank 0 counts", PARITY, (Spec.owned, "for a in self.sum_axes)", "for a in coords)")),
@@ -236,7 +236,7 @@ STEPS = [
     words("gate: the host asks", LAWS, (train.make, "torch.isfinite(norm) &", "torch.isfinite(norm) & bool(norm > 0) &")),
     words("the step's count stands still", TRAIN, (train.make, "state.step + 1", "state.step")),
     words("compute copy of the old master", TRAIN, (
-        train.make, 'compute_copy(layouts, state_of["master"], ctx)', "tree.map(torch.zeros_like, state.params)")),
+        train.make, 'compute_copy(layouts, state_of["master"], ctx, state.params)', "tree.map(torch.zeros_like, state.params)")),
     words("sgd: no clip factor", OPTIM, (sgd, "(lr * scale)", "lr")),
     words("sgd: not gated", OPTIM, (sgd, "torch.where(ok, ", "torch.where(ok | True, ")),
     words("adamw: no clip factor", OPTIM, (update, "grad * scale.to(grad.dtype)", "grad")),
@@ -299,9 +299,10 @@ RUNS = [
 LAYOUT, PIPELINE, SPLIT = "tests/test_layout.py", "tests/checkpoint/test_checkpoint_pipeline.py", "tests/test_split.py"
 CHAINS, CHAIN_FILES = "tests/test_chain_layouts.py", "tests/checkpoint/test_checkpoint_chains.py"
 HOLDS = 'self._holders[p][0] == coords["pp"]'
+L = layouts.Layout
 STAGES = [
-    words("norm owner: every stage that holds it counts", (LAYOUT, PIPELINE), (layouts.Layout.owned, HOLDS, 'coords["pp"] in self._holders[p]')),
-    words("norm owner: the last stage that holds it", LAYOUT, (layouts.Layout.owned, HOLDS, HOLDS.replace("[0]", "[-1]"))),
+    words("norm owner: every stage that holds it counts", (LAYOUT, PIPELINE), (L.state_owned, HOLDS, 'coords["pp"] in self._holders[p]')),
+    words("norm owner: the last stage that holds it", LAYOUT, (L.state_owned, HOLDS, HOLDS.replace("[0]", "[-1]"))),
     words("frozen: a tied parameter in one place alone", LAYOUT, (layouts._frozen, "add(path_of(segment, name))", 'add(f"{segment.name}/{name}")')),
     words("frozen: has moments all the same", TRAIN, (layouts.Layout.trained, "if path not in self.frozen", "")),
     words("init: every stage's parameters on every rank", LAYOUT, (state.init, "layouts.held(rank)", "layouts.specs")),
