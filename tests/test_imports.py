@@ -28,7 +28,7 @@ LEVELS = (
     ("schedule", "optim", "data"),
     ("state", "ramp", "record", "pipeline"),
     ("checkpoint", "evaluate", "drift", "memory", "chain_feed"),
-    ("train", "sim", "pictures", "expert_picture"),
+    ("train", "sim", "pictures", "expert_picture", "agreement"),
     ("parity", "loop"),
 )
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
