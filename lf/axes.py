@@ -54,12 +54,20 @@ class Axes:
             self._axes[names] = self._axis(self._members(names), "·".join(names) or "self")
         return self._axes[names]
 
-    def over(self, mesh: Mesh, ranks: Sequence[int]) -> Axes | None:
+    def part(self, names: str | tuple[str, ...], n: int) -> tuple[Any, Any]:
+        """Of the joint group of these axes, (the n neighbours that this rank is among, those that have its place in each such n). Raises MeshError
+        where n does not divide the group; AssertionError for groups of another mesh than the world's that `over` was not told of."""
+        inner, outer = parted(self[names], n)
+        where = "·".join((names,) if isinstance(names, str) else names)
+        return self._axis(inner, f"{where}/{n}"), self._axis(outer, f"{where}%{n}")
+
+    def over(self, mesh: Mesh, ranks: Sequence[int], parts: Sequence[tuple[tuple[str, ...], int]] = ()) -> Axes | None:
         """The axes of another mesh, whose rank i is `ranks[i]` of this world; None on a rank that is none of these.
 
         Collective over the world, in one order on all ranks. Every group that the mesh can need is made here, by all ranks step by step, and a rank
         that is in none makes one of itself, so that all go on with equally many (see `_level`). Two meshes share no group but that of the whole
         world. A group that is never used has no communicator of NCCL, which makes it at the first collective; gloo connects its ranks at once.
+        parts: what `part` will be asked for.
         Raises MeshError for ranks that are not there or stand twice, a mesh of another size, and for axes that are not those of the world.
         """
         mesh, place = placed(self, mesh, ranks)
@@ -71,6 +79,12 @@ class Axes:
             group = self._new_group(members) if math.prod(mesh[a] for a in names) < self.mesh.size else _world()
             if out is not None:
                 out._groups[members] = group
+        for names, n in parts:
+            for side in (0, 1):
+                members = alone if out is None else parted(out[names], n)[side]
+                group = self._new_group(members)
+                if out is not None:
+                    out._groups.setdefault(members, group)
         if mesh.pp > 1:
             members = alone if out is None else out._members(("pp",))
             ways = self._new_group(members), self._new_group(members)
@@ -141,6 +155,14 @@ def _world() -> dist.ProcessGroup:
 def of_world(axes: Any, what: str) -> None:
     if not axes.whole:
         raise MeshError(f"{what}: these axes, of mesh {axes.mesh}, are not those of the whole world; call it on what `lf.connect` gave")
+
+
+def parted(axis: Any, n: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ranks of `Axes.part`."""
+    if n < 1 or axis.size % n:
+        raise MeshError(f"{axis.name} has {axis.size} ranks, which {n} does not divide: take a divisor")
+    first = axis.index // n * n
+    return axis.ranks[first : first + n], axis.ranks[axis.index % n :: n]
 
 
 def placed(axes: Any, mesh: Mesh, ranks: Sequence[int]) -> tuple[Mesh, int | None]:

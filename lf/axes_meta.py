@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lf.axes import of_world, placed
 from lf.axis import at_once, check_rows
-from lf.mesh import Mesh
+from lf.mesh import Mesh, MeshError
 
 
 class MetaAxis:
@@ -22,14 +22,21 @@ class MetaAxis:
     def __init__(self, mesh: Mesh, rank: int, names: tuple[str, ...], of: Sequence[int]):
         self.mesh, self.rank, self.names, self.name, self.of = mesh, rank, names, "·".join(names) or "self", of
         coords = mesh.coords(rank)
-        self.size, self.index = 1, 0
+        self.size, self.index, self.every = 1, 0, slice(None)
         for axis in mesh.grid(names):  # row-major, as mesh.group orders them
             if axis in names:
                 self.size, self.index = self.size * mesh[axis], self.index * mesh[axis] + coords[axis]
 
+    def part(self, n: int) -> tuple[MetaAxis, MetaAxis]:
+        """The two of `lf.axes.Axes.part`."""
+        inner, outer = (MetaAxis(self.mesh, self.rank, self.names, self.of) for _ in range(2))
+        inner.name, inner.size, inner.index, inner.every = f"{self.name}/{n}", n, self.index % n, slice(self.index // n * n, self.index // n * n + n)
+        outer.name, outer.size, outer.index, outer.every = f"{self.name}%{n}", self.size // n, self.index // n, slice(self.index % n, None, n)
+        return inner, outer
+
     @property
     def ranks(self) -> tuple[int, ...]:
-        return tuple(self.of[r] for r in (self.mesh.group(self.rank, *self.names) if self.names else (self.rank,)))
+        return tuple(self.of[r] for r in (self.mesh.group(self.rank, *self.names) if self.names else (self.rank,)))[self.every]
 
     def sum(self, x: Tensor) -> Tensor:
         return self.all_reduce(x)
@@ -66,6 +73,28 @@ class MetaAxis:
         cut[join] = sum(recv)
         return at_once(self._like(x, cut), later)
 
+    def gather_many(
+        self, outs: Sequence[Tensor], xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int], later: bool = False
+    ) -> Any:
+        for x, each, dim in zip(xs, sizes, dims):
+            if self.size > 1:
+                check_rows(self, "gather_many", x.shape[dim], each[self.index])
+                self._like(x, x.shape)
+        return _nothing if later else None
+
+    def scatter_many(self, xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int], later: bool = False) -> Any:
+        outs = []
+        for x, each, dim in zip(xs, sizes, dims):
+            if self.size > 1:
+                check_rows(self, "scatter_many", x.shape[dim], sum(each))
+            outs.append(self._like(x, _resized(x, dim, each[self.index]) if self.size > 1 else x.shape))
+        return at_once(outs, later)
+
+    def sum_many(self, xs: Sequence[Tensor], later: bool = False) -> Any:
+        for x in xs:
+            self._like(x, x.shape)
+        return _nothing if later else None
+
     def shift(self, x: Tensor, k: int) -> Tensor:
         return self._like(x, x.shape)
 
@@ -98,7 +127,14 @@ class MetaAxes:
             self._axes[names] = MetaAxis(self.mesh, self.rank, names, self.ranks)
         return self._axes[names]
 
-    def over(self, mesh: Mesh, ranks: Sequence[int]) -> MetaAxes | None:
+    def part(self, names: str | tuple[str, ...], n: int) -> tuple[MetaAxis, MetaAxis]:
+        names = (names,) if isinstance(names, str) else tuple(names)
+        whole = self[names]
+        if n < 1 or whole.size % n:
+            raise MeshError(f"{whole.name} has {whole.size} ranks, which {n} does not divide: take a divisor")
+        return whole.part(n)
+
+    def over(self, mesh: Mesh, ranks: Sequence[int], parts: Sequence[tuple[tuple[str, ...], int]] = ()) -> MetaAxes | None:
         mesh, place = placed(self, mesh, ranks)
         return None if place is None else MetaAxes(mesh, place, ranks)
 
@@ -116,6 +152,10 @@ class MetaAxes:
     @property
     def first_of_node(self) -> bool:
         return self.ranks[self.rank] == 0
+
+
+def _nothing() -> None:
+    """What waits for what is there already."""
 
 
 def _resized(x: Tensor, dim: int, n: int) -> list[int]:

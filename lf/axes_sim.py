@@ -17,7 +17,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from lf.axes import of_world, placed
+from lf.axes import of_world, parted, placed
 from lf.axis import at_once, check_rows
 from lf.mesh import Mesh
 from lf.position import Position
@@ -147,6 +147,49 @@ class SimAxis:
             raise ValueError(f"all_to_all over {self.name}: rank {self.rank} expects {list(recv)} rows, is sent {[p.shape[join] for p in got]}")
         return at_once(torch.cat(got, join), later)
 
+    def gather_many(
+        self, outs: Sequence[Tensor], xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int], later: bool = False
+    ) -> Any:
+        given = self._left("gather_many", xs, sizes, dims) if self.size > 1 else [xs]
+        for i, (out, dim) in enumerate(zip(outs, dims)):
+            rows = [theirs[i].shape[dim] for theirs in given]
+            if rows != list(sizes[i]) and self.size > 1:
+                raise ValueError(f"gather_many over {self.name}: ranks give {rows} rows of tensor {i}, the sizes say {list(sizes[i])}")
+            for target, theirs in zip(out.split(rows, dim), given):
+                target.copy_(theirs[i])
+        self._read()
+        return _nothing if later else None
+
+    def scatter_many(self, xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int], later: bool = False) -> Any:
+        if self.size == 1:
+            return at_once([x.detach() for x in xs], later)
+        for x, each, dim in zip(xs, sizes, dims):
+            check_rows(self, "scatter_many", x.shape[dim], sum(each))
+        given, outs = self._left("scatter_many", xs, sizes, dims), []
+        for i, (each, dim) in enumerate(zip(sizes, dims)):
+            pieces = [theirs[i].split(list(each), dim)[self.index] for theirs in given]
+            outs.append(_added(pieces))
+        self._read()
+        return at_once(outs, later)
+
+    def sum_many(self, xs: Sequence[Tensor], later: bool = False) -> Any:
+        if self.size > 1 and xs:
+            given = self._left("sum_many", xs, [(len(x.shape),) for x in xs], [0] * len(xs))
+            totals = [_added([theirs[i] for theirs in given]) for i in range(len(xs))]
+            self._read()
+            for x, total in zip(xs, totals):
+                x.copy_(total)
+        return _nothing if later else None
+
+    def _left(self, what: str, xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int]) -> list[Any]:
+        about = tuple((_but(x.shape, d) if x.shape else (), x.dtype, tuple(each), d) for x, each, d in zip(xs, sizes, dims))
+        return self._meet([x.detach() for x in xs], what, about)
+
+    def _read(self) -> None:
+        """All have read what others have left: from here on it may change."""
+        if self.size > 1:
+            self._meet(None, "read")
+
     def shift(self, x: Tensor, k: int) -> Tensor:
         if k % self.size == 0:
             return x.detach()
@@ -192,7 +235,17 @@ class SimAxes:
             self._axes[names] = SimAxis(self._world, ranks, self.ranks[self.rank], "·".join(names) or "self", self._of)
         return self._axes[names]
 
-    def over(self, mesh: Mesh, ranks: Sequence[int]) -> SimAxes | None:
+    def part(self, names: str | tuple[str, ...], n: int) -> tuple[SimAxis, SimAxis]:
+        names = (names,) if isinstance(names, str) else tuple(names)
+        made = []
+        for ranks, mark in zip(parted(self[names], n), "/%"):
+            key = (*names, f"{mark}{n}")
+            if key not in self._axes:
+                self._axes[key] = SimAxis(self._world, ranks, self.ranks[self.rank], "·".join(names) + key[-1], self._of)
+            made.append(self._axes[key])
+        return made[0], made[1]
+
+    def over(self, mesh: Mesh, ranks: Sequence[int], parts: Sequence[tuple[tuple[str, ...], int]] = ()) -> SimAxes | None:
         """The axes of another mesh over these ranks. Collective over the world: ranks that ask for different ones are told."""
         mesh, place = placed(self, mesh, ranks)
         if self.mesh.size > 1:
@@ -253,6 +306,15 @@ def spmd(mesh: Mesh, fn: Callable[..., Any], *args: Any) -> list[Any]:
             error.add_note(f"raised by rank {rank} {mesh.coords(rank)} of mesh {mesh}")
         raise error
     return out
+
+
+def _nothing() -> None:
+    """What waits for what is there already."""
+
+
+def _added(pieces: Sequence[Tensor]) -> Tensor:
+    """Their sum, in their order: what `all_reduce` makes of the same, to the bit."""
+    return torch.stack(list(pieces)).sum(0)
 
 
 def _but(shape: Sequence[int], dim: int) -> tuple[int, ...]:

@@ -105,6 +105,104 @@ class Axis:
 
         return _finish(work, result, later)
 
+    def gather_many(
+        self, outs: Sequence[Tensor], xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int], later: bool = False
+    ) -> Any:
+        """Fills each of `outs` with the ranks' xs joined along its dim, where rank j has sizes[i][j] rows of tensor i: one launch for all. What is
+        even along dim 0 travels from and to where it lies; the rest is packed. `later`: a function that waits until all are filled."""
+        if self.size == 1:
+            for out, x in zip(outs, xs):
+                out.copy_(x)
+            return _nothing if later else None
+        into, given, odd = list[Tensor](), list[Tensor](), list[tuple[Tensor, Tensor, Sequence[int], int]]()
+        for out, x, each, dim in zip(outs, xs, sizes, dims):
+            check_rows(self, "gather_many", x.shape[dim], each[self.index])
+            if not out.numel():
+                continue
+            if self._as_it_lies(out, x, each, dim):
+                into.append(out)
+                given.append(x.detach())
+                continue
+            n = max(each) * (out.numel() // sum(each))
+            flat = x.new_zeros(n)
+            flat[: x.numel()].view(x.shape).copy_(x.detach())
+            whole = x.new_empty(n * self.size)
+            odd.append((out, whole, each, dim))
+            into.append(whole)
+            given.append(flat)
+        work = self._launched(into, given, "allgather_into_tensor_coalesced")
+
+        def wait() -> None:
+            work()
+            for out, whole, each, dim in odd:
+                for target, flat in zip(out.split(list(each), dim), self._by_place(whole.chunk(self.size))):
+                    target.copy_(flat[: target.numel()].view(target.shape))
+
+        return wait if later else wait()
+
+    def scatter_many(self, xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int], later: bool = False) -> Any:
+        """Of each tensor the sum over ranks, of which rank j keeps its sizes[i][j] rows along its dim: one launch, packed as in `gather_many`. A list
+        of new tensors, or (`later`) a function that waits for it."""
+        if self.size == 1:
+            return at_once([x.detach() for x in xs], later)
+        outs, into, given = list[Tensor](), list[Tensor](), list[Tensor]()
+        for x, each, dim in zip(xs, sizes, dims):
+            check_rows(self, "scatter_many", x.shape[dim], sum(each))
+            shape = list(x.shape)
+            shape[dim] = each[self.index]
+            if self._as_it_lies(x, None, each, dim):
+                outs.append(x.new_empty(shape))
+                into.append(outs[-1])
+                given.append(x.detach())
+                continue
+            n = max(each) * (x.numel() // max(sum(each), 1))
+            packed = x.new_zeros(self.size, n)
+            for row, piece in zip(self._by_place(packed), x.detach().split(list(each), dim)):
+                row[: piece.numel()].view(piece.shape).copy_(piece)
+            flat = x.new_empty(n)
+            outs.append(flat[: torch.Size(shape).numel()].view(shape))
+            if n:
+                into.append(flat)
+                given.append(packed.view(-1))
+        work = self._launched(into, given, "reduce_scatter_tensor_coalesced")
+
+        def wait() -> list[Tensor]:
+            work()
+            return outs
+
+        return wait if later else wait()
+
+    def sum_many(self, xs: Sequence[Tensor], later: bool = False) -> Any:
+        """Adds up each tensor over ranks, in place: one launch for all. They are contiguous. `later`: a function that waits until all are."""
+        xs = [x for x in xs if x.numel()]
+        if self.size == 1 or not xs:
+            return _nothing if later else None
+        group, works = self._group(), []
+        for each in _by_dtype(xs):
+            works.append(group.allreduce_coalesced(each, dist.AllreduceCoalescedOptions()))
+        return _all(works) if later else _all(works)()
+
+    def _as_it_lies(self, whole: Tensor, x: Tensor | None, sizes: Sequence[int], dim: int) -> bool:
+        """Whether shards of a tensor are even and each a range of its memory, in the order of the group."""
+        even = dim == 0 and len(set(sizes)) == 1 and sizes[0] > 0
+        return even and self._slot is None and whole.is_contiguous() and (x is None or x.is_contiguous())
+
+    def _launched(self, into: list[Tensor], given: list[Tensor], name: str) -> Callable[[], None]:
+        launch, works = getattr(self._group(), name), []
+        for each in _by_dtype(into):
+            chosen = [g for g in given if g.dtype == each[0].dtype]
+            works.append(launch(each, chosen))
+
+        def wait() -> None:
+            assert len(given) == len(into)  # held here, they live until they have left
+            _all(works)()
+
+        return wait
+
+    def _group(self) -> Any:
+        assert self.group is not None
+        return self.group
+
     def shift(self, x: Tensor, k: int) -> Tensor:
         """x of the rank k places before this one on the ring; all of one shape."""
         if k % self.size == 0:
@@ -166,7 +264,22 @@ def _nothing() -> None:
     """What waits for a message without content."""
 
 
-def at_once(x: Tensor, later: bool) -> Tensor | Later:
+def _by_dtype(xs: Sequence[Tensor]) -> list[list[Tensor]]:
+    out: dict[torch.dtype, list[Tensor]] = {}
+    for x in xs:
+        out.setdefault(x.dtype, []).append(x)
+    return [*out.values()]
+
+
+def _all(works: Sequence[Any]) -> Callable[[], None]:
+    def wait() -> None:
+        for work in works:
+            work.wait()
+
+    return wait
+
+
+def at_once(x: Any, later: bool) -> Any:
     return (lambda: x) if later else x
 
 

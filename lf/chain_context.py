@@ -26,7 +26,7 @@ def chain_context(layouts: Layouts, axes: Any, device: ModuleType, precision: As
             f"give those of lf.connect(Mesh(dp={layouts.world}), device)"
         )
     each = precisions(layouts, precision)
-    chains = {c: Context(axes.over(where.mesh, layouts.ranks[c]), device, each[c]) for c, where in layouts.chains.items()}
+    chains = {c: Context(axes.over(where.mesh, layouts.ranks[c], where.shard_groups()), device, each[c]) for c, where in layouts.chains.items()}
     return Context(axes, device, each[layouts.main], chains=chains)
 
 

@@ -14,6 +14,7 @@ import attrs
 from lf.chains import Chains, Edge
 from lf.layouts import Layout, layout
 from lf.mesh import Mesh
+from lf.sharding import NONE, Sharding
 from lf.spec import LayoutError, Piece, Spec
 
 Coords = dict[str, int]
@@ -30,6 +31,7 @@ class Place:
     split: Sequence[int] | str | None = None
     placement: Sequence[int] | None = None
     frozen: Sequence[str] = ()
+    sharding: Sharding | str = NONE
 
 
 @attrs.frozen
@@ -189,21 +191,26 @@ class Layouts:
     def trained(self, rank: int) -> dict[str, Spec]:
         return {path: spec for path, spec in self.held(rank).items() if path not in self.frozen}
 
-    def owned(self, rank: int) -> list[tuple[str, Piece]]:
-        """(path, piece) of all that a rank is the first to hold."""
-        return [both for chain, where in self.chains.items() if (c := self.coords(chain, rank)) for both in where.owned(c)]
+    def state_owned(self, rank: int) -> list[tuple[str, Piece]]:
+        """(path, piece of its shard) of all whose state a rank is the first to keep."""
+        return [both for chain, where in self.chains.items() if (c := self.coords(chain, rank)) for both in where.state_owned(c)]
 
-    def pieces(self, path: str, rank: int) -> tuple[Piece, ...]:
-        """What a rank that holds a parameter has of it."""
-        coords = self.coords(self.chain_of[path], rank)
-        assert coords is not None
-        return self.specs[path].pieces(coords)
+    def state_pieces(self, path: str, rank: int) -> tuple[Piece, ...]:
+        """What a rank that holds a parameter keeps the state of."""
+        return self.specs[path].state_pieces(self._at(path, rank))
+
+    def state_shape(self, path: str, rank: int) -> tuple[int, ...]:
+        """The shape of each tensor of state that a rank has of a parameter that it holds."""
+        return self.specs[path].state_shape(self._at(path, rank))
 
     def local_shape(self, path: str, rank: int) -> tuple[int, ...]:
-        """The shape of the tensor that a rank has of a parameter that it holds."""
+        """The shape of the parameter that a rank computes with."""
+        return self.specs[path].local_shape(self._at(path, rank))
+
+    def _at(self, path: str, rank: int) -> Coords:
         coords = self.coords(self.chain_of[path], rank)
         assert coords is not None
-        return self.specs[path].local_shape(coords)
+        return coords
 
 
 def runs(ranks: Sequence[int]) -> str:
@@ -256,7 +263,7 @@ def _placed(name: str, model: Chains, place: Place, world: int) -> tuple[Layout,
         raise LayoutError(f"chain {name!r}: rank {next(r for r in ranks if ranks.count(r) > 1)} stands twice in its ranks")
     try:
         mesh = place.mesh.fill(len(ranks))
-        asked = {k: getattr(place, k) for k in ("rules", "stages", "split", "placement", "frozen")}
+        asked = {k: getattr(place, k) for k in ("rules", "stages", "split", "placement", "frozen", "sharding")}
         return layout(model.chains[name].model, mesh, whole=False, **asked), ranks
     except ValueError as error:
         raise type(error)(f"chain {name!r}: {error}") from None

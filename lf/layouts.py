@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -11,7 +12,8 @@ import attrs
 from lf import split as splits
 from lf.mesh import Mesh
 from lf.segment import Model, Segment, by_layer, path_of
-from lf.spec import LayoutError, Piece, Spec, spec_of
+from lf.sharding import NONE, Cut, Sharding, cut_dim, shard_count
+from lf.spec import LayoutError, Part, Piece, Spec, spec_of
 
 RULES = {"vocab": "tp", "heads": "tp", "mlp": "tp", "expert": "ep", "expert_mlp": "etp"}
 """Logical axis → mesh axis. An axis that is not named here is not split."""
@@ -20,7 +22,8 @@ RULES = {"vocab": "tp", "heads": "tp", "mlp": "tp", "expert": "ep", "expert_mlp"
 @attrs.frozen
 class Layout:
     """`stages`: the segments of each pipeline stage, some perhaps none · `placement`: the pp coordinate of each stage · `specs`: the spec of each
-    parameter of the model by path · `frozen`: paths that are not trained, those of what is not learned among them."""
+    parameter of the model by path · `frozen`: paths that are not trained, those of what is not learned among them · `sharding`: which state is cut
+    over the ranks that hold it alike."""
 
     model: Model
     mesh: Mesh
@@ -29,6 +32,7 @@ class Layout:
     placement: tuple[int, ...]
     specs: dict[str, Spec]
     frozen: frozenset[str] = frozenset()
+    sharding: Sharding = NONE
     _holders: dict[str, tuple[int, ...]] = attrs.field(init=False, repr=False, eq=False)
 
     @_holders.default
@@ -60,9 +64,13 @@ class Layout:
         """Those of `held` that have a gradient and moments and are updated."""
         return {path: spec for path, spec in self.held(coords).items() if path not in self.frozen}
 
-    def owned(self, coords: dict[str, int]) -> list[tuple[str, Piece]]:
-        """(path, piece) of all that the rank at `coords` is the first to hold: over all ranks each element of each parameter once."""
-        return [(p, piece) for p, spec in self.specs.items() if self._holders[p][0] == coords["pp"] for piece in spec.owned(coords)]
+    def shard_groups(self) -> tuple[tuple[tuple[str, ...], int], ...]:
+        """(axes, n) of each way in which state is cut, as of `Axes.part`."""
+        return tuple(dict.fromkeys((spec.cut.axes, spec.cut.n) for spec in self.specs.values() if spec.cut))
+
+    def state_owned(self, coords: dict[str, int]) -> list[tuple[str, Piece]]:
+        """(path, piece of its shard) of all whose state the rank at `coords` is the first to keep: over all ranks each element once."""
+        return [(p, piece) for p, spec in self.specs.items() if self._holders[p][0] == coords["pp"] for piece in spec.state_owned(coords)]
 
 
 def layout(
@@ -75,13 +83,15 @@ def layout(
     placement: Sequence[int] | None = None,
     frozen: Sequence[str] = (),
     whole: bool = True,
+    sharding: Sharding | str = NONE,
 ) -> Layout:
     """Lays a model out over a mesh. `rules` maps logical axes to mesh axes (default RULES).
 
     `stages`: of the pipeline (default: as many as the split or the placement has, else pp) · `split`: how many layers each has, as numbers or in
     words (`lf.split.explicit`; default: balanced) · `placement`: the pipeline rank of each (default: stage s on rank s mod pp; `lf.schedule` has
     others) · `frozen`: segments, layers or parameters that are not trained, by name or pattern ('layers.0.*', 'embed', '*/norm'); a tied
-    parameter is frozen wherever it is used · `whole`: the model is all there is, so something of it must train.
+    parameter is frozen wherever it is used · `whole`: the model is all there is, so something of it must train · `sharding`: of masters, moments,
+    gradients and parameters over dp and cp, as a `Sharding` or in its words, "3,ranks=8".
     Raises LayoutError for what this version cannot lay out, and for rules, stages and names that cannot be.
     """
     mesh, rules = mesh.fill(), dict(RULES if rules is None else rules)
@@ -102,7 +112,36 @@ def layout(
         dealt.append(tuple(segment for layer in each[at : at + n] for segment in layer))
         at += n
     fixed = {path for path, param in model.params().items() if not param.learned}
-    return Layout(model, mesh, rules, tuple(dealt), ranks, specs, _frozen(model, frozen, whole, fixed))
+    sharding = Sharding.parse(sharding)
+    whole_state = Layout(model, mesh, rules, tuple(dealt), ranks, specs, _frozen(model, frozen, whole, fixed), sharding)
+    return attrs.evolve(whole_state, specs=_cut(whole_state)) if sharding.stage else whole_state
+
+
+def _cut(layout: Layout) -> dict[str, Spec]:
+    """The specs with their cuts. What has too few rows goes whole to the shard that has the fewest elements of such so far, among those of a pipeline
+    rank. What is not learned, and scalars, stay on every rank: they are small, and `Model.after_step` wants them whole."""
+    load: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+    out = {}
+    for path, spec in layout.specs.items():
+        ranks = math.prod(spec.mesh[a] for a in spec.data_axes)
+        n = shard_count(layout.sharding, ranks, "expert" in spec.param.axes)
+        if n > 1 and spec.param.learned and spec.param.shape:
+            dim = cut_dim([_lengths(spec, d) for d in range(len(spec.param.shape))], n)
+            owner = 0
+            if dim is None:
+                each = load.setdefault((layout.holders(path)[0], spec.data_axes), [0] * n)
+                owner = each.index(min(each))
+                each[owner] += math.prod(spec.param.shape)
+            spec = attrs.evolve(spec, cut=Cut(spec.data_axes, n, dim, owner))
+        out[path] = spec
+    return out
+
+
+def _lengths(spec: Spec, dim: int) -> list[int]:
+    """The lengths along a dim of all pieces of all ranks."""
+    parts = spec.parts() if dim == spec.param.part_dim else (Part("", spec.param.shape[dim]),)
+    axis = spec.names[dim]
+    return [rows for part in parts for rows in (part.sizes(spec.mesh[axis]) if axis else (part.rows,))]
 
 
 def _sizes(

@@ -221,7 +221,7 @@ def randomised(where: Layout | Layouts, ctx: Any, seed: int) -> Tree:
     for path, spec in layouts.held(rank).items():
         shape = spec.param.shape
         noise = Init(std=shape[-1] ** -0.5 if len(shape) > 1 else 0.2)  # keeps the variance of what a matrix makes near 1, whatever the width
-        for piece in layouts.pieces(path, rank):
+        for piece in layouts.state_pieces(path, rank):
             view = piece.view(tree.get(params, path))
             view += rng.draw(seed, f"parity/{piece.key}", piece.shape, noise, piece.box, view.dtype).to(view.device)
     return params
@@ -269,8 +269,8 @@ def _compared(one_layout: Layout | Layouts, one: Trace, many_layout: Layout | La
             holding.setdefault(path, []).append(t)
 
     def pairs(path: str, local: list[Tensor], want: Tensor) -> list[tuple[Tensor, Tensor]]:
-        held = [(where.pieces(path, t.rank), tensor) for t, tensor in zip(holding[path], local)]
-        return _pairs(held, whole.pieces(path, 0), want)
+        held = [(where.state_pieces(path, t.rank), tensor) for t, tensor in zip(holding[path], local)]
+        return _pairs(held, whole.state_pieces(path, 0), want)
 
     for path in where.specs:
         if path not in where.frozen:
@@ -300,9 +300,9 @@ def _covered(where: Layouts) -> Quantity:
     shapes = {piece.key: piece.shape for path, spec in where.specs.items() for piece in spec.pieces(first[path])}
     held, owned = ({key: torch.zeros(shape, dtype=torch.int64) for key, shape in shapes.items()} for _ in range(2))
     for rank in range(where.world):
-        for piece in (piece for path in where.held(rank) for piece in where.pieces(path, rank)):
+        for piece in (piece for path in where.held(rank) for piece in where.state_pieces(path, rank)):
             held[piece.key][box.slices(piece.box, box.whole(piece.shape))] = 1
-        for _, piece in where.owned(rank):
+        for _, piece in where.state_owned(rank):
             owned[piece.key][box.slices(piece.box, box.whole(piece.shape))] += 1
     missed = sum(int((held[key] != 1).sum() + (owned[key] != 1).sum()) for key in shapes)
     return Quantity("elements not held, or not owned once", 1.0, float(missed), 0.0)

@@ -30,6 +30,7 @@ from lf.schedule.named import Schedule, on_loop, resolve
 from lf.schedule.place import loop
 from lf.schedule.recompute import Offload, Recompute, parse_offload, parse_recompute
 from lf.segment import Model
+from lf.sharding import Sharding
 
 WAYS = ("count", "cost")
 
@@ -38,7 +39,8 @@ WAYS = ("count", "cost")
 class Pipeline:
     """`schedule`: a name of `lf.schedule.named.SCHEDULES`, a function as my.py:fn, or a file with a program (.txt, .csv) · `chunks`: stages on each
     rank (default: the schedule's) · `split`: layers to stages, "count": as many in each; "cost": by floating-point operations; or in words, as
-    "e,4,4,h" · `recompute`, `offload`: policies, see `lf.schedule.recompute` · `freeze`: names or patterns of what is not trained.
+    "e,4,4,h" · `recompute`, `offload`: policies, see `lf.schedule.recompute` · `freeze`: names or patterns of what is not trained · `shard`: of state
+    over dp and cp, see `lf.sharding`.
     Raises ConfigError, ProgramError for words that say nothing."""
 
     schedule: str = "1f1b"
@@ -47,14 +49,16 @@ class Pipeline:
     recompute: str = "none"
     offload: str = "none"
     freeze: tuple[str, ...] = ()
+    shard: str = "0"
     _named: Schedule = attrs.field(init=False, repr=False, eq=False)
     _recomputed: Recompute = attrs.field(init=False, repr=False, eq=False)
     _offloaded: Offload = attrs.field(init=False, repr=False, eq=False)
+    _sharding: Sharding = attrs.field(init=False, repr=False, eq=False)
 
     @staticmethod
     def of(config: Any) -> Pipeline:
         """Of a script's config, which has fields of these names."""
-        return Pipeline(config.schedule, config.chunks, config.split, config.recompute, config.offload, config.freeze)
+        return Pipeline(config.schedule, config.chunks, config.split, config.recompute, config.offload, config.freeze, config.shard)
 
     @_named.default
     def _resolve(self) -> Schedule:
@@ -74,6 +78,10 @@ class Pipeline:
     def _parse_offload(self) -> Offload:
         return parse_offload(self.offload)
 
+    @_sharding.default
+    def _parse_sharding(self) -> Sharding:
+        return Sharding.parse(self.shard)
+
     def layout(self, model: Model, mesh: Mesh, seq_len: int = 1024) -> Layout:
         """The model over the mesh. seq_len: tokens of the row that a split by cost is worked out for. Raises as `lf.layout`."""
         mesh = mesh.fill()
@@ -89,9 +97,9 @@ class Pipeline:
                         f"give as many words, or another --chunks"
                     )
                 place = loop(stages, mesh.pp)
-            return layout(model, mesh, split=self.split, placement=place, frozen=self.freeze)
+            return layout(model, mesh, split=self.split, placement=place, frozen=self.freeze, sharding=self._sharding)
         sizes = splits.by_count(model, len(place)) if self.split == "count" else splits.by_cost(model, len(place), _row(seq_len))
-        return layout(model, mesh, split=sizes, placement=place, frozen=self.freeze)
+        return layout(model, mesh, split=sizes, placement=place, frozen=self.freeze, sharding=self._sharding)
 
     def program(self, where: Layout, microbatches: int) -> Program:
         """What each rank of a pipeline does in a step. Raises ProgramError, ConfigError for what cannot be."""
@@ -115,7 +123,8 @@ class Pipeline:
         timeline = cost(program)
         idle = fmean(timeline.bubble(rank) for rank in range(len(program))) / (timeline.makespan or 1.0)
         words = f"{self.schedule}, {stages} stage{'s' * (stages > 1)}, bubble {idle:.1%} in unit times, recompute {self._recomputed}"
-        return words + (f", offload {self._offloaded}" if str(self._offloaded) != "none" else "")
+        words += f", offload {self._offloaded}" if str(self._offloaded) != "none" else ""
+        return words + (f", sharding {self._sharding}" if self._sharding.stage else "")
 
 
 def micro_batch(rows: int | None, microbatches: int | None, global_batch: int, dp: int) -> int:

@@ -6,6 +6,7 @@ A `Param` is logical: a shape, a name per dim, an initial distribution; no layou
     sum_axes   the gradient is summed over these: the axes of its factoring that the spec does not name
     shared     parts whose boxes overlap along a named axis (kv heads that follow their query heads): summed element by element
     owned      the pieces that this rank is the first to hold: counted in the norm, written in a checkpoint
+    state_…    the same of the shard that it keeps of masters, moments and summed gradients, where these are cut (lf/sharding.py)
 
 The rule behind all four: *a gradient element is summed over every rank that holds the element, and the first holder counts it.* It is right
 for norms, biases, routers and replicated kv heads alike, because between blocks every rank has tokens of its own (sequence parallelism), so
@@ -21,6 +22,7 @@ from torch import Tensor
 from lf import box
 from lf.box import Box
 from lf.mesh import Mesh
+from lf.sharding import Cut
 
 
 class LayoutError(ValueError):
@@ -141,12 +143,14 @@ class Piece:
 
 @attrs.frozen
 class Spec:
-    """A parameter under a layout: `names` is the mesh axis of each dim, or None."""
+    """A parameter under a layout: `names` is the mesh axis of each dim, or None. `cut`: how its state lies in shards; None: every rank that holds
+    the parameter keeps all of it."""
 
     path: str
     param: Param
     names: tuple[str | None, ...]
     mesh: Mesh
+    cut: Cut | None = None
 
     @property
     def grid(self) -> tuple[str, ...]:
@@ -157,6 +161,11 @@ class Spec:
     def sum_axes(self) -> tuple[str, ...]:
         """Mesh axes that the gradient is summed over. Never pp: which stages hold a parameter is the program's affair."""
         return tuple(a for a in self.grid[1:] if a not in self.names)
+
+    @property
+    def data_axes(self) -> tuple[str, ...]:
+        """Mesh axes whose ranks see other data and hold the parameter alike: its state can be cut over these."""
+        return tuple(a for a in self.sum_axes if a in ("dp", "cp", "edp"))
 
     def parts(self) -> tuple[Part, ...]:
         return self.param.parts or (Part("", self.param.shape[self.param.part_dim] if self.param.shape else 1),)
@@ -185,6 +194,60 @@ class Spec:
         """Indices of the parts that several ranks along the axis of `part_dim` hold."""
         axis = self.names[self.param.part_dim] if self.names else None
         return tuple(i for i, p in enumerate(self.parts()) if axis and p.overlaps(self.mesh[axis]))
+
+    def shard(self, coords: dict[str, int]) -> tuple[int, int]:
+        """(which shard the rank at `coords` keeps, which of the equal groups of shards it is in)."""
+        if self.cut is None:
+            return 0, 0
+        at = 0
+        for axis in self.cut.axes:  # row-major, as mesh.group orders them
+            at = at * self.mesh[axis] + coords[axis]
+        return at % self.cut.n, at // self.cut.n
+
+    def of_shard(self, shard: int, copy: int) -> dict[str, int]:
+        """The coordinates, on the axes of the cut, of the rank that keeps this shard in this group; {} where nothing is cut."""
+        if self.cut is None:
+            return {}
+        at, out = copy * self.cut.n + shard, {}
+        for axis in reversed(self.cut.axes):
+            at, out[axis] = divmod(at, self.mesh[axis])
+        return out
+
+    def state_pieces(self, coords: dict[str, int]) -> tuple[Piece, ...]:
+        """The boxes that the rank at `coords` keeps the state of, in the order in which its shard has them along `part_dim`."""
+        if self.cut is None:
+            return self.pieces(coords)
+        d, at, out = self.cut.dim or 0, 0, []
+        for piece in self.pieces(coords):
+            lo, hi = piece.box[d]
+            start, stop = self.cut.bounds(hi - lo, self.shard(coords)[0])
+            held = tuple((lo + start, lo + stop) if i == d else b for i, b in enumerate(piece.box))
+            out.append(attrs.evolve(piece, box=held, at=at))
+            at += held[piece.dim][1] - held[piece.dim][0]
+        return tuple(out)
+
+    def state_shape(self, coords: dict[str, int]) -> tuple[int, ...]:
+        """The shape of the shard."""
+        if self.cut is None:
+            return self.local_shape(coords)
+        held = [box.shape(p.box) for p in self.state_pieces(coords)]
+        return tuple(sum(s[i] for s in held) if i == self.param.part_dim else n for i, n in enumerate(held[0]))
+
+    def state_owned(self, coords: dict[str, int]) -> tuple[Piece, ...]:
+        """Of the shard what this rank is the first to hold; over all ranks every element exactly once."""
+        if self.cut is None:
+            return self.owned(coords)
+        if self.shard(coords)[1]:
+            return ()
+        first = {p.key: p for p in self.owned({**coords, **dict.fromkeys(self.cut.axes, 0)})}
+        out = []
+        for piece in self.state_pieces(coords):
+            if (owned := first.get(piece.key)) is None:
+                continue
+            common = box.intersect(piece.box, owned.box)
+            if box.volume(common):
+                out.append(attrs.evolve(piece, box=common, at=piece.at + common[piece.dim][0] - piece.box[piece.dim][0]))
+        return tuple(out)
 
     def owned(self, coords: dict[str, int]) -> tuple[Piece, ...]:
         """The pieces that this rank is the first to hold; over all ranks they cover every element exactly once."""

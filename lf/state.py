@@ -39,8 +39,8 @@ def init(layout: Layout | Layouts, ctx: Any, seed: int) -> Tree:
     """Fresh parameters of this rank in the master dtype, of all chains that it is on: the same logical model for the same seed under any layout."""
     pairs, layouts, rank = [], joined(layout), ctx.axes.rank
     for path, spec in layouts.held(rank).items():
-        local = torch.empty(layouts.local_shape(path, rank), dtype=ctx.precision.master)
-        for piece in layouts.pieces(path, rank):
+        local = torch.empty(layouts.state_shape(path, rank), dtype=ctx.precision.master)
+        for piece in layouts.state_pieces(path, rank):
             piece.view(local).copy_(rng.draw(seed, piece.key, piece.shape, spec.param.init, piece.box, local.dtype))
         pairs.append((path, local.to(device_of(ctx))))
     return tree.build(pairs)

@@ -68,7 +68,7 @@ def gradients(
     bound = _bound(layouts, program, ctx, compile)
     objectives = objectives_of(layouts)
     shapes = {name: shape for where in layouts.chains.values() for name, shape in where.model.sums.items()}
-    owned = [(path, piece) for path, piece in layouts.owned(ctx.axes.rank) if path not in layouts.frozen]
+    owned = [(path, piece) for path, piece in layouts.state_owned(ctx.axes.rank) if path not in layouts.frozen]
     agreed = False  # whether losses and objectives are known to agree: of several chains, only a step shows it
 
     def fn(params: Tree, batches: Sequence[Any], clock: Clock | None = None) -> Gradients:
@@ -234,7 +234,7 @@ def make(
             # 1e-6 keeps the factor finite where the norm is 0; without clipping it is exactly 1
             scale = torch.ones_like(norm) if clip is None else (clip / (norm + 1e-6)).clamp_max(1.0)
             with memory_at("the update of the parameters", 1.0, dict(tree.items(grads))):
-                state_of = optimizer.update(state.optimizer, grads, params, lr, scale, state.step, ok, ctx.ops)
+                state_of = optimizer.update(state.optimizer, grads, params, lr, scale, state.step, ok, ctx, layouts)
                 _after_step(layouts, state_of["master"], metrics, ok)
                 new = State(compute_copy(layouts, state_of["master"], ctx), state_of, state.step + 1)
         return new, {**metrics, "lr": lr, "skipped": ~ok}

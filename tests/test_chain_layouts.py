@@ -87,9 +87,9 @@ def test_one_layout_is_a_chain_without_a_name() -> None:
         coords = where.mesh.coords(rank)
         assert list(layouts.held(rank).items()) == list(where.held(coords).items())
         assert layouts.trained(rank) == where.trained(coords)
-        assert layouts.owned(rank) == where.owned(coords)
+        assert layouts.state_owned(rank) == where.state_owned(coords)
         for path, spec in where.held(coords).items():
-            assert layouts.pieces(path, rank) == spec.pieces(coords)
+            assert layouts.state_pieces(path, rank) == spec.pieces(coords)
             assert layouts.local_shape(path, rank) == spec.local_shape(coords)
     assert not layouts.spread("")
 
@@ -126,12 +126,12 @@ def test_every_element_is_held_and_is_owned_once(layouts: Layouts) -> None:
     for rank in range(layouts.world):
         mine = layouts.held(rank)
         assert layouts.trained(rank).keys() == mine.keys() - layouts.frozen
-        have = {p.key: p.box for path in mine for p in layouts.pieces(path, rank)}
+        have = {p.key: p.box for path in mine for p in layouts.state_pieces(path, rank)}
         for path in mine:
-            for piece in layouts.pieces(path, rank):
+            for piece in layouts.state_pieces(path, rank):
                 held[piece.key][box.slices(piece.box, box.whole(piece.shape))] += 1
             assert layouts.local_shape(path, rank) == mine[path].local_shape(layouts.coords(layouts.chain_of[path], rank))
-        for path, piece in layouts.owned(rank):
+        for path, piece in layouts.state_owned(rank):
             assert path in mine
             assert box.intersect(piece.box, have[piece.key]) == piece.box, "it owns what it does not hold"
             owned[piece.key][box.slices(piece.box, box.whole(piece.shape))] += 1
@@ -182,7 +182,7 @@ def test_the_same_seed_is_the_same_model() -> None:
         parts = {p.key: p for spec in one.specs.values() for p in spec.pieces(spec.mesh.coords(0))}
         for path, x in tree.items(params):
             assert x.dtype == torch.float32
-            for piece in layouts.pieces(path, axes.rank):
+            for piece in layouts.state_pieces(path, axes.rank):
                 want = parts[piece.key].view(tree.get(whole, path))
                 assert torch.equal(piece.view(x), want[box.slices(piece.box, box.whole(piece.shape))])
         copy = lf.state.compute_copy(layouts, params, ctx)

@@ -18,6 +18,7 @@ from helpers import ROOT
 LEVELS = (
     ("position", "dump"),
     ("tree", "box", "mesh", "axis", "config", "batch", "console", "worker", "cluster", "signals"),
+    ("sharding",),
     ("spec", "axes", "devices", "runs", "cli", "supervise"),
     ("rng", "axes_sim", "axes_meta", "context", "segment", "launch", "log"),
     ("split", "ops", "chains"),

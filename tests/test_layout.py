@@ -165,7 +165,7 @@ def test_every_element_is_held_where_it_is_used_and_owned_once(mesh: str, asked:
         used = {path_of(s, n) for stage in layout.on(coords["pp"]) for s in layout.stages[stage] for n in s.params}
         assert set(held) == used
         assert list(held) == [path for path in layout.specs if path in used]
-        for path, piece in layout.owned(coords):
+        for path, piece in layout.state_owned(coords):
             assert path in held
             owned[piece.key][box.slices(piece.box, box.whole(piece.shape))] += 1
     assert all((n == 1).all() for n in owned.values())
@@ -175,7 +175,7 @@ def test_a_tied_parameter_belongs_to_the_first_stage_that_uses_it() -> None:
     layout = lf.layout(tiny(), lf.Mesh(pp=3), placement=(2, 1, 0))
     assert layout.holders("embed/weight") == (2, 0)
     assert layout.holders("head/norm") == (0,)
-    assert [path for path, _ in layout.owned({**layout.mesh.coords(0), "pp": 0}) if "weight" in path] == []
+    assert [path for path, _ in layout.state_owned({**layout.mesh.coords(0), "pp": 0}) if "weight" in path] == []
     assert lf.layout(tiny(), lf.Mesh(pp=2), placement=(0, 1, 1, 0)).holders("embed/weight") == (0,)
 
 

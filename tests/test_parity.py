@@ -109,14 +109,14 @@ def test_what_no_stage_holds_or_two_stages_count_is_seen() -> None:
     layouts = joined(lf.layout(tiny(), lf.Mesh(pp=2)))
 
     def missed(**changed: Any) -> float:
-        faces = {name: getattr(layouts, name) for name in ("world", "specs", "held", "owned", "pieces")}
+        faces = {name: getattr(layouts, name) for name in ("world", "specs", "held", "state_owned", "state_pieces")}
         return parity._covered(SimpleNamespace(**{**faces, **changed})).error  # type: ignore[arg-type]
 
     def twice(rank: int) -> list[tuple[str, Any]]:
         return [(path, piece) for path, spec in layouts.held(rank).items() for piece in spec.owned(layouts.chains[""].mesh.coords(rank))]
 
     assert missed() == 0
-    assert missed(owned=twice) == 37 * 15
+    assert missed(state_owned=twice) == 37 * 15
     assert missed(held=lambda rank: {k: v for k, v in layouts.held(rank).items() if k != "head/norm"}) == 15
 
 

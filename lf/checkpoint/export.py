@@ -84,7 +84,7 @@ def save(
         @lru_cache(maxsize=dp)  # the tensors of one parameter follow one another
         def local(path: str) -> Tensor:
             found = attempt(errors, get, path)  # one that cannot be read must not keep the others waiting
-            return torch.zeros(layout.specs[path].local_shape(axes.coords), device=device_of(ctx)) if found is None else found
+            return torch.zeros(layout.specs[path].state_shape(axes.coords), device=device_of(ctx)) if found is None else found
 
         for first in range(0, len(shards), dp):
             held: dict[str, Tensor] = {}

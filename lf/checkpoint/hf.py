@@ -127,7 +127,7 @@ def _inspect(folder: Path, layout: Layout, ctx: Any, dtype: torch.dtype | None, 
             problems.append(f"config.json has {field}={theirs!r}, the layout's model {ours!r}; build it with lf.hf.model({str(folder)!r})")
     except ConfigError as error:
         problems.append(str(error))
-    pieces = [piece for spec in layout.specs.values() for piece in spec.pieces(ctx.axes.coords)]
+    pieces = [piece for spec in layout.specs.values() for piece in spec.state_pieces(ctx.axes.coords)]
     found = inspect(folder, families.of(stored), config, scheme, pieces, dtype, ctx.precision.master, stack, problems)
     listing(f"cannot load {folder}", sorted(problems))
     return found
@@ -136,9 +136,9 @@ def _inspect(folder: Path, layout: Layout, ctx: Any, dtype: torch.dtype | None, 
 def _read(folder: Path, layout: Layout, ctx: Any, dtype: torch.dtype | None, found: Weights) -> Tree:
     pairs = []
     for path, spec in layout.held(ctx.axes.coords).items():
-        local = torch.empty(spec.local_shape(ctx.axes.coords), dtype=ctx.precision.master)
+        local = torch.empty(spec.state_shape(ctx.axes.coords), dtype=ctx.precision.master)
         rounded = dtype and spec.param.used_in(dtype)
-        for piece in spec.pieces(ctx.axes.coords):
+        for piece in spec.state_pieces(ctx.axes.coords):
             place, target = found.at[piece.key], piece.view(local)
             if not place.names:
                 target.copy_(rng.draw(0, piece.key, piece.shape, spec.param.init, piece.box, local.dtype))

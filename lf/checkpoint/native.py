@@ -150,13 +150,13 @@ def _spec(layouts: Layouts, leaf: str) -> Spec | None:
 
 def _pieces(layouts: Layouts, leaf: str, rank: int) -> tuple[Piece, ...]:
     spec = _spec(layouts, leaf)
-    return _keyed(leaf, layouts.pieces(spec.path, rank)) if spec else (Piece(leaf, (), (), 0, 0),)
+    return _keyed(leaf, layouts.state_pieces(spec.path, rank)) if spec else (Piece(leaf, (), (), 0, 0),)
 
 
 def _owned(layouts: Layouts, rank: int) -> dict[str, tuple[Piece, ...]]:
     """By path what a rank owns: worked out once for masters and moments."""
     owned: dict[str, tuple[Piece, ...]] = {}
-    for path, piece in layouts.owned(rank):
+    for path, piece in layouts.state_owned(rank):
         owned[path] = (*owned.get(path, ()), piece)
     return owned
 
@@ -195,7 +195,7 @@ def _refuse(leaves: dict[str, Tensor], layouts: Layouts, rank: int, extra: dict[
         if spec and spec.path not in held:
             problems.append(f"{leaf} {_elsewhere(layouts, spec.path, rank)}")
             continue
-        want = layouts.local_shape(spec.path, rank) if spec else ()
+        want = layouts.state_shape(spec.path, rank) if spec else ()
         if tuple(x.shape) != want:
             what = "the shape of its parameter" if spec else "a scalar, because no parameter has its path"
             problems.append(f"{leaf} has shape {list(x.shape)} and should have {list(want)}: {what}")
@@ -301,7 +301,7 @@ def _leaf(found: tuple[Manifest, Reads], leaf: str, layouts: Layouts, ctx: Any) 
     about, reads = found
     spec, rank = _spec(layouts, leaf), ctx.axes.rank
     dtype = DTYPES[about.tensors[_pieces(layouts, leaf, rank)[0].key].dtype]
-    local = torch.empty(layouts.local_shape(spec.path, rank) if spec else (), dtype=dtype)
+    local = torch.empty(layouts.state_shape(spec.path, rank) if spec else (), dtype=dtype)
     for file, key, common, origin, piece in reads[leaf]:
         target = piece.view(local)[boxes.slices(common, piece.box)] if piece.shape else local
         target.copy_(read_box(file, key, common, origin))

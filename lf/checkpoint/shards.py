@@ -132,20 +132,23 @@ def assembler(layout: Layout, ctx: Any) -> Callable[[Sequence[Entry | None], Cal
 
 
 def owners(layout: Layout, spec: Spec, index: int, near: dict[str, int]) -> Iterator[tuple[int, Piece]]:
-    """(rank, what it owns) of a part, when of all copies that count is the one at the coordinates `near`."""
+    """(rank, what it owns) of a part, when of all copies that count is the one nearest to the coordinates `near`."""
     split = [axis for axis in spec.grid[1:] if axis in spec.names]
-    first = {**dict.fromkeys(spec.grid, 0), "pp": layout.holders(spec.path)[0], **{axis: near[axis] for axis in spec.sum_axes}}
+    alike = {**dict.fromkeys(spec.grid, 0), "pp": layout.holders(spec.path)[0], **{axis: near[axis] for axis in spec.sum_axes}}
     key = spec.pieces(near)[index].key
     for at in product(*(range(layout.mesh[axis]) for axis in split)):
         coords = dict(zip(split, at))
-        owned = spec.owned({**dict.fromkeys(spec.sum_axes, 0), **coords})
-        if piece := next((p for p in owned if p.key == key), None):
-            yield layout.mesh.rank(**{**first, **coords}), piece
+        for shard in range(spec.cut.n if spec.cut else 1):
+            owned = spec.state_owned({**dict.fromkeys(spec.sum_axes, 0), **coords, **spec.of_shard(shard, 0)})
+            if piece := next((p for p in owned if p.key == key), None):
+                yield layout.mesh.rank(**{**alike, **coords, **spec.of_shard(shard, spec.shard(near)[1])}), piece
 
 
 def _gives(layout: Layout, spec: Spec, at: dict[str, int], near: dict[str, int]) -> bool:
     """Whether the rank at `at` can be one of `owners`."""
-    return at["pp"] == layout.holders(spec.path)[0] and all(at[axis] == near[axis] for axis in spec.sum_axes)
+    shards = spec.cut.axes if spec.cut else ()
+    alike = all(at[axis] == near[axis] for axis in spec.sum_axes if axis not in shards)
+    return at["pp"] == layout.holders(spec.path)[0] and alike and spec.shard(at)[1] == spec.shard(near)[1]
 
 
 def _joined(entry: Entry, takes: Sequence[tuple[int, Source, Box]], got: Sequence[Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lf import tree
+from lf.chain_layouts import Layouts
 from lf.config import ConfigError
 from lf.optim.base import Optimizer, Rate
 from lf.optim.lr import constant
@@ -46,13 +47,13 @@ def adamw(
         return {"master": master, "m": tree.map(zeros, master), "v": tree.map(zeros, master), "t": {"t": t}}
 
     def update(
-        state: Tree, grads: Tree, params: dict[str, Param], lr: Tensor, scale: Tensor, step: Tensor, ok: Tensor, ops: Any
+        state: Tree, grads: Tree, params: dict[str, Param], lr: Tensor, scale: Tensor, step: Tensor, ok: Tensor, ctx: Any, layouts: Layouts
     ) -> Tree:
         t = state["t"]["t"].add_(ok)
         for decay, chosen in ((weight_decay, True), (0.0, False)):
             paths = [path for path in params if decays(params[path]) == chosen]
             ws, gs, ms, vs = ([tree.get(x, path) for path in paths] for x in (state["master"], grads, state["m"], state["v"]))
-            ops.adamw_update(ws, gs, ms, vs, t, lr, scale, ok, betas, eps, decay)
+            ctx.ops.adamw_update(ws, gs, ms, vs, t, lr, scale, ok, betas, eps, decay)
         return state
 
     return Optimizer(init, update, rate)

@@ -9,6 +9,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from lf.chain_layouts import Layouts
 from lf.spec import Param
 from lf.tree import Tree
 
@@ -18,12 +19,13 @@ Rate = Callable[[Tensor], Tensor]
 @attrs.frozen
 class Optimizer:
     """`init(master, device) -> state`, a dict of trees shaped like the parameters, among them "master", the truth that is updated and saved. It is
-    given the parameters that are trained, on some ranks perhaps none: the keys of `state` are the same there. `device`: where scalars go.
+    given the parameters that are trained, on some ranks perhaps none: the keys of `state` are the same there. `device`: where scalars go. A leaf is
+    what this rank keeps: the shard of a parameter whose state is cut (`Spec.state_pieces`).
 
-    `update(state, grads, params, lr, scale, step, ok, ops) -> state` where
-        grads   {segment: {name: Tensor}} in the master dtype; they are used up · params  {path: Param}, what each leaf is that is updated;
-                others in state["master"] are not trained and stay as they are
-        step    updates made before this one · ops  the device's fast functions (`Context.ops`)
+    `update(state, grads, params, lr, scale, step, ok, ctx, layouts) -> state` where
+        grads   {segment: {name: Tensor}} in the master dtype, shaped like the masters; they are used up
+        params  {path: Param}, what each leaf is that is updated; others in state["master"] are not trained and stay as they are
+        step    updates made before this one · ctx  the context, as of the step · layouts  who holds what (`lf.chain_layouts.Layouts`)
         lr, scale (multiplies the gradients: the clip factor), step, ok are device scalars; where `ok` is false nothing changes.
     The tensors of `state` are updated in place: the state that was given is used up.
 
@@ -31,5 +33,5 @@ class Optimizer:
     """
 
     init: Callable[[Tree, torch.device], Tree]
-    update: Callable[[Tree, Tree, dict[str, Param], Tensor, Tensor, Tensor, Tensor, Any], Tree]
+    update: Callable[[Tree, Tree, dict[str, Param], Tensor, Tensor, Tensor, Tensor, Any, Layouts], Tree]
     lr: Rate

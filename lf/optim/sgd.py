@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lf import tree
+from lf.chain_layouts import Layouts
 from lf.optim.base import Optimizer, Rate
 from lf.optim.lr import constant
 from lf.spec import Param
@@ -20,7 +21,9 @@ def sgd(lr: float | Rate) -> Optimizer:
     def init(master: Tree, device: torch.device) -> Tree:
         return {"master": master}
 
-    def update(state: Tree, grads: Tree, params: dict[str, Param], lr: Tensor, scale: Tensor, step: Tensor, ok: Tensor, ops: Any) -> Tree:
+    def update(
+        state: Tree, grads: Tree, params: dict[str, Param], lr: Tensor, scale: Tensor, step: Tensor, ok: Tensor, ctx: Any, layouts: Layouts
+    ) -> Tree:
         for path in params:
             w, g = tree.get(state["master"], path), tree.get(grads, path)
             w.sub_(torch.where(ok, g * (lr * scale).to(g.dtype), 0.0))

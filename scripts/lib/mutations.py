@@ -299,9 +299,10 @@ RUNS = [
 LAYOUT, PIPELINE, SPLIT = "tests/test_layout.py", "tests/checkpoint/test_checkpoint_pipeline.py", "tests/test_split.py"
 CHAINS, CHAIN_FILES = "tests/test_chain_layouts.py", "tests/checkpoint/test_checkpoint_chains.py"
 HOLDS = 'self._holders[p][0] == coords["pp"]'
+L = layouts.Layout
 STAGES = [
-    words("norm owner: every stage that holds it counts", (LAYOUT, PIPELINE), (layouts.Layout.owned, HOLDS, 'coords["pp"] in self._holders[p]')),
-    words("norm owner: the last stage that holds it", LAYOUT, (layouts.Layout.owned, HOLDS, HOLDS.replace("[0]", "[-1]"))),
+    words("norm owner: every stage that holds it counts", (LAYOUT, PIPELINE), (L.state_owned, HOLDS, 'coords["pp"] in self._holders[p]')),
+    words("norm owner: the last stage that holds it", LAYOUT, (L.state_owned, HOLDS, HOLDS.replace("[0]", "[-1]"))),
     words("frozen: a tied parameter in one place alone", LAYOUT, (layouts._frozen, "add(path_of(segment, name))", 'add(f"{segment.name}/{name}")')),
     words("frozen: has moments all the same", TRAIN, (layouts.Layout.trained, "if path not in self.frozen", "")),
     words("init: every stage's parameters on every rank", LAYOUT, (state.init, "layouts.held(rank)", "layouts.specs")),

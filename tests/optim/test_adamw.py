@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,9 @@ PARAMS = {
 }
 
 
+NOWHERE: Any = None  # an update element by element asks nobody who holds what
+
+
 def numbers(*key: object) -> tree.Tree:
     return tree.build([(path, draw(*map(str, key), path, shape=p.shape)) for path, p in PARAMS.items()])
 
@@ -31,7 +36,7 @@ def scalar(x: float) -> torch.Tensor:
 
 def update(optimizer, state, grads, step: int, lr: float = 0.1, scale: float = 1.0, ok: bool = True):
     ops = lf.devices.op_table(lf.devices.get("cpu"))
-    return optimizer.update(state, grads, PARAMS, scalar(lr), scalar(scale), torch.tensor(step), torch.tensor(ok), ops)
+    return optimizer.update(state, grads, PARAMS, scalar(lr), scalar(scale), torch.tensor(step), torch.tensor(ok), SimpleNamespace(ops=ops), NOWHERE)
 
 
 def test_adamw_is_torch_adamw() -> None:

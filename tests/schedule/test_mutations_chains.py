@@ -128,7 +128,7 @@ def compared(program: Program, layouts: Layouts, frozen: int, count: int) -> Non
         assert mine == pytest.approx(losses, rel=1e-9)
         seen |= grads.keys()
         for path, g in grads.items():
-            for piece, full in zip(layouts.pieces(path, rank), one.pieces(path, 0)):
+            for piece, full in zip(layouts.state_pieces(path, rank), one.state_pieces(path, 0)):
                 right = full.view(want[path])[box.slices(piece.box, full.box)]
                 torch.testing.assert_close(piece.view(g), right, rtol=1e-8, atol=1e-10 * largest, msg=lambda words, path=path: f"{path}: {words}")
     assert seen == want.keys()
