@@ -148,7 +148,7 @@ def in_turn(sides: Mapping[str, Callable[[], Any]], config: Config, ctx: Any) ->
     """Seconds of a step in each round."""
     times: dict[str, list[float]] = {side: [] for side in sides}
     for i in range(config.rounds):
-        for side in sides if i % 2 else reversed(sides):
+        for side in sides if i % 2 else reversed([*sides]):
             ctx.axes.world.barrier()
             began = time.perf_counter()
             for _ in range(config.steps):
@@ -190,7 +190,8 @@ def lf_side(sharding: Any, config: Config, ctx: Any) -> Side:
 def gathered(layout: Any, trees: Any, kinds: tuple[str, ...], ctx: Any) -> dict[str, tuple[Tensor, ...]]:
     """{name in the files of transformers: of each kind the whole tensor}, from the pieces that the ranks own."""
     names = lf.models.families.of(layout.model.config).names(layout.model.config)
-    coords, mine = ctx.axes.coords, {}
+    coords = ctx.axes.coords
+    mine: dict[str, list[tuple[str, Any]]] = {}
     for path, piece in layout.state_owned(coords):
         mine.setdefault(piece.key, []).append((path, piece))
     out = {}

@@ -15,8 +15,6 @@ import pytest
 import torch
 from helpers import QWEN3, ROOT, context, processes
 
-
-import lf
 from lf.config import ConfigError
 from lf.sharding import Sharding
 
