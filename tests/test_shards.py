@@ -1,4 +1,4 @@
-"""How state lies in shards: the words for it, the cut of each parameter, every element kept and counted once, and the launches that carry many tensors."""
+"""How state lies in shards: the words for it, the cut of each parameter, every element kept and counted once; launches that carry many tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from lf.models.decoder import Attention, DecoderConfig, GatedMLP, Layer, decoder
 from lf.models.small import tiny
 from lf.sharding import Cut, Sharding, cut_dim
 
-WORDS = ["0", "1", "2", "3", "1,ranks=4", "2,reduce=step", "1,reduce=microbatch", "3,keep,ahead=0", "3,ranks=2,reduce=step,keep,ahead=2,transport=bf16"]
+WORDS = ["0", "1", "2", "3", "1,ranks=4", "2,reduce=step", "1,reduce=microbatch", "3,keep,ahead=0"]
+WORDS += ["3,ranks=2,reduce=step,keep,ahead=2,transport=bf16"]
 
 
 @pytest.mark.parametrize("words", WORDS)
