@@ -240,10 +240,13 @@ def test_shards_change_no_bit(sharding: str, microbatches: int, precision: str) 
 # Gradients that travel in bfloat16.
 
 
+DOWN = "layers.0.mlp/down"
+
+
 def carried(axes: Any, transport: str, values: str) -> torch.Tensor:
-    """This rank's shard of one sum."""
+    """The sum, this rank's shard of it at its place and zeros elsewhere."""
     layout = lf.layout(shaped(2, 1, 8, layers=1), axes.mesh, sharding=f"1,transport={transport}")
-    spec = layout.specs["layers.0.mlp/down"]
+    spec = layout.specs[DOWN]
     shape = spec.local_shape(axes.coords)
     if values == "small beside large":
         x = torch.full(shape, 1.0 if axes.rank else 256.0)
@@ -251,19 +254,19 @@ def carried(axes: Any, transport: str, values: str) -> torch.Tensor:
         x = draw("carried", axes.rank, shape=shape, dtype=torch.float32)
     shards = {spec.path: torch.zeros(spec.state_shape(axes.coords))}
     reduce_gradients([spec], {spec.path: x}, shards, axes, transport)()
-    return shards[spec.path]
+    whole, (piece,) = torch.zeros(shape), spec.state_pieces(axes.coords)
+    whole[lf.box.slices(piece.box, lf.box.whole(piece.shape))] = shards[spec.path]
+    return whole
 
 
 @pytest.mark.parametrize("spmd", [lf.sim.spmd, processes], ids=["simulated", "processes"])
 def test_what_travels_in_bfloat16_is_added_in_float32(spmd: Any) -> None:
     mesh = lf.Mesh(dp=8) if spmd is lf.sim.spmd else lf.Mesh(dp=3)
-    for shard in spmd(mesh, carried, "bf16", "small beside large"):
-        assert (shard == 256.0 + mesh.size - 1).all(), "added up in bfloat16, which has no 257"
-    exact = torch.cat(spmd(mesh, carried, "fp32", "any"))
-    near = torch.cat(spmd(mesh, carried, "bf16", "any"))
+    exact, near, odd = (sum(spmd(mesh, carried, *how)) for how in (("fp32", "any"), ("bf16", "any"), ("bf16", "small beside large")))
+    assert (odd == 256.0 + mesh.size - 1).all(), "added up in bfloat16, which has no 257"
     size = sum(draw("carried", rank, shape=tuple(exact.shape), dtype=torch.float32).abs() for rank in range(mesh.size))
     error = (near - exact).abs()
-    assert (error <= 2**-9 * size).all(), "each addend is rounded once"
+    assert (error <= 2**-8 * size).all(), "each addend is rounded once"
     assert error.max() > 0, "nothing was rounded"
 
 
@@ -332,34 +335,31 @@ def test_a_layer_is_gathered_so_many_layers_before_its_use(ahead: int) -> None:
 def test_weights_are_gone_between_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stage 3: whenever a layer is gathered, no more than it, the one that computes and the one before have memory, and after a step none has."""
     model = decoder(DecoderConfig(37, 15, tiny().config.layers * 3, tied=False))
-    made: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+    kept: list[Any] = []
     held: list[int] = []
-    without, gather = gathered.without_memory, gathered.Gathered.gather
+    gather = gathered.Gathered.gather
 
-    def taken(rank: int) -> int:
-        return sum(x.untyped_storage().nbytes() for x in made[rank])
+    def taken(of: Any) -> int:
+        return sum(x.untyped_storage().nbytes() for x in of.leaves.values())
+
+    def measured(self: Any, paths: Any) -> None:
+        gather(self, paths)
+        held.append(taken(self))
+        if self not in kept:
+            kept.append(self)
+
+    monkeypatch.setattr(gathered.Gathered, "gather", measured)
 
     def look(axes: Any) -> None:
-        def kept(*args: Any) -> torch.Tensor:
-            made[axes.rank].append(without(*args))
-            return made[axes.rank][-1]
-
-        def measured(self: Any, paths: Any) -> None:
-            gather(self, paths)
-            held.append(taken(self.axes.rank))
-
         ctx, layout = context(axes, "fp32"), lf.layout(model, axes.mesh, sharding="3,ahead=1")
-        fn, params = lf.train.gradients(layout, build(layout, 2), ctx), parity.randomised(layout, ctx, 0)
-        axes.world.barrier()
-        monkeypatch.setattr(gathered, "without_memory", kept)
-        monkeypatch.setattr(gathered.Gathered, "gather", measured)
-        fn(params, parity.random_batches(model, SEED, 0, 2, 21))
+        fn = lf.train.gradients(layout, build(layout, 2), ctx)
+        fn(parity.randomised(layout, ctx, 0), parity.random_batches(model, SEED, 0, 2, 21))
 
     lf.sim.spmd(lf.Mesh(dp=2), look)
     sizes: dict[str, int] = {}
     for segment in model.segments:
         sizes[segment.layer] = sizes.get(segment.layer, 0) + sum(4 * math.prod(p.shape) for p in segment.params.values())
-    count, left = [len(made[rank]) for rank in (0, 1)], [taken(rank) for rank in (0, 1)]  # nothing may look into a tensor without memory
-    assert count == [len(model.params())] * 2
+    assert len(kept) == 2
+    left = [taken(of) for of in kept]
     assert left == [0, 0]
     assert max(sizes.values()) < max(held) <= 3 * max(sizes.values())

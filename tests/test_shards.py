@@ -203,8 +203,11 @@ def many(axes: Any) -> dict[str, torch.Tensor]:
                 waited()
             for i, (a, b) in enumerate(zip(outs, wholes)):
                 assert torch.equal(a, b), (name, later, i)
-            parts = axis.scatter_many(wholes, sizes, dims, later=later)
-            for i, (a, w, each, dim) in enumerate(zip(parts() if later else parts, wholes, sizes, dims)):
+            parts = [torch.full_like(x, 7.0) for x in xs]
+            waited = axis.scatter_many(parts, wholes, sizes, dims, later=later)
+            if later:
+                waited()
+            for i, (a, w, each, dim) in enumerate(zip(parts, wholes, sizes, dims)):
                 assert torch.equal(a, axis.reduce_scatter(w, each, dim)), (name, later, i)
             sums = [w.clone() for w in wholes]
             waited = axis.sum_many(sums, later=later)
@@ -236,7 +239,7 @@ def test_what_ranks_give_must_be_what_the_sizes_say() -> None:
         lf.sim.spmd(lf.Mesh(dp=2), wrong)
 
     def short(axes: Any) -> None:
-        axes["dp"].scatter_many([torch.zeros(3, 2)], [(2, 2)], [0])
+        axes["dp"].scatter_many([torch.zeros(2, 2)], [torch.zeros(3, 2)], [(2, 2)], [0])
 
     for run in (lf.sim.spmd, processes):
         with pytest.raises(ValueError, match="scatter_many over dp of 2 ranks: rank 0 has 3 rows, the sizes say 4"):

@@ -132,8 +132,8 @@ def test_what_is_frozen_has_a_master_in_shards_and_no_moments(tmp_path: Path) ->
 
 CHAINS = {
     "one rank": laid_out(at()),
-    "a stage each": laid_out(at("dp=4", "pp=2,dp=2", "dp=4", eyes_sharding="3", words_sharding="1", hand_sharding="2,ranks=2")),
-    "some of them": laid_out(at("dp=2,tp=2", "dp=3", "dp=2", {"eyes": (4, 1, 0, 2), "words": (0, 2, 3), "hand": (4, 3)}, words_sharding="3"), 5),
+    "a stage each": laid_out(at("dp=4", "pp=2,dp=2", "dp=4", eyes_sharding="1", words_sharding="3", hand_sharding="2,ranks=2,reduce=step")),
+    "some of them": laid_out(at("dp=2,tp=2", "dp=3", "dp=2", {"eyes": (4, 1, 0, 2), "words": (0, 2, 3), "hand": (4, 3)}, words_sharding="1"), 5),
 }
 
 
