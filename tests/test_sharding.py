@@ -82,7 +82,10 @@ def holds(model: lf.segment.Model, mesh: str, rng: random.Random, **more: Any) -
     return report
 
 
-@pytest.mark.parametrize("sharding", ["1", "2", "3", "1,ranks=2", "3,ranks=2", "2,reduce=step", "3,keep", "3,reduce=step,ahead=0", "1,reduce=microbatch"])
+KINDS = ["1", "2", "3", "1,ranks=2", "3,ranks=2", "2,reduce=step", "3,keep", "3,reduce=step,ahead=0", "1,reduce=microbatch"]
+
+
+@pytest.mark.parametrize("sharding", KINDS)
 def test_law_1_of_each_kind(sharding: str) -> None:
     report = parity.compare(tiny(), lf.Mesh(dp=4), sharding=sharding, microbatches=3, steps=2, seed=SEED)
     assert report.ok, str(report)

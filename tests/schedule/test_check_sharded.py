@@ -1,5 +1,5 @@
-"""Programs over shards are proven before they run: a GATHER that is missing, late or doubled, a RELEASE or REDUCE too early; and what `check` lets pass,
-changed at random, runs and gives the right gradients."""
+"""Programs over shards are proven before they run: a GATHER that is missing, late or doubled, a RELEASE or REDUCE too early; and what `check` lets
+pass, changed at random, runs and gives the right gradients."""
 
 from __future__ import annotations
 
@@ -136,8 +136,9 @@ def test_words_that_name_nothing() -> None:
         (Action("GATHER", 0, 5, "embed", ("F",)), "there are 2 microbatches"),
     ):
         assert words in refused("3", (a, *row))
+    whole = lf.layout(tiny(False), lf.Mesh(dp=1))
     with pytest.raises(ProgramError, match="no parameter of embed lies in shards here"):
-        check(((Action("GATHER", 0, 0, "embed", ("F",)), *build(lf.layout(tiny(False), lf.Mesh(dp=1)), 2)[0]),), lf.layout(tiny(False), lf.Mesh(dp=1)), 2)
+        check(((Action("GATHER", 0, 0, "embed", ("F",)), *build(whole, 2)[0]),), whole, 2)
 
 
 def test_gathers_are_written_and_read_back() -> None:
