@@ -182,7 +182,7 @@ class CountedAxis:
 
     def _filled(self, start: Callable[[Sequence[Tensor], bool], Any], xs: Sequence[Tensor], later: bool, in_place: bool = False) -> Any:
         """start(given, later) of the axis itself, as in `_made`, which fills what is there already. `in_place`: what is given."""
-        if self.meter is None or self.axis.size == 1:
+        if self.meter is None:
             return start(xs, later)
         meter, held = self.meter, [*xs]  # until they have left
         with meter.quiet():

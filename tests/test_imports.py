@@ -28,7 +28,7 @@ LEVELS = (
     ("schedule", "optim", "data", "axes_counted"),
     ("state", "ramp", "record", "pipeline", "plan_layers", "plan_time", "plan_state"),
     ("checkpoint", "evaluate", "drift", "memory", "chain_feed"),
-    ("train", "sim", "pictures", "expert_picture"),
+    ("train", "sim", "pictures", "expert_picture", "agreement"),
     ("parity", "loop", "plan"),
     ("plan_search",),
     ("plan_show",),

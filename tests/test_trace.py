@@ -46,6 +46,11 @@ def even(dim: int = 32) -> lf.models.decoder.Model:
     return decoder(DecoderConfig(vocab=37, dim=dim, layers=(Layer(a, GatedMLP(24)), routed)))
 
 
+def regular() -> lf.models.decoder.Model:
+    """One whose tensors can be cut in two along their rows."""
+    return decoder(DecoderConfig(vocab=64, dim=16, layers=(Layer(Attention(heads=4, kv_heads=2, head_dim=8), GatedMLP(24)),) * 2))
+
+
 CASES = {
     "one rank, four microbatches": Case("", microbatches=4),
     "dp": Case("dp=3"),
@@ -57,6 +62,12 @@ CASES = {
     "pp, a vee, tp": Case("pp=2,tp=2", zb_v, 2, layout={"split": (1, 1, 1, 1), "placement": (0, 1, 1, 0)}),
     "layers run again": Case("dp=2", recompute=Recompute(EVERY)),
     "operations run again": Case("tp=2", recompute=Recompute(ops=("swiglu", "rms_norm", "attention"))),
+    "stage 1": Case("dp=2", model=regular, layout={"sharding": "1"}),
+    "stage 2, tp": Case("dp=2,tp=2", precision="bf16", model=regular, layout={"sharding": "2"}),
+    "stage 3": Case("dp=2", model=regular, layout={"sharding": "3"}),
+    "stage 3, kept, pp": Case("pp=2,dp=2", microbatches=3, model=regular, layout={"sharding": "3,keep,ahead=2"}),
+    "hybrid": Case("dp=4", precision="bf16", layout={"sharding": "3,ranks=2,reduce=step,transport=bf16"}),
+    "experts in shards": Case("ep=2,dp=4", model=even, layout={"sharding": "2"}),
     "experts": Case("ep=2,dp=2", model=even),
     "experts by gathering": Case("ep=2,etp=2,tp=2,dp=2", model=even, dispatch="gather"),
 }
@@ -78,7 +89,7 @@ def step(axes: Any, device: Any, case: Case, layout: Any, program: Any) -> None:
 
 
 def ways(name: str) -> tuple[Mesh, tuple[Any, ...]]:
-    case = CASES[name]
+    case = {**CASES, **OVER_PROCESSES}[name]
     mesh = Mesh.parse(case.mesh).fill()
     layout = lf.layout(case.model(), mesh, **case.layout)
     return mesh, (case, layout, build(layout, case.microbatches, case.schedule, case.recompute))
@@ -103,7 +114,13 @@ def test_on_paper_as_with_data(name) -> None:
         agree(trace(mesh, rank, step, paper, *args), want, name)
 
 
-@pytest.mark.parametrize("name", ["dp, tp in bf16", "pp, weight gradients apart", "experts"])
+OVER_PROCESSES = {
+    "stage 3, uneven": Case("dp=3", layout={"sharding": "3"}),  # packed on the way, which takes memory where nothing is simulated
+    "stage 1, uneven, a part of pp": Case("pp=2,dp=2", zb_h1, precision="bf16", layout={"sharding": "1"}),
+}
+
+
+@pytest.mark.parametrize("name", ["dp, tp in bf16", "experts", *OVER_PROCESSES])
 def test_on_paper_as_over_processes(name) -> None:
     mesh, args = ways(name)
     for rank, want in enumerate(processes(mesh, measured, step, cpu, *args)):
