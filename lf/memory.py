@@ -98,14 +98,14 @@ def measure(error: OutOfMemory, layout: Layout | Layouts, state: State, used: in
     return Usage(kinds, lasting, math.ceil(rest / error.forward), ctx.device.memory_total())
 
 
-def refuse_what_cannot_fit(layout: Layout | Layouts, init: Callable[[Tree, torch.device], Tree], ctx: Any) -> None:
+def refuse_what_cannot_fit(layout: Layout | Layouts, init: Callable[[Tree, torch.device, Layouts], Tree], ctx: Any) -> None:
     """Raises OutOfMemory, before anything is allocated, when what lasts through a step (parameters, gradients, the optimizer's `init` of them)
     is more than this rank's device has. The optimizer is asked with one element for each parameter: its trees are shaped like them, or scalars."""
     layouts, master, rank, there = joined(layout), ctx.precision.master, ctx.axes.rank, ctx.device.memory_total()
     sizes = {path: math.prod(layouts.local_shape(path, rank)) for path in layouts.held(rank)}
     trained = [path for path in sizes if path not in layouts.frozen]
     one = {path: torch.zeros(1, dtype=master) for path in sizes}
-    small = init(tree.build([(path, one[path]) for path in trained]), torch.device("cpu")) | {"master": tree.build([*one.items()])}
+    small = init(tree.build([(path, one[path]) for path in trained]), torch.device("cpu"), layouts) | {"master": tree.build([*one.items()])}
     kinds = {"compute copy of the parameters": sum(n * _copied(layouts, path, ctx) for path, n in sizes.items())}
     kinds |= {f"optimizer: {name}": sum(_size(x) * sizes.get(path, 1) for path, x in tree.items(branch)) for name, branch in small.items()}
     kinds["gradients"] = sum(sizes[path] for path in trained) * master.itemsize

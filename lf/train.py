@@ -222,7 +222,7 @@ def make(
     def init(master: Tree) -> State:
         if missing := sorted(held.keys() - dict(tree.items(master))):
             raise ValueError(f"parameters are missing: {', '.join(missing)}")
-        state = optimizer.init(tree.build([(path, tree.get(master, path)) for path in params]), device_of(ctx))
+        state = optimizer.init(tree.build([(path, tree.get(master, path)) for path in params]), device_of(ctx), layouts)
         state["master"] = tree.build([(path, tree.get(state["master"] if path in params else master, path)) for path in held])
         return State(compute_copy(layouts, state["master"], ctx), state, torch.zeros((), dtype=torch.int64, device=device_of(ctx)))
 

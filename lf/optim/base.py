@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
+from lf import tree
 from lf.chain_layouts import Layouts
 from lf.spec import Param
 from lf.tree import Tree
@@ -18,20 +19,32 @@ Rate = Callable[[Tensor], Tensor]
 
 @attrs.frozen
 class Optimizer:
-    """`init(master, device) -> state`, a dict of trees shaped like the parameters, among them "master", the truth that is updated and saved. It is
-    given the parameters that are trained, on some ranks perhaps none: the keys of `state` are the same there. `device`: where scalars go. A leaf is
-    what this rank keeps: the shard of a parameter whose state is cut (`Spec.state_pieces`).
+    """`init(master, device, layouts) -> state`, a dict of trees shaped like the parameters, among them "master", the truth that is updated and
+    saved, and of scalars. It is given the parameters that are trained, on some ranks perhaps none: the keys of `state` are the same there. `device`:
+    where scalars go · `layouts`: who holds what (`lf.chain_layouts.Layouts`). A leaf is what this rank keeps: the shard of a parameter whose state
+    is cut (`Spec.state_pieces`). Raises ConfigError where an optimizer does not suit the model, on all ranks alike.
 
     `update(state, grads, params, lr, scale, step, ok, ctx, layouts) -> state` where
         grads   {segment: {name: Tensor}} in the master dtype, shaped like the masters; they are used up
         params  {path: Param}, what each leaf is that is updated; others in state["master"] are not trained and stay as they are
-        step    updates made before this one · ctx  the context, as of the step · layouts  who holds what (`lf.chain_layouts.Layouts`)
+        step    updates made before this one · ctx  the context, as of the step · layouts  as in init
         lr, scale (multiplies the gradients: the clip factor), step, ok are device scalars; where `ok` is false nothing changes.
     The tensors of `state` are updated in place: the state that was given is used up.
 
     `lr(step)` is the learning rate as a device scalar.
     """
 
-    init: Callable[[Tree, torch.device], Tree]
+    init: Callable[[Tree, torch.device, Layouts], Tree]
     update: Callable[[Tree, Tree, dict[str, Param], Tensor, Tensor, Tensor, Tensor, Any, Layouts], Tree]
     lr: Rate
+
+
+def at(state: Tree, paths: Collection[str]) -> Tree:
+    """The state with, of each tree, only what stands at these paths; the same tensors."""
+    return {kind: tree.build([(path, x) for path, x in tree.items(branch) if path in paths]) for kind, branch in state.items()}
+
+
+def scalars(state: Tree, layouts: Layouts) -> dict[str, Tree]:
+    """What of a state is no parameter's: {kind: {name: scalar}}."""
+    own = {kind: {name: x for name, x in tree.items(branch) if name not in layouts.specs} for kind, branch in state.items()}
+    return {kind: branch for kind, branch in own.items() if branch}
