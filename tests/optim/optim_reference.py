@@ -1,0 +1,95 @@
+"""What optimizers are compared with: torch's own, in float64 on whole matrices, and shards of the same numbers for the ranks of any mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import context, draw
+
+import lf
+from lf import box, tree
+from lf.chain_layouts import Layouts, joined
+from lf.spec import Param, Spec
+
+Pieces = dict[str, torch.Tensor]  # by key: of each part of each parameter the whole logical tensor
+
+
+def wholes(layouts: Layouts, *key: object, still: Callable[[str], bool] = lambda path: False) -> Pieces:
+    """Numbers for every part of everything that is trained; zeros where `still(path)`."""
+    first = {p.key: (path, p) for path, spec in layouts.specs.items() if path not in layouts.frozen for p in spec.pieces(spec.mesh.coords(0))}
+    return {k: draw(*map(str, key), k, shape=p.shape) * (not still(path)) for k, (path, p) in first.items()}
+
+
+def cut(layouts: Layouts, rank: int, pieces: Pieces, dtype: torch.dtype = torch.float64) -> tree.Tree:
+    """What a rank keeps of these."""
+    out = []
+    for path in layouts.trained(rank):
+        shard = torch.zeros(layouts.state_shape(path, rank), dtype=dtype)
+        for p in layouts.state_pieces(path, rank):
+            p.view(shard).copy_(pieces[p.key][box.slices(p.box, box.whole(p.shape))])
+        out.append((path, shard))
+    return tree.build(out)
+
+
+def updated(axes: Any, layout: lf.layouts.Layout, optimizer: lf.optim.Optimizer, steps: int, scale: float = 0.5, precision: str = "fp64") -> tree.Tree:
+    """The state of a rank after some updates."""
+    ctx, layouts = context(axes, precision), joined(layout)
+    dtype, rank = ctx.precision.master, axes.rank
+    params = {path: spec.param for path, spec in layouts.trained(rank).items()}
+    state = optimizer.init(cut(layouts, rank, wholes(layouts, "w"), dtype), torch.device("cpu"), layouts)
+    for i in range(steps):
+        step, ok = torch.tensor(i), torch.tensor(i != 1)  # the second is skipped
+        grads = cut(layouts, rank, wholes(layouts, "g", i), dtype)
+        state = optimizer.update(state, grads, params, optimizer.lr(step).to(dtype), torch.tensor(scale, dtype=dtype), step, ok, ctx, layouts)
+    return state
+
+
+def agree(layout: lf.layouts.Layout, states: list[tree.Tree], kind: str, want: Pieces, tolerance: float) -> None:
+    """Every piece that any rank keeps is the same box of the whole."""
+    seen = 0
+    for rank, state in enumerate(states):
+        layouts = joined(layout)
+        assert dict(tree.items(state[kind])).keys() >= {path for path in layouts.trained(rank) if kind == "master"}
+        for path, x in tree.items(state[kind]):
+            for p in layouts.state_pieces(path, rank):
+                here = want[p.key][box.slices(p.box, box.whole(p.shape))]
+                torch.testing.assert_close(p.view(x).to(here.dtype), here, rtol=tolerance, atol=tolerance, msg=lambda m, p=p: f"{kind} of {p.key}: {m}")
+                seen += here.numel()
+    assert seen
+
+
+def torch_muon(
+    layout: lf.layouts.Layout, chosen: Callable[[Param], bool], steps: int, lr: float, decay: float, monkeypatch: pytest.MonkeyPatch, scale: float = 0.5
+) -> Pieces:
+    """torch.optim.Muon of each matrix of what is chosen, torch.optim.AdamW of the rest. torch rounds to bfloat16 on the way; not here."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    layouts = joined(layout)
+    spec_of: dict[str, Spec] = {p.key: spec for spec in layouts.specs.values() for p in spec.pieces(spec.mesh.coords(0))}
+    out = wholes(layouts, "w")
+    matrices = {(k, e): out[k][e] if out[k].dim() == 3 else out[k] for k in out if chosen(spec_of[k].param) for e in range(_stack(out[k]))}
+    rest = {k: x for k, x in out.items() if not chosen(spec_of[k].param)}
+    leaves = {k: torch.nn.Parameter(x) for k, x in [*matrices.items(), *rest.items()]}
+    assert matrices
+    muon = torch.optim.Muon([leaves[k] for k in matrices], lr, decay, momentum=0.95, eps=1e-7, adjust_lr_fn="match_rms_adamw")
+    still = [leaves[k] for k in rest if len(spec_of[k].param.shape) < 2]
+    moved = [leaves[k] for k in rest if len(spec_of[k].param.shape) >= 2]
+    groups = [{"params": x, "weight_decay": d} for x, d in ((moved, decay), (still, 0.0)) if x]
+    adamw = torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), eps=1e-8)
+    for i in range(steps):
+        grads = wholes(layouts, "g", i)
+        for k, x in leaves.items():
+            whole = grads[k[0]] if isinstance(k, tuple) else grads[k]
+            x.grad = (whole[k[1]] if isinstance(k, tuple) and whole.dim() == 3 else whole) * scale
+        if i != 1:
+            muon.step()
+            adamw.step()
+    for (k, e) in matrices:  # they were taken as views or copies
+        (out[k][e] if out[k].dim() == 3 else out[k]).copy_(leaves[k, e].detach())
+    return {k: x.clone() for k, x in out.items()} | {k: leaves[k].detach() for k in rest}
+
+
+def _stack(x: torch.Tensor) -> int:
+    return len(x) if x.dim() == 3 else 1
