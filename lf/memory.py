@@ -18,7 +18,7 @@ from lf.batch import Batch
 from lf.chain_layouts import Layouts, joined
 from lf.layouts import Layout
 from lf.schedule.memory import OutOfMemory
-from lf.state import State
+from lf.state import State, device_of
 from lf.tree import Tree
 
 LARGEST = 5  # tensors that are named
@@ -104,8 +104,11 @@ def refuse_what_cannot_fit(layout: Layout | Layouts, init: Callable[[Tree, torch
     layouts, master, rank, there = joined(layout), ctx.precision.master, ctx.axes.rank, ctx.device.memory_total()
     sizes = {path: math.prod(layouts.local_shape(path, rank)) for path in layouts.held(rank)}
     trained = [path for path in sizes if path not in layouts.frozen]
-    one = {path: torch.zeros(1, dtype=master) for path in sizes}
-    small = init(tree.build([(path, one[path]) for path in trained]), torch.device("cpu"), layouts) | {"master": tree.build([*one.items()])}
+    paper = torch.device("meta")
+    one = {path: torch.zeros(1, dtype=master, device=paper) for path in sizes}
+    small = init(tree.build([(path, one[path]) for path in trained]), paper, layouts) | {"master": tree.build([*one.items()])}
+    if device_of(ctx).type != "cpu":  # what an optimizer keeps in the host's memory is no more on paper
+        small = {kind: tree.build([(path, x) for path, x in tree.items(branch) if x.is_meta]) for kind, branch in small.items()}
     kinds = {"compute copy of the parameters": sum(n * _copied(layouts, path, ctx) for path, n in sizes.items())}
     kinds |= {f"optimizer: {name}": sum(_size(x) * sizes.get(path, 1) for path, x in tree.items(branch)) for name, branch in small.items()}
     kinds["gradients"] = sum(sizes[path] for path in trained) * master.itemsize

@@ -1,8 +1,8 @@
 """The nearest orthogonal matrix, about: what Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) makes of a momentum.
 
-With X = U·S·Vᵀ, an odd polynomial of X is U·p(S)·Vᵀ. Five rounds of p(s) = 3.4445·s - 4.7750·s³ + 2.0315·s⁵ take all singular values between about
-0.003 and 1 to somewhere between 0.7 and 1.2: not quite to 1, but in few products, and well enough in bfloat16. S starts below 1 because X is divided
-by its Frobenius norm. A round is three products, of the shorter side r and the longer c: 2·r·c·r + 2·r³ + 2·r·r·c operations.
+With X = U·S·Vᵀ, an odd polynomial of X is U·p(S)·Vᵀ. Five rounds of p(s) = 3.4445·s - 4.7750·s³ + 2.0315·s⁵ take singular values between about
+0.0015 and 1 to somewhere between 0.68 and 1.21: not quite to 1, but in few products, and well enough in bfloat16. S is below 1 at first because X
+is divided by its Frobenius norm. A round is three products, with r the shorter side and c the longer: 2·r·c·r + 2·r³ + 2·r·r·c operations.
 """
 
 from __future__ import annotations

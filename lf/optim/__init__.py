@@ -6,6 +6,7 @@ from lf.optim.ema import ema
 from lf.optim.groups import groups, times
 from lf.optim.lr import constant, schedule, warmup_cosine, warmup_linear, warmup_stable_decay
 from lf.optim.muon import muon
+from lf.optim.on_host import on_host
 from lf.optim.sgd import sgd
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "ema",
     "groups",
     "muon",
+    "on_host",
     "schedule",
     "sgd",
     "times",

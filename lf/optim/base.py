@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -29,7 +29,7 @@ class Optimizer:
         params  {path: Param}, what each leaf is that is updated; others in state["master"] are not trained and stay as they are
         step    updates made before this one · ctx  the context, as of the step · layouts  as in init
         lr, scale (multiplies the gradients: the clip factor), step, ok are device scalars; where `ok` is false nothing changes.
-    The tensors of `state` are updated in place: the state that was given is used up.
+    The tensors of `state` are updated in place, and a tensor may be replaced by one elsewhere: the state that was given is used up.
 
     `lr(step)` is the learning rate as a device scalar.
     """
@@ -42,6 +42,25 @@ class Optimizer:
 def at(state: Tree, paths: Collection[str]) -> Tree:
     """The state with, of each tree, only what stands at these paths; the same tensors."""
     return {kind: tree.build([(path, x) for path, x in tree.items(branch) if path in paths]) for kind, branch in state.items()}
+
+
+def replaced(state: Tree, leaves: Mapping[tuple[str, str], Tensor]) -> Tree:
+    """The state with other tensors where `leaves` has some, by (kind, path)."""
+    return {kind: tree.build([(path, leaves.get((kind, path), x)) for path, x in tree.items(branch)]) for kind, branch in state.items()}
+
+
+def leaves_of(state: Tree) -> dict[tuple[str, str], Tensor]:
+    return {(kind, path): x for kind, branch in state.items() for path, x in tree.items(branch)}
+
+
+def merged(states: Sequence[Tree], layouts: Layouts) -> Tree:
+    """One state of those of parameters that are apart; scalars of one name are those of the last."""
+    out: Tree = {}
+    for state in states:
+        numbers = scalars(state, layouts)
+        for kind, branch in state.items():
+            out[kind] = branch if kind in numbers else tree.build([*tree.items(out.get(kind, {})), *tree.items(branch)])
+    return out
 
 
 def scalars(state: Tree, layouts: Layouts) -> dict[str, Tree]:

@@ -30,10 +30,11 @@ def ema(optimizer: Optimizer, decay: float) -> Optimizer:
     def update(
         state: Tree, grads: Tree, params: dict[str, Param], lr: Tensor, scale: Tensor, step: Tensor, ok: Tensor, ctx: Any, layouts: Layouts
     ) -> Tree:
-        optimizer.update({kind: x for kind, x in state.items() if kind != EMA}, grads, params, lr, scale, step, ok, ctx, layouts)
+        own = {kind: branch for kind, branch in state.items() if kind != EMA}
+        new = optimizer.update(own, grads, params, lr, scale, step, ok, ctx, layouts) | {EMA: state[EMA]}
         for path in params:
-            average, w = tree.get(state[EMA], path), tree.get(state["master"], path)
+            average, w = tree.get(new[EMA], path), tree.get(new["master"], path)
             average.lerp_(w, ok.to(w.dtype) * (1 - decay))  # with 0 it stays exactly as it is
-        return state
+        return new
 
     return Optimizer(init, update, optimizer.lr)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lf import tree
 from lf.chain_layouts import Layouts
 from lf.config import ConfigError
-from lf.optim.base import Optimizer, Rate, at, scalars
+from lf.optim.base import Optimizer, Rate, at, leaves_of, merged, replaced, scalars
 from lf.spec import Param
 from lf.tree import Tree
 
@@ -45,26 +45,26 @@ def groups(choices: Sequence[tuple[Predicate, Optimizer]], rest: Optimizer) -> O
             if not whole[i]:
                 name, before = getattr(takes, "__name__", "a predicate"), " that the groups before it have left" if i else ""
                 raise ConfigError(f"group {i} of the optimizer, {name}, takes none of the {len(everything)} trained parameters{before}; leave it out")
-        state: Tree = {}
+        states = []
         for i, (optimizer, mine) in enumerate(zip(optimizers, whole)):
-            own = optimizer.init(tree.build([(path, w) for path, w in tree.items(master) if path in mine]), device, layouts)
-            numbers = scalars(own, layouts)
-            for kind, branch in own.items():
-                if kind in numbers:
-                    state[f"{kind}.{i}"] = branch
-                else:
-                    state[kind] = tree.build([*tree.items(state.get(kind, {})), *tree.items(branch)])
-        return state
+            own = tree.build([(path, w) for path, w in tree.items(master) if path in mine])
+            states.append(numbered(optimizer.init(own, device, layouts), i, layouts))
+        return merged(states, layouts)
+
+    def numbered(state: Tree, i: int, layouts: Layouts) -> Tree:
+        numbers = scalars(state, layouts)
+        return {f"{kind}.{i}" if kind in numbers else kind: branch for kind, branch in state.items()}
 
     def update(
         state: Tree, grads: Tree, params: dict[str, Param], lr: Tensor, scale: Tensor, step: Tensor, ok: Tensor, ctx: Any, layouts: Layouts
     ) -> Tree:
         numbers = scalars(state, layouts)
+        new: dict[tuple[str, str], Tensor] = {}
         for i, (optimizer, mine) in enumerate(zip(optimizers, dealt(params))):
             own = at({kind: branch for kind, branch in state.items() if kind not in numbers}, mine)
             own |= {kind.removesuffix(f".{i}"): state[kind] for kind in numbers if kind.endswith(f".{i}")}
             rate = lr if optimizer is rest else optimizer.lr(step)
-            optimizer.update(own, grads, mine, rate, scale, step, ok, ctx, layouts)
-        return state
+            new |= leaves_of(numbered(optimizer.update(own, grads, mine, rate, scale, step, ok, ctx, layouts), i, layouts))
+        return replaced(state, new)
 
     return Optimizer(init, update, rest.lr)

@@ -34,7 +34,9 @@ def cut(layouts: Layouts, rank: int, pieces: Pieces, dtype: torch.dtype = torch.
     return tree.build(out)
 
 
-def updated(axes: Any, layout: lf.layouts.Layout, optimizer: lf.optim.Optimizer, steps: int, scale: float = 0.5, precision: str = "fp64") -> tree.Tree:
+def updated(
+    axes: Any, layout: lf.layouts.Layout, optimizer: lf.optim.Optimizer, steps: int, scale: float = 0.5, precision: str = "fp64"
+) -> tree.Tree:
     """The state of a rank after some updates."""
     ctx, layouts = context(axes, precision), joined(layout)
     dtype, rank = ctx.precision.master, axes.rank
@@ -56,16 +58,17 @@ def agree(layout: lf.layouts.Layout, states: list[tree.Tree], kind: str, want: P
         for path, x in tree.items(state[kind]):
             for p in layouts.state_pieces(path, rank):
                 here = want[p.key][box.slices(p.box, box.whole(p.shape))]
-                torch.testing.assert_close(p.view(x).to(here.dtype), here, rtol=tolerance, atol=tolerance, msg=lambda m, p=p: f"{kind} of {p.key}: {m}")
+                x_here, about = p.view(x).to(here.dtype), f"{kind} of {p.key} on rank {rank}"
+                torch.testing.assert_close(x_here, here, rtol=tolerance, atol=tolerance, msg=lambda m, about=about: f"{about}: {m}")
                 seen += here.numel()
     assert seen
 
 
 def torch_muon(
-    layout: lf.layouts.Layout, chosen: Callable[[Param], bool], steps: int, lr: float, decay: float, monkeypatch: pytest.MonkeyPatch, scale: float = 0.5
+    layout: lf.layouts.Layout, chosen: Callable[[Param], bool], steps: int, lr: float, decay: float, patch: pytest.MonkeyPatch, scale: float = 0.5
 ) -> Pieces:
     """torch.optim.Muon of each matrix of what is chosen, torch.optim.AdamW of the rest. torch rounds to bfloat16 on the way; not here."""
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    patch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
     layouts = joined(layout)
     spec_of: dict[str, Spec] = {p.key: spec for spec in layouts.specs.values() for p in spec.pieces(spec.mesh.coords(0))}
     out = wholes(layouts, "w")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from optim_reference import agree, torch_muon, updated
 
 import lf
