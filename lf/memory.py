@@ -89,7 +89,8 @@ def measure(error: OutOfMemory, layout: Layout | Layouts, state: State, used: in
     """What filled the `used` bytes."""
     masters = {x.data_ptr() for x in tree.leaves(state.optimizer["master"])}
     kinds = {"compute copy of the parameters": sum(_size(x) for x in tree.leaves(state.params) if x.data_ptr() not in masters)}
-    kinds |= {f"optimizer: {name}": sum(map(_size, tree.leaves(branch))) for name, branch in state.optimizer.items()}
+    here = device_of(ctx).type  # some of it may lie in the host's memory
+    kinds |= {f"optimizer: {name}": sum(_size(x) for x in tree.leaves(b) if x.device.type == here) for name, b in state.optimizer.items()}
     # one for each master that is trained, in its dtype
     gradients = sum(_size(x) for path, x in tree.items(state.optimizer["master"]) if path not in layout.frozen)
     lasting = sum(kinds.values()) + gradients

@@ -137,11 +137,13 @@ def compare(
     program: Callable[[Layout, int], Program] = build,
     compile: bool | str = False,
     dispatch: str = "exchange",
+    optimizer: Callable[[float], Optimizer] = sgd,
 ) -> Report:
     """`model` on `mesh`, with `microbatches` a rank and step, against one rank. `split`, `placement`, `frozen`: as in `lf.layout`; the one rank has
     one stage, and the same frozen. `program(layout, microbatches)`: what the mesh does in a step; the one rank makes a forward and its backward in
     turn. `compile`: as in `lf.train.make`, `dispatch`: as in `lf.Context`, both of the mesh alone. `spmd(mesh, fn, *args)` is how ranks are run:
-    fn(axes, *args) on each, the results in their order. Raises what the ranks raise; ConfigError where the device has no float64.
+    fn(axes, *args) on each, the results in their order. `optimizer(lr)`: instead of SGD one that hides no more of a gradient than its scale. Raises
+    what the ranks raise; ConfigError where the device has no float64.
     """
     if not devices.get(device).FLOAT64:
         raise ConfigError(f"device {device!r} has no float64, which parity is measured in; use --device cpu")
@@ -151,8 +153,8 @@ def compare(
     single = layout(model, Mesh(dp=1), rules, frozen=frozen)
     where = layout(model, mesh, rules, split=split, placement=placement, frozen=frozen)
     args = (batches, seed, lr, clip, device)
-    (one,) = simulated(single.mesh, trace, single, build(single, count), *args)
-    many = spmd(mesh, trace, where, program(where, microbatches), *args, compile, dispatch)
+    (one,) = simulated(single.mesh, trace, single, build(single, count), *args, False, "exchange", optimizer)
+    many = spmd(mesh, trace, where, program(where, microbatches), *args, compile, dispatch, optimizer)
     rows = _compared(single, one, where, many)
     return Report(mesh, microbatches, seed, tuple(rows))
 
@@ -171,6 +173,7 @@ def compare_chains(
     clip: float | None = 1.0,
     device: str = "cpu",
     spmd: Callable[..., list[Any]] = simulated,
+    optimizer: Callable[[float], Optimizer] = sgd,
 ) -> Report:
     """A model of several chains at `places` against one rank that has them all, with the same frozen. data(step, i, multiple): data batch i of a
     step, that of microbatch m and coordinate d of the main chain being m·dp + d, padded to a multiple of so many tokens. `program(layouts,
@@ -182,7 +185,7 @@ def compare_chains(
     one_layouts, mesh = chain_layouts(model, alone), many_layouts.chains[model.main].mesh
     dp, multiple = mesh["dp"], 2 * mesh.cp * mesh.tp
     batches = [[data(step, i, multiple) for i in range(microbatches * dp)] for step in range(steps)]
-    args = (seed, lr, clip, device)
+    args = (seed, lr, clip, device, False, "exchange", optimizer)
     (one,) = simulated(Mesh(dp=1), trace, one_layouts, single(one_layouts, microbatches * dp), batches, *args)
     many = spmd(Mesh(dp=many_layouts.world), trace, many_layouts, program(many_layouts, microbatches), batches, *args)
     return Report(many_layouts, microbatches, seed, tuple(_compared(one_layouts, one, many_layouts, many)))
@@ -199,13 +202,14 @@ def trace(
     device: str,
     compile: bool | str = False,
     dispatch: str = "exchange",
+    optimizer: Callable[[float], Optimizer] = sgd,
 ) -> Trace:
     """This rank's part of a few steps of `lf.train.make`. batches[step] are the microbatches of all dp coordinates."""
     several, chip = isinstance(where, Layouts), devices.get(device)
     ctx = chain_context(where, axes, chip, "fp64") if isinstance(where, Layouts) else Context(axes, chip, "fp64", dispatch=dispatch)
     d, dp = axes["dp"].index, (where.chains[where.main].mesh if isinstance(where, Layouts) else axes.mesh)["dp"]
     seen: list[dict[str, Tensor]] = []
-    start, step = make(where, _recording(sgd(lr), seen), program, ctx, clip, compile)
+    start, step = make(where, _recording(optimizer(lr), seen), program, ctx, clip, compile)
     state, metrics = start(randomised(where, ctx, seed)), []
     for row in batches:
         mine = [row[i : i + dp] for i in range(0, len(row), dp)] if several else [b for i, b in enumerate(row) if i % dp == d]

@@ -42,31 +42,32 @@ def gathered() -> Callable[[Layouts, Any, Sequence[str], Source, Sink], None]:
     plan = once(_bunches)
 
     def run(layouts: Layouts, ctx: Any, paths: Sequence[str], source: Source, sink: Sink) -> None:
-        bunches = plan(layouts, ctx, paths)
-        started = _start(bunches[0], ctx, source) if bunches else None
-        for bunch, following in zip(bunches, [*bunches[1:], None]):
-            now, started = started, _start(following, ctx, source) if following else None  # it travels while this one's products are made
-            assert now is not None
-            _finish(bunch, now(), sink)
+        for bunches in plan(layouts, ctx, paths):
+            started: Callable[[], Tensor] | None = _start(bunches[0], ctx, source)
+            for bunch, following in zip(bunches, [*bunches[1:], None]):
+                now, started = started, _start(following, ctx, source) if following else None  # it travels while this one's products are made
+                assert now is not None
+                _finish(bunch, now(), sink)
 
     return run
 
 
-def _bunches(layouts: Layouts, rank: int, paths: tuple[str, ...]) -> list[Bunch]:
+def _bunches(layouts: Layouts, rank: int, paths: tuple[str, ...]) -> list[list[Bunch]]:
+    """By chain: ranks that are on several must come to the gathers of each in one order, so none travels ahead of those of another chain."""
     found: dict[Any, list[Spec]] = {}
     for path in paths:
         spec = layouts.specs[path]
         data = (spec.cut.axes, spec.cut.n) if spec.cut and cut_across(spec) else None
         found.setdefault((layouts.chain_of[path], path.split("/")[0], data, split_by(spec)), []).append(spec)
-    out = []
+    out: dict[str, list[Bunch]] = {}
     for (chain, _, data, split), specs in found.items():
         coords = layouts.coords(chain, rank)
         assert coords is not None
         there = places(specs[0], split, coords)
         each = tuple(tuple(shards(specs[0], c)) if data else (c,) for c in there)
         at = next(j for j, c in enumerate(there) if c == coords)
-        out.append(Bunch(chain, tuple(specs), data, split, each, coords, at))
-    return out
+        out.setdefault(chain, []).append(Bunch(chain, tuple(specs), data, split, each, coords, at))
+    return [*out.values()]
 
 
 def _start(bunch: Bunch, ctx: Any, source: Source) -> Callable[[], Tensor]:

@@ -11,6 +11,7 @@ from helpers import context, draw
 
 import lf
 from lf import box, tree
+from lf.chain_context import chain_context
 from lf.chain_layouts import Layouts, joined
 from lf.spec import Param, Spec
 
@@ -35,10 +36,12 @@ def cut(layouts: Layouts, rank: int, pieces: Pieces, dtype: torch.dtype = torch.
 
 
 def updated(
-    axes: Any, layout: lf.layouts.Layout, optimizer: lf.optim.Optimizer, steps: int, scale: float = 0.5, precision: str = "fp64"
+    axes: Any, layout: lf.layouts.Layout | Layouts, optimizer: lf.optim.Optimizer, steps: int, scale: float = 0.5, precision: str = "fp64"
 ) -> tree.Tree:
     """The state of a rank after some updates."""
-    ctx, layouts = context(axes, precision), joined(layout)
+    several = isinstance(layout, Layouts)
+    layouts = joined(layout)
+    ctx = chain_context(layouts, axes, lf.devices.get("cpu"), precision) if several else context(axes, precision)
     dtype, rank = ctx.precision.master, axes.rank
     params = {path: spec.param for path, spec in layouts.trained(rank).items()}
     state = optimizer.init(cut(layouts, rank, wholes(layouts, "w"), dtype), torch.device("cpu"), layouts)
@@ -49,7 +52,7 @@ def updated(
     return state
 
 
-def agree(layout: lf.layouts.Layout, states: list[tree.Tree], kind: str, want: Pieces, tolerance: float) -> None:
+def agree(layout: lf.layouts.Layout | Layouts, states: list[tree.Tree], kind: str, want: Pieces, tolerance: float) -> None:
     """Every piece that any rank keeps is the same box of the whole."""
     seen = 0
     for rank, state in enumerate(states):
@@ -64,8 +67,14 @@ def agree(layout: lf.layouts.Layout, states: list[tree.Tree], kind: str, want: P
     assert seen
 
 
-def torch_muon(
-    layout: lf.layouts.Layout, chosen: Callable[[Param], bool], steps: int, lr: float, decay: float, patch: pytest.MonkeyPatch, scale: float = 0.5
+def torch_updated(
+    layout: lf.layouts.Layout | Layouts,
+    chosen: Callable[[Param], bool],
+    steps: int,
+    lr: float,
+    decay: float,
+    patch: pytest.MonkeyPatch,
+    scale: float = 0.5,
 ) -> Pieces:
     """torch.optim.Muon of each matrix of what is chosen, torch.optim.AdamW of the rest. torch rounds to bfloat16 on the way; not here."""
     patch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
@@ -75,20 +84,19 @@ def torch_muon(
     matrices = {(k, e): out[k][e] if out[k].dim() == 3 else out[k] for k in out if chosen(spec_of[k].param) for e in range(_stack(out[k]))}
     rest = {k: x for k, x in out.items() if not chosen(spec_of[k].param)}
     leaves = {k: torch.nn.Parameter(x) for k, x in [*matrices.items(), *rest.items()]}
-    assert matrices
-    muon = torch.optim.Muon([leaves[k] for k in matrices], lr, decay, momentum=0.95, eps=1e-7, adjust_lr_fn="match_rms_adamw")
+    muon = [leaves[k] for k in matrices]
+    steps_of = [torch.optim.Muon(muon, lr, decay, momentum=0.95, eps=1e-7, adjust_lr_fn="match_rms_adamw")] if muon else []
     still = [leaves[k] for k in rest if len(spec_of[k].param.shape) < 2]
     moved = [leaves[k] for k in rest if len(spec_of[k].param.shape) >= 2]
     groups = [{"params": x, "weight_decay": d} for x, d in ((moved, decay), (still, 0.0)) if x]
-    adamw = torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), eps=1e-8)
+    steps_of += [torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), eps=1e-8)]
     for i in range(steps):
         grads = wholes(layouts, "g", i)
         for k, x in leaves.items():
             whole = grads[k[0]] if isinstance(k, tuple) else grads[k]
             x.grad = (whole[k[1]] if isinstance(k, tuple) and whole.dim() == 3 else whole) * scale
-        if i != 1:
-            muon.step()
-            adamw.step()
+        for optimizer in steps_of if i != 1 else []:
+            optimizer.step()
     for (k, e) in matrices:  # they were taken as views or copies
         (out[k][e] if out[k].dim() == 3 else out[k]).copy_(leaves[k, e].detach())
     return {k: x.clone() for k, x in out.items()} | {k: leaves[k].detach() for k in rest}
