@@ -38,7 +38,7 @@ def on_host(optimizer: Optimizer, share: float = 1.0) -> Optimizer:
     streams: list[Any] = []  # made by the first update and used by all
 
     def init(master: Tree, device: torch.device, layouts: Layouts) -> Tree:
-        hosted, resident = _dealt([path for path, _ in tree.items(master)], share)
+        hosted, resident = _dealt([path for path, _ in tree.items(master)], share, layouts)
         states = []
         for paths in hosted:  # one after another, so that never all of it is on the device
             state = optimizer.init(tree.build([(path, tree.get(master, path)) for path in paths]), device, layouts)
@@ -51,7 +51,7 @@ def on_host(optimizer: Optimizer, share: float = 1.0) -> Optimizer:
     ) -> Tree:
         if not streams:
             streams.append(ctx.device.copy_streams())
-        hosted, resident = _dealt([*params], share)
+        hosted, resident = _dealt([*params], share, layouts)
         before = tree.map(torch.clone, scalars(state, layouts))  # each layer starts from the scalars as they were
 
         def updated(own: Tree, paths: Sequence[str]) -> Tree:
@@ -83,13 +83,18 @@ def on_host(optimizer: Optimizer, share: float = 1.0) -> Optimizer:
     return Optimizer(init, update, optimizer.lr)
 
 
-def _dealt(paths: Sequence[str], share: float) -> tuple[list[list[str]], list[str]]:
-    """(the paths of each layer whose state lies in the host's memory, all others)."""
-    layers: dict[str, list[str]] = {}
+def _dealt(paths: Sequence[str], share: float, layouts: Layouts) -> tuple[list[list[str]], list[str]]:
+    """(the paths of each layer whose state lies in the host's memory, all others). Of each chain by itself: its ranks must agree, and not all are on
+    the same others."""
+    chains: dict[str, dict[str, list[str]]] = {}
     for path in paths:
-        layers.setdefault(path.split("/")[0], []).append(path)
-    each, n = [*layers.values()], math.ceil(share * len(layers))
-    return each[:n], [path for layer in each[n:] for path in layer]
+        chains.setdefault(layouts.chain_of[path], {}).setdefault(path.split("/")[0], []).append(path)
+    hosted, resident = list[list[str]](), list[str]()
+    for layers in chains.values():
+        n = math.ceil(share * len(layers))
+        hosted += [*layers.values()][:n]
+        resident += [path for layer in [*layers.values()][n:] for path in layer]
+    return hosted, resident
 
 
 def _kept(own: Tree) -> dict[tuple[str, str], Tensor]:

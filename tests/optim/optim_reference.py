@@ -18,10 +18,10 @@ from lf.spec import Param, Spec
 Pieces = dict[str, torch.Tensor]  # by key: of each part of each parameter the whole logical tensor
 
 
-def wholes(layouts: Layouts, *key: object, still: Callable[[str], bool] = lambda path: False) -> Pieces:
-    """Numbers for every part of everything that is trained; zeros where `still(path)`."""
-    first = {p.key: (path, p) for path, spec in layouts.specs.items() if path not in layouts.frozen for p in spec.pieces(spec.mesh.coords(0))}
-    return {k: draw(*map(str, key), k, shape=p.shape) * (not still(path)) for k, (path, p) in first.items()}
+def wholes(layouts: Layouts, *key: object) -> Pieces:
+    """Numbers for every part of everything that is trained."""
+    first = {p.key: p for path, spec in layouts.specs.items() if path not in layouts.frozen for p in spec.pieces(spec.mesh.coords(0))}
+    return {k: draw(*map(str, key), k, shape=p.shape) for k, p in first.items()}
 
 
 def cut(layouts: Layouts, rank: int, pieces: Pieces, dtype: torch.dtype = torch.float64) -> tree.Tree:
