@@ -6,7 +6,8 @@ from lf.optim.ema import ema
 from lf.optim.groups import groups, times
 from lf.optim.lr import constant, schedule, warmup_cosine, warmup_linear, warmup_stable_decay
 from lf.optim.muon import muon
-from lf.optim.on_host import on_host
+from lf.optim.named import named
+from lf.optim.on_host import hosted, on_host
 from lf.optim.sgd import sgd
 
 __all__ = [
@@ -15,7 +16,9 @@ __all__ = [
     "constant",
     "ema",
     "groups",
+    "hosted",
     "muon",
+    "named",
     "on_host",
     "schedule",
     "sgd",

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from lf import tree
-from lf.chain_layouts import Layouts
+from lf.chain_layouts import Layouts, joined
 from lf.config import ConfigError
+from lf.layouts import Layout
 from lf.optim.base import Optimizer, at, leaves_of, merged, replaced, scalars
 from lf.spec import Param
 from lf.tree import Tree
@@ -81,6 +82,15 @@ def on_host(optimizer: Optimizer, share: float = 1.0) -> Optimizer:
         return replaced(state, new)
 
     return Optimizer(init, update, optimizer.lr)
+
+
+def hosted(share: float | None, layout: Layout | Layouts, rank: int) -> Callable[[str], bool]:
+    """Whether the state of a rank under a name ('m/embed/weight') lies in the host's memory, as `on_host` with this share has it; None: none of it.
+    For `lf.checkpoint.load`, so that what does not fit on the device does not go there first."""
+    layouts = joined(layout)
+    layers = _dealt([*layouts.trained(rank)], share, layouts)[0] if share else []
+    paths = frozenset(path for layer in layers for path in layer)
+    return lambda leaf: leaf.partition("/")[2] in paths and not leaf.startswith("master/")
 
 
 def _dealt(paths: Sequence[str], share: float, layouts: Layouts) -> tuple[list[list[str]], list[str]]:
