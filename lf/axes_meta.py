@@ -82,13 +82,13 @@ class MetaAxis:
                 self._like(x, x.shape)
         return _nothing if later else None
 
-    def scatter_many(self, xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int], later: bool = False) -> Any:
-        outs = []
+    def scatter_many(
+        self, outs: Sequence[Tensor], xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int], later: bool = False
+    ) -> Any:
         for x, each, dim in zip(xs, sizes, dims):
-            if self.size > 1:
-                check_rows(self, "scatter_many", x.shape[dim], sum(each))
-            outs.append(self._like(x, _resized(x, dim, each[self.index]) if self.size > 1 else x.shape))
-        return at_once(outs, later)
+            check_rows(self, "scatter_many", x.shape[dim], sum(each))
+            self._like(x, x.shape)
+        return _nothing if later else None
 
     def sum_many(self, xs: Sequence[Tensor], later: bool = False) -> Any:
         for x in xs:

@@ -103,9 +103,10 @@ class SimAxis:
         self.size, self.index, self.calls = len(ranks), ranks.index(rank), 0
         self.messages: dict[tuple[int, int], int] = {}  # how many have gone from one place to another
 
-    def _meet(self, x: Any, *tag: Any) -> list[Any]:
-        self.calls += 1
-        return self.world.meet((self.of, self.name, self.ranks, self.calls), self.ranks, self.rank, (*tag, self.name), x)
+    def _meet(self, x: Any, *tag: Any, number: int | None = None) -> list[Any]:
+        self.calls += number is None
+        place = (self.of, self.name, self.ranks, self.calls if number is None else number)
+        return self.world.meet(place, self.ranks, self.rank, (*tag, self.name), x)
 
     def sum(self, x: Tensor) -> Tensor:
         return self.all_reduce(x)
@@ -150,45 +151,59 @@ class SimAxis:
     def gather_many(
         self, outs: Sequence[Tensor], xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int], later: bool = False
     ) -> Any:
-        given = self._left("gather_many", xs, sizes, dims) if self.size > 1 else [xs]
-        for i, (out, dim) in enumerate(zip(outs, dims)):
-            rows = [theirs[i].shape[dim] for theirs in given]
-            if rows != list(sizes[i]) and self.size > 1:
-                raise ValueError(f"gather_many over {self.name}: ranks give {rows} rows of tensor {i}, the sizes say {list(sizes[i])}")
-            for target, theirs in zip(out.split(rows, dim), given):
-                target.copy_(theirs[i])
-        self._read()
-        return _nothing if later else None
+        for x, each, dim in zip(xs, sizes, dims):
+            check_rows(self, "gather_many", x.shape[dim], each[self.index] if self.size > 1 else x.shape[dim])
 
-    def scatter_many(self, xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int], later: bool = False) -> Any:
-        if self.size == 1:
-            return at_once([x.detach() for x in xs], later)
+        def fill(given: Sequence[Sequence[Tensor]]) -> None:
+            for i, (out, dim) in enumerate(zip(outs, dims)):
+                for target, theirs in zip(out.split([x[i].shape[dim] for x in given], dim), given):
+                    target.copy_(theirs[i])
+
+        return self._many("gather_many", xs, sizes, dims, fill, later)
+
+    def scatter_many(
+        self, outs: Sequence[Tensor], xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int], later: bool = False
+    ) -> Any:
         for x, each, dim in zip(xs, sizes, dims):
             check_rows(self, "scatter_many", x.shape[dim], sum(each))
-        given, outs = self._left("scatter_many", xs, sizes, dims), []
-        for i, (each, dim) in enumerate(zip(sizes, dims)):
-            pieces = [theirs[i].split(list(each), dim)[self.index] for theirs in given]
-            outs.append(_added(pieces))
-        self._read()
-        return at_once(outs, later)
+
+        def fill(given: Sequence[Sequence[Tensor]]) -> None:
+            for i, (out, each, dim) in enumerate(zip(outs, sizes, dims)):
+                out.copy_(_added([theirs[i].split(list(each), dim)[self.index] for theirs in given]))
+
+        return self._many("scatter_many", xs, sizes, dims, fill, later)
 
     def sum_many(self, xs: Sequence[Tensor], later: bool = False) -> Any:
-        if self.size > 1 and xs:
-            given = self._left("sum_many", xs, [(len(x.shape),) for x in xs], [0] * len(xs))
-            totals = [_added([theirs[i] for theirs in given]) for i in range(len(xs))]
-            self._read()
+        totals: list[Tensor] = []
+
+        def fill(given: Sequence[Sequence[Tensor]]) -> None:
+            totals.extend(_added([theirs[i] for theirs in given]) for i in range(len(xs)))
+
+        def put() -> None:
             for x, total in zip(xs, totals):
                 x.copy_(total)
-        return _nothing if later else None
 
-    def _left(self, what: str, xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int]) -> list[Any]:
-        about = tuple((_but(x.shape, d) if x.shape else (), x.dtype, tuple(each), d) for x, each, d in zip(xs, sizes, dims))
-        return self._meet([x.detach() for x in xs], what, about)
+        return self._many("sum_many", xs, [()] * len(xs), [None] * len(xs), fill, later, put)
 
-    def _read(self) -> None:
-        """All have read what others have left: from here on it may change."""
-        if self.size > 1:
-            self._meet(None, "read")
+    def _many(
+        self, what: str, xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int | None], fill: Callable[[Any], None], later: bool,
+        put: Callable[[], None] | None = None,
+    ) -> Any:  # fmt: skip
+        """Of `later`, all happens when it is waited for: who has not waited sees nothing, and what changes on the way is seen. `fill` reads what all
+        have left, `put` writes when all have read."""
+        self.calls += 2
+        number = self.calls
+        about = [(_but(x.shape, d) if d is not None else tuple(x.shape), x.dtype, tuple(each), d) for x, each, d in zip(xs, sizes, dims)]
+
+        def wait() -> None:
+            given = [xs] if self.size == 1 else self._meet(xs, what, tuple(about), number=number - 1)
+            fill(given)
+            if self.size > 1:
+                self._meet(None, "read", number=number)
+            if put:
+                put()
+
+        return wait if later else wait()
 
     def shift(self, x: Tensor, k: int) -> Tensor:
         if k % self.size == 0:
@@ -306,10 +321,6 @@ def spmd(mesh: Mesh, fn: Callable[..., Any], *args: Any) -> list[Any]:
             error.add_note(f"raised by rank {rank} {mesh.coords(rank)} of mesh {mesh}")
         raise error
     return out
-
-
-def _nothing() -> None:
-    """What waits for what is there already."""
 
 
 def _added(pieces: Sequence[Tensor]) -> Tensor:

@@ -140,35 +140,37 @@ class Axis:
 
         return wait if later else wait()
 
-    def scatter_many(self, xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int], later: bool = False) -> Any:
-        """Of each tensor the sum over ranks, of which rank j keeps its sizes[i][j] rows along its dim: one launch, packed as in `gather_many`. A list
-        of new tensors, or (`later`) a function that waits for it."""
+    def scatter_many(
+        self, outs: Sequence[Tensor], xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int], later: bool = False
+    ) -> Any:
+        """Fills each of `outs` with this rank's rows, sizes[i][index] of tensor i along its dim, of the sum over ranks of xs[i]: one launch for all,
+        packed as in `gather_many`. `later`: a function that waits until all are filled."""
         if self.size == 1:
-            return at_once([x.detach() for x in xs], later)
-        outs, into, given = list[Tensor](), list[Tensor](), list[Tensor]()
-        for x, each, dim in zip(xs, sizes, dims):
+            for out, x in zip(outs, xs):
+                out.copy_(x)
+            return _nothing if later else None
+        into, given, odd = list[Tensor](), list[Tensor](), list[tuple[Tensor, Tensor]]()
+        for out, x, each, dim in zip(outs, xs, sizes, dims):
             check_rows(self, "scatter_many", x.shape[dim], sum(each))
-            shape = list(x.shape)
-            shape[dim] = each[self.index]
-            if self._as_it_lies(x, None, each, dim):
-                outs.append(x.new_empty(shape))
-                into.append(outs[-1])
+            if not x.numel():
+                continue
+            if self._as_it_lies(x, out, each, dim):
+                into.append(out)
                 given.append(x.detach())
                 continue
-            n = max(each) * (x.numel() // max(sum(each), 1))
+            n = max(each) * (x.numel() // sum(each))
             packed = x.new_zeros(self.size, n)
             for row, piece in zip(self._by_place(packed), x.detach().split(list(each), dim)):
                 row[: piece.numel()].view(piece.shape).copy_(piece)
-            flat = x.new_empty(n)
-            outs.append(flat[: torch.Size(shape).numel()].view(shape))
-            if n:
-                into.append(flat)
-                given.append(packed.view(-1))
+            into.append(x.new_empty(n))
+            given.append(packed.view(-1))
+            odd.append((out, into[-1]))
         work = self._launched(into, given, "reduce_scatter_tensor_coalesced")
 
-        def wait() -> list[Tensor]:
+        def wait() -> None:
             work()
-            return outs
+            for out, flat in odd:
+                out.copy_(flat[: out.numel()].view(out.shape))
 
         return wait if later else wait()
 
@@ -182,10 +184,10 @@ class Axis:
             works.append(group.allreduce_coalesced(each, dist.AllreduceCoalescedOptions()))
         return _all(works) if later else _all(works)()
 
-    def _as_it_lies(self, whole: Tensor, x: Tensor | None, sizes: Sequence[int], dim: int) -> bool:
+    def _as_it_lies(self, whole: Tensor, x: Tensor, sizes: Sequence[int], dim: int) -> bool:
         """Whether shards of a tensor are even and each a range of its memory, in the order of the group."""
         even = dim == 0 and len(set(sizes)) == 1 and sizes[0] > 0
-        return even and self._slot is None and whole.is_contiguous() and (x is None or x.is_contiguous())
+        return even and self._slot is None and whole.is_contiguous() and x.is_contiguous()
 
     def _launched(self, into: list[Tensor], given: list[Tensor], name: str) -> Callable[[], None]:
         launch, works = getattr(self._group(), name), []

@@ -248,6 +248,13 @@ def chain_layouts(model: Chains, places: Mapping[str, Place], world: int | None 
     if idle := sorted(set(range(world)) - set().union(*ranks.values())):
         raise LayoutError(f"no chain lies on ranks {runs(idle)} of {world}: give them to one, or use fewer ranks")
     out = Layouts(model, chains, ranks, world, model.main, _joints(model, chains))
+    for name, where in chains.items():
+        sharding = where.sharding
+        if out.spread(name) and (sharding.stage == 3 or sharding.reduce == "microbatch"):
+            raise LayoutError(
+                f"chain {name!r} lies in several rows of ranks, whose programs differ, and sharding {sharding} gathers or sums beside its compute; "
+                f"use sharding 1, or 2,reduce=step"
+            )
     if out.frozen and out.frozen >= out.specs.keys():
         raise LayoutError(f"every parameter of chains {', '.join(chains)} is frozen: nothing is left to train; leave something out of `frozen`")
     return out

@@ -7,7 +7,8 @@ Every box of the optimizer's state that several ranks hold gets a hash, computed
 
 The sum has no order, so it is the same on any device; c_i is odd, so one changed element always changes it. The largest and the smallest hash
 of each box over all ranks, in one all-reduce, tell whether all holders agree; only where they do not, who says what is collected. Boxes that
-overlap (kv heads under query heads) are hashed unit by unit: a unit lies whole on each of its holders.
+overlap (kv heads under query heads) are hashed unit by unit: a unit lies whole on each of its holders. Of state in shards each shard is a box, which
+those hold that have its place in other groups of shards.
 """
 
 from __future__ import annotations
@@ -89,16 +90,21 @@ def _places(spec: Spec | None) -> list[int]:
     """How many atoms each part has over all ranks: a box for every coordinate on the axes that split it, or a unit where boxes overlap."""
     if spec is None:
         return [1]
-    return [(part.n if i in spec.shared() else 1) * _splits(spec, i) for i, part in enumerate(spec.parts())]
+    return [(part.n if i in _shared(spec) else 1) * _splits(spec, i) for i, part in enumerate(spec.parts())]
+
+
+def _shared(spec: Spec) -> tuple[int, ...]:
+    """The parts whose boxes overlap; cut into shards they do not lie alike on their holders, and only groups of shards are compared."""
+    return () if spec.cut else spec.shared()
 
 
 def _splits(spec: Spec, i: int) -> int:
-    return math.prod(spec.mesh[axis] for axis in _axes(spec, i))
+    return math.prod(spec.mesh[axis] for axis in _axes(spec, i)) * (spec.cut.n if spec.cut else 1)
 
 
 def _axes(spec: Spec, i: int) -> tuple[str, ...]:
     """The axes that split part i, but for one along which its boxes overlap."""
-    return tuple(a for d, a in enumerate(spec.names) if a and not (d == spec.param.part_dim and i in spec.shared()))
+    return tuple(a for d, a in enumerate(spec.names) if a and not (d == spec.param.part_dim and i in _shared(spec)))
 
 
 def _atoms(layouts: Layouts, leaves: Iterable[str], rank: int) -> Iterator[tuple[int, str, Piece]]:
@@ -116,12 +122,14 @@ def _atoms(layouts: Layouts, leaves: Iterable[str], rank: int) -> Iterator[tuple
         kind, chain = leaf.partition("/")[0], layouts.chain_of[spec.path]
         coords = at_of[chain]
         assert coords is not None  # it is held
-        alone = math.prod(spec.mesh[a] for a in spec.sum_axes) * len(layouts.chains[chain].holders(spec.path)) == 1
-        for i, (piece, places) in enumerate(zip(spec.pieces(coords), _places(spec))):
+        copies = math.prod(spec.mesh[a] for a in spec.sum_axes) // (spec.cut.n if spec.cut else 1)
+        alone = copies * len(layouts.chains[chain].holders(spec.path)) == 1
+        for i, (piece, places) in enumerate(zip(spec.state_pieces(coords), _places(spec))):
             piece, at = attrs.evolve(piece, key=f"{kind}/{piece.key}"), first
             for axis in _axes(spec, i):
                 at += coords[axis] * (places := places // spec.mesh[axis])
-            if i in spec.shared():
+            at += spec.shard(coords)[0]
+            if i in _shared(spec):
                 yield from ((at + n, leaf, unit) for n, unit in _units(spec, i, piece, coords))
             elif not alone and box.volume(piece.box):
                 yield at, leaf, piece

@@ -36,6 +36,7 @@ from lf.optim import Optimizer, sgd
 from lf.schedule import Program
 from lf.schedule.build import build
 from lf.segment import Model
+from lf.sharding import NONE, Sharding
 from lf.spec import Init, Piece
 from lf.state import init
 from lf.train import make
@@ -137,13 +138,14 @@ def compare(
     program: Callable[[Layout, int], Program] = build,
     compile: bool | str = False,
     dispatch: str = "exchange",
+    sharding: Sharding | str = NONE,
     optimizer: Callable[[float], Optimizer] = sgd,
 ) -> Report:
-    """`model` on `mesh`, with `microbatches` a rank and step, against one rank. `split`, `placement`, `frozen`: as in `lf.layout`; the one rank has
-    one stage, and the same frozen. `program(layout, microbatches)`: what the mesh does in a step; the one rank makes a forward and its backward in
-    turn. `compile`: as in `lf.train.make`, `dispatch`: as in `lf.Context`, both of the mesh alone. `spmd(mesh, fn, *args)` is how ranks are run:
-    fn(axes, *args) on each, the results in their order. `optimizer(lr)`: instead of SGD one that hides no more of a gradient than its scale. Raises
-    what the ranks raise; ConfigError where the device has no float64.
+    """`model` on `mesh`, with `microbatches` a rank and step, against one rank. `split`, `placement`, `frozen`, `sharding`: as in `lf.layout`; the
+    one rank has one stage, whole state, and the same frozen. `program(layout, microbatches)`: what the mesh does in a step; the one rank makes a
+    forward and its backward in turn. `compile`: as in `lf.train.make`, `dispatch`: as in `lf.Context`, both of the mesh alone. `spmd(mesh, fn,
+    *args)` is how ranks are run: fn(axes, *args) on each, the results in their order. `optimizer(lr)`: one that hides no more of a gradient than its
+    scale. Raises what the ranks raise; ConfigError where the device has no float64.
     """
     if not devices.get(device).FLOAT64:
         raise ConfigError(f"device {device!r} has no float64, which parity is measured in; use --device cpu")
@@ -151,7 +153,7 @@ def compare(
     count = microbatches * mesh["dp"]
     batches = [random_batches(model, seed, step, count, tokens, padding) for step in range(steps)]
     single = layout(model, Mesh(dp=1), rules, frozen=frozen)
-    where = layout(model, mesh, rules, split=split, placement=placement, frozen=frozen)
+    where = layout(model, mesh, rules, split=split, placement=placement, frozen=frozen, sharding=sharding)
     args = (batches, seed, lr, clip, device)
     (one,) = simulated(single.mesh, trace, single, build(single, count), *args, False, "exchange", optimizer)
     many = spmd(mesh, trace, where, program(where, microbatches), *args, compile, dispatch, optimizer)

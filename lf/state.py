@@ -13,6 +13,7 @@ from lf import rng, tree
 from lf.batch import Batch
 from lf.chain_layouts import Layouts, joined
 from lf.layouts import Layout
+from lf.schedule.gathered import Gathered
 from lf.schedule.run import run_forward
 from lf.segment import Model, Terms
 from lf.spec import LayoutError
@@ -21,7 +22,8 @@ from lf.tree import Tree
 
 @attrs.frozen
 class State:
-    """`params`: the compute copy, {segment: {name: Tensor}}. `optimizer`: a dict of such trees, with "master" the truth that is saved.
+    """`params`: the compute copy, {segment: {name: Tensor}}. `optimizer`: a dict of such trees, with "master" the truth that is saved. All of these
+    have the shard that this rank keeps, where the layout cuts the state of a parameter.
 
     `step`: steps made, a device scalar.
     """
@@ -36,7 +38,8 @@ def device_of(ctx: Any) -> torch.device:
 
 
 def init(layout: Layout | Layouts, ctx: Any, seed: int) -> Tree:
-    """Fresh parameters of this rank in the master dtype, of all chains that it is on: the same logical model for the same seed under any layout."""
+    """Fresh parameters of this rank in the master dtype, of all chains that it is on: the same logical model for the same seed under any layout. Of
+    a parameter whose state is cut, the shard."""
     pairs, layouts, rank = [], joined(layout), ctx.axes.rank
     for path, spec in layouts.held(rank).items():
         local = torch.empty(layouts.state_shape(path, rank), dtype=ctx.precision.master)
@@ -52,15 +55,37 @@ def shard_batch(batch: Batch, model: Model, ctx: Any) -> Batch:
     return model.prepare(Batch({k: v.to(device, non_blocking=True) for k, v in batch.plan.items()}, batch.payload), ctx)
 
 
-def compute_copy(layout: Layout | Layouts, master: Tree, ctx: Any) -> Tree:
+def compute_copy(layout: Layout | Layouts, master: Tree, ctx: Any, old: Tree | None = None) -> Tree:
     """The parameters, each in the compute dtype of its chain, at least float32 where it is not learned; the very same tensors where the dtypes
-    agree."""
-    layouts = joined(layout)
+    agree. old: a copy that nobody needs any more, whose memory is taken."""
+    layouts, pairs = joined(layout), []
+    into: list[Tensor] = []
+    given: list[Tensor] = []
+    for path, w in tree.items(master):
+        dtype = layouts.specs[path].param.used_in(ctx.of(layouts.chain_of[path]).precision.compute)
+        if dtype == w.dtype or old is None:
+            pairs.append((path, w.to(dtype)))
+            continue
+        pairs.append((path, tree.get(old, path)))
+        into.append(pairs[-1][1])
+        given.append(w)
+    if into:
+        torch._foreach_copy_(into, given)
+    return tree.build(pairs)
 
-    def dtype(path: str) -> torch.dtype:
-        return layouts.specs[path].param.used_in(ctx.of(layouts.chain_of[path]).precision.compute)
 
-    return tree.build([(path, w.to(dtype(path))) for path, w in tree.items(master)])
+def gathered(layout: Layout | Layouts, params: Tree, ctx: Any) -> Tree:
+    """Parameters as `forward` takes them, from those of a State or of `init`: whole where the layout keeps shards. Collective."""
+    layouts, pairs = joined(layout), []
+    for path, shard in tree.items(params):
+        spec, axes = layouts.specs[path], ctx.of(layouts.chain_of[path]).axes
+        if spec.cut:
+            whole = Gathered({path: spec}, {path: shard}, axes)
+            whole.gather([path])
+            whole.ready([path])
+            shard = whole.leaves[path]
+        pairs.append((path, shard))
+    return tree.build(pairs)
 
 
 def forward(model: Model, params: Tree, batch: Batch, ctx: Any) -> Tensor | Terms:

@@ -236,7 +236,7 @@ def make(
             with memory_at("the update of the parameters", 1.0, dict(tree.items(grads))):
                 state_of = optimizer.update(state.optimizer, grads, params, lr, scale, state.step, ok, ctx, layouts)
                 _after_step(layouts, state_of["master"], metrics, ok)
-                new = State(compute_copy(layouts, state_of["master"], ctx), state_of, state.step + 1)
+                new = State(compute_copy(layouts, state_of["master"], ctx, state.params), state_of, state.step + 1)
         return new, {**metrics, "lr": lr, "skipped": ~ok}
 
     return init, step

@@ -36,6 +36,7 @@ class Config:
     recompute: str = "none"  # full, full:K, segments=attn,mlp, ops=swiglu
     offload: str = "none"  # full, full:K, layers=layers.0, and ;distance=N
     freeze: tuple[str, ...] = ()  # not trained, on one rank neither: names or patterns of parameters, segments or layers
+    shard: str = "0"  # of state over dp, as 3 or 3,ranks=2; those of the one rank are whole
     dispatch: str = "exchange"  # how tokens travel to experts, or gather
     compile: bool = False  # layers by torch.compile; those of the one rank are not
     microbatches: int = 2  # of each rank and step
@@ -71,7 +72,7 @@ def main(config: Config) -> None:
     routed = any("expert" in param.axes for param in model.params().values())
     default = ("tp=2,dp=2,ep=4", "dp=3,ep=3", "tp=2,dp=2,ep=2,etp=2", "pp=2,dp=2,ep=2") if routed else ("tp=2,dp=2", "tp=4", "dp=3", "pp=2,tp=2")
     meshes = [lf.Mesh.parse(text).fill() for text in config.mesh or default]
-    flags = (config.chunks, config.split, config.recompute, config.offload, config.freeze)
+    flags = (config.chunks, config.split, config.recompute, config.offload, config.freeze, config.shard)
     pipelines = [lf.pipeline.Pipeline(name, *flags) for name in config.schedule or ("1f1b",)]
     runs = [(mesh, pipeline) for mesh in meshes for pipeline in pipelines]
     for mesh, pipeline in runs:  # refused before anything runs
@@ -107,6 +108,7 @@ def main(config: Config) -> None:
 def told(mesh: lf.Mesh, p: lf.pipeline.Pipeline) -> str:
     """The schedule, where there is one to speak of, and what was asked for besides."""
     given = {"chunks": p.chunks, "split": p.split, "recompute": p.recompute, "offload": p.offload, "freeze": ",".join(p.freeze)}
+    given["shard"] = p.shard if p.shard != "0" else None
     schedule = [p.schedule] if mesh.pp > 1 or p.schedule != "1f1b" else []
     return " ".join([*schedule, *(f"{name} {value}" for name, value in given.items() if value not in (None, "", "none", "count"))])
 
@@ -116,6 +118,7 @@ def measured(config: Config, model: lf.segment.Model, mesh: lf.Mesh, pipeline: l
     layout = pipeline.layout(model, mesh, config.tokens)
     asked = {name: getattr(config, name) for name in ("microbatches", "seed", "tokens", "padding", "device", "compile", "dispatch")}
     asked |= {"split": tuple(map(len, map(layout.layers, range(len(layout.stages))))), "placement": layout.placement, "frozen": config.freeze}
+    asked["sharding"] = config.shard
     try:
         return attrs.evolve(lf.parity.compare(model, mesh, program=pipeline.program, **asked), about=told(mesh, pipeline))
     except (lf.sim.CollectiveMismatch, lf.sim.Deadlock) as error:

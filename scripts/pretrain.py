@@ -13,7 +13,7 @@ import lf
 # What may be another when a run goes on: none of it changes which rows a step takes, or what it makes of them but for rounding (docs/moe.md: what of
 # a mixture goes by the microbatch).
 FREE = (
-    *("out", "mesh", "device", "schedule", "chunks", "split", "recompute", "offload", "dispatch", "compile", "draw_step", "micro_batch"),
+    *("out", "mesh", "device", "schedule", "chunks", "split", "recompute", "offload", "shard", "dispatch", "compile", "draw_step", "micro_batch"),
     *("muon_way", "optimizer_offload"),
     *("microbatches", "save_every", "keep", "eval", "eval_every", "drift_every", "on_nonfinite", "log", "export_dtype"),
 )
@@ -38,6 +38,7 @@ class Config:
     recompute: str = "none"  # instead of kept for the backward: full, full:K, segments=attn,mlp, ops=swiglu
     offload: str = "none"  # kept in the host's memory: full, full:K, layers=layers.0,layers.1, and ;distance=N
     freeze: tuple[str, ...] = ()  # not trained: names or patterns of parameters, segments or layers, as embed 'layers.0.*'
+    shard: str = "0"  # state over dp: 1: optimizer, 2: and gradients, 3: and parameters; and ,ranks=N ,reduce=step ,keep ,ahead=N ,transport=bf16
     dispatch: str = "exchange"  # how tokens travel to experts: exchange, or gather, which is less where a token goes to as many as there are ranks
     compile: bool = False  # each distinct layer by torch.compile
     draw_step: int | None = None  # what each rank of the pipeline does in this step, and when, is drawn

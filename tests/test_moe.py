@@ -97,6 +97,13 @@ def test_law_1_where_other_ranks_have_the_same_experts(dispatch: str) -> None:
     assert report.ok, str(report)
 
 
+@pytest.mark.parametrize("mesh", [Mesh(tp=2, etp=2), Mesh(tp=3, ep=3), Mesh(dp=2, tp=4, etp=4)], ids=str)
+def test_law_1_where_tokens_have_the_same_past(mesh: Mesh) -> None:
+    """Of so few words documents begin alike, and with a word again and again: such tokens have the same weights, and some of them are dropped."""
+    report = parity.compare(mixture("probability", vocab=3), mesh, microbatches=8, padding=3, seed=SEED, steps=1)
+    assert report.ok, str(report)
+
+
 def by_segments(layout: Layout, n: int) -> Program:
     """Each microbatch forth and back, segment by segment."""
     names = [s.name for s in layout.stages[0]]

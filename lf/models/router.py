@@ -45,8 +45,8 @@ class Router:
     groups, top_groups: experts are in so many groups of neighbours, and the choice is among those of the best `top_groups`; a group scores as its
     best expert ("max") or the sum of its two best ("top2"). bias: a selection bias; after a step each expert's goes by `bias_rate` up where it had
     fewer tokens than the mean, down where more. linear_bias: of the scores' matrix, learned. capacity: an expert takes at most
-    ⌈capacity · k · n / E⌉ of the n tokens of a microbatch, the ones with the highest weights ("probability") or that come first ("position"); None:
-    all. balance, sequence_balance, global_balance, z: weights of the losses, 0 for none.
+    ⌈capacity · k · n / E⌉ of the n tokens of a microbatch, the ones with the highest weights ("probability"; of equal weights those that come
+    first) or that come first ("position"); None: all. balance, sequence_balance, global_balance, z: weights of the losses, 0 for none.
     """
 
     experts: int
@@ -137,7 +137,8 @@ def within_capacity(r: Router, ids_tk: Tensor, weights_tk: Tensor, batch: Batch,
     group = ctx.axes["cp", "tp"]
     sizes = [r.top * n for n in shares(len(batch.plan["tokens"]), group.size)]
     ids, weights = (group.all_gather(x.flatten(), sizes) for x in (ids_tk, weights_tk))
-    first = weights.argsort(descending=True, stable=True) if r.drop == "probability" else torch.arange(len(ids), device=ids.device)
+    # Tokens with the same past have the same weight, which each layout rounds in its own way: of float64 no more counts than float32 tells apart.
+    first = weights.float().argsort(descending=True, stable=True) if r.drop == "probability" else torch.arange(len(ids), device=ids.device)
     order = first[ids[first].argsort(stable=True)]  # by expert, and in each the first come first
     counts = tally(ids, r.experts)
     starts = F.pad(counts.cumsum(0), (1, 0))  # the last: where those without an expert begin

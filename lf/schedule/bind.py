@@ -12,7 +12,7 @@ from lf.layouts import Layout
 from lf.schedule.compiled import LayerFn, compiled, layer_fn
 from lf.schedule.ground import Ground, Where, ground
 from lf.schedule.ir import BACKWARD, COMPUTE, Action, Program, ProgramError, flat
-from lf.schedule.lower import reduced_layers, tied_paths
+from lf.schedule.lower import gathered_layers, reduced_layers, tied_paths
 from lf.schedule.pieces import Stage
 from lf.schedule.shapes import Brought, Shapes, key, trace
 from lf.segment import Segment, path_of
@@ -45,7 +45,8 @@ class Piece:
     fn[kind](values, x, batch, ctx, fed) -> (y, losses, outputs, sums), for each of KINDS · `names`: of each segment its name, and (name, path, is
     it a product) of each of its parameters · `leaves`: paths whose gradients autograd returns · `products`: (segment, name, path) of those that come
     through a W · `upstream`: whether anything before it trains, so that its input has a gradient · `back`: whether it has a backward · `fed`: what
-    edges bring to it · `outputs`: what edges take from it.
+    edges bring to it · `outputs`: what edges take from it ·
+    `gathered`: paths that lie in shards, which a GATHER makes whole.
     """
 
     stage: int
@@ -58,6 +59,7 @@ class Piece:
     back: bool
     fed: tuple[Fed, ...]
     outputs: tuple[str, ...]
+    gathered: tuple[str, ...]
 
 
 @attrs.frozen
@@ -66,7 +68,7 @@ class BoundChain:
     (stage, segment), the names of the pieces that it covers · `final`: the (stage, segment)s of forwards that end their stage · `split`: (stage,
     unit, piece)s whose weight gradients a W makes · `again`: of each (stage, unit, piece) that is made again, which ops (none named: all) ·
     `away`: those that are offloaded · `trained`: each path here, and whether it trains · `reduced`: of each (stage, layer), the paths whose sum is
-    then complete on this rank, and the specs of those that other ranks have a part in · `tied`: the pipeline ranks of each path that has several."""
+    then complete on this rank · `gathered`: of each, those that lie in shards · `tied`: the pipeline ranks of each path that has several."""
 
     layout: Layout
     ctx: Any
@@ -79,7 +81,8 @@ class BoundChain:
     again: dict[tuple[int, int | None, str], tuple[str, ...]]
     away: frozenset[tuple[int, int | None, str]]
     trained: dict[str, bool]
-    reduced: dict[tuple[int, str], tuple[tuple[str, ...], tuple[Spec, ...]]]
+    reduced: dict[tuple[int, str], tuple[str, ...]]
+    gathered: dict[tuple[int, str], tuple[str, ...]]
     tied: dict[str, tuple[int, ...]]
     shapes: Callable[[Any, Mapping[str, Brought]], Shapes]
     compiled: bool
@@ -108,7 +111,8 @@ def bind(program: Program, where: Where, ctx: Any, compile: bool | str = False, 
     what one run of it is called, where a rank says how far it is. Collective over the pipeline of each chain the first time."""
     on = ground(program, where)
     assert on.layouts is not None
-    named = sorted({op for row in program for a in flat(row) for op in a.ops})  # of all ranks: one alone that refused would leave the others waiting
+    # of all ranks: one alone that refused would leave the others waiting
+    named = sorted({op for row in program for a in flat(row) if a.op == "REMAT" for op in a.ops})
     for op in named:
         one_of("op to run again", op, vars(ctx.ops))
     if compile and named:
@@ -148,7 +152,8 @@ def _chain(chain: str, on: Ground, actions: tuple[Action, ...], ctx: Any, compil
         frozenset((a.stage, a.microbatch, p) for a in mine if a.op == "I" for p in spans[a.stage, a.segment]),
         again, frozenset(away),
         {path: path not in layout.frozen for path in layout.held(ctx.axes.coords)},
-        {at: (paths, tuple(s for p in paths if _summed(s := layout.specs[p]))) for at, paths in reduced_layers(layout, rank).items()},
+        reduced_layers(layout, rank),
+        gathered_layers(layout, rank),
         {path: layout.holders(path) for path in tied_paths(layout, rank)},
         _traced(layout, ctx),
         bool(compile),
@@ -156,7 +161,7 @@ def _chain(chain: str, on: Ground, actions: tuple[Action, ...], ctx: Any, compil
     )  # fmt: skip
 
 
-def _summed(spec: Spec) -> bool:
+def summed(spec: Spec) -> bool:
     """Whether other ranks of its stage have a part in the gradient."""
     return bool(spec.shared()) or any(spec.mesh[a] > 1 for a in spec.sum_axes)
 
@@ -182,7 +187,8 @@ def _piece(
     fed = tuple(Fed(i, e.input, k, on.live[k]) for i, s in enumerate(mine) for e, k in into if e.segment == s.name)
     taken = {on.joints[k].edges[0].output for k in on.out(chain, index)}
     outputs = tuple(o for s in mine for o in s.outputs if o in taken)
-    return Piece(index, name, kinds, names, leaves, products, upstream, hi > stage.stop, fed, outputs)
+    gathered = tuple(dict.fromkeys(path for _, params in names for _, path, _ in params if layout.specs[path].cut))
+    return Piece(index, name, kinds, names, leaves, products, upstream, hi > stage.stop, fed, outputs, gathered)
 
 
 def _traced(layout: Layout, ctx: Any) -> Callable[[Any, Mapping[str, Brought]], Shapes]:

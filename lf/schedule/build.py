@@ -18,6 +18,7 @@ from lf.schedule.keep import offload, recompute
 from lf.schedule.lower import add_reduce, is_lowered, trainable
 from lf.schedule.move import free, move
 from lf.schedule.recompute import Offload, Recompute
+from lf.schedule.shard import gather
 
 Generate = Callable[[Stages, int], Program]
 
@@ -96,6 +97,6 @@ def complete(
     else:
         check(program, where, microbatches)  # before the passes, so that what is wrong is drawn as it was written
         program = offload(recompute(trainable(program, where), where, recomputed), where, offloaded)
-        program = free(move(add_reduce(program, where), where))
+        program = free(move(add_reduce(gather(program, where), where), where))
     check(program, where, microbatches)
     return program

@@ -116,7 +116,7 @@ class _Proof:
             assert k is not None
             assert a.microbatch is not None
             return self.on.bridged(k, a.microbatch)
-        return self.on.summed(a, rank) if a.op == "REDUCE" else (rank,)
+        return self.on.summed(a, rank) if a.op in ("REDUCE", "GATHER") else (rank,)
 
     def fail(self, rank: int, why: str) -> ProgramError:
         i = self.at[rank]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lf.schedule import sums
 from lf.schedule.draw import WIDTH, draw
 from lf.schedule.ground import Ground
 from lf.schedule.holds import Holds
 from lf.schedule.ir import Action, ProgramError, some
-from lf.schedule.sums import wanted
 
 WORDS = {
     "F": "{0}F{1} does not use what has arrived for it",
@@ -28,6 +28,8 @@ def nothing_stays(on: Ground, rows: Sequence[Holds]) -> None:
             why = f"activations stay alive, there is no backward for {', '.join(kept)}"
         elif owed := [f"{_named(c, s)}I{m}" for (c, s, m), pieces in sorted(row.owed.items()) if pieces]:
             why = f"activations stay alive, there is no W for {', '.join(owed)}"
+        elif row.whole:
+            why = "parameters stay whole, there is no RELEASE of " + ", ".join(f"{_named(c, s)}:{layer}" for c, s, layer in sorted(row.whole))
         elif row.values:
             left = [WORDS[kind].format(_named(c, s), m) if kind in WORDS else _unused(on, kind, s, m) for kind, c, s, m in sorted(row.values)]
             why = f"values stay alive: {'; '.join(left)}"
@@ -55,8 +57,8 @@ def nothing_is_missing(on: Ground, rows: Sequence[Holds]) -> None:
                 ended = here and all(row.behind.get(key, len(stage.atoms)) == stage.stop for row in here)
                 if trains and stage.live and not ended:
                     missing.append(f"{_named(c, s)}B{u}")
-    for rank, row in enumerate(rows):
-        missing += [str(a) for a in (wanted(on, rank) if trains else ()) if (a.chain, a.stage, a.segment) not in row.reduced]
+    for row in rows:
+        missing += [str(a) for a in (sums.missing(on, row) if trains else ())]
     if missing:
         raise ProgramError(f"missing: {some(missing)}; without them gradients would be lost\n{draw(on.program, width=WIDTH)}")
 

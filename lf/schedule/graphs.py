@@ -1,7 +1,7 @@
 """One piece at a time: a forward from a cut of autograd to the next one, and the backward of that.
 
-What a forward leaves is a `Kept`: its input and the ends of its graph. Gradients of weights go into sums, which are made when they are first
-added to.
+What a forward leaves is a `Kept`: its input and the ends of its graph. Gradients of weights go into sums, which get their memory when they are first
+added to (gradients.py). Parameters that lie in shards are whole between a GATHER and its RELEASE (gathered.py).
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from lf.batch import Batch
 from lf.parallel.product import W, probe_of
 from lf.schedule.bind import BoundChain, Piece
 from lf.schedule.compiled import Fed, LayerFn
+from lf.schedule.gathered import Gathered
+from lf.schedule.gradients import Gradients
 from lf.schedule.shapes import Brought, Shapes
 from lf.schedule.slots import Slots, entry
 from lf.schedule.vjp import ends, vjp
@@ -44,9 +46,9 @@ class Kept:
 
 
 class Graphs:
-    """The graphs of one rank and chain in one step, with the parameters that they begin at (`leaves`, by path) and the sums of their gradients
-    (`grads`). `batches`: of the units that this rank has a part in. `brought(stage, unit)`: what edges bring, joint number → Tensor; `widths(unit)`:
-    the shapes of that throughout the chain, by segment.
+    """The graphs of one rank and chain in one step, the parameters that they begin at (`leaves`, by path; those in shards are of `whole`) and the
+    sums of their gradients (`grads`). `batches`: of the units that this rank has a part in. `brought(stage, unit)`: what edges bring, joint number →
+    Tensor; `widths(unit)`: the shapes of that throughout the chain, by segment.
 
     The input of a piece is the carry, and under names of their own what edges bring to its segments; its output the carry and what edges take.
     """
@@ -57,14 +59,20 @@ class Graphs:
     ):  # fmt: skip
         self.bound, self.batches, self.seeds, self.ctx, self.device = bound, batches, seeds, bound.ctx, device
         self.brought, self.widths = brought, widths
-        self.leaves = {path: lookup(params, path).detach().requires_grad_(bound.trains and t) for path, t in bound.trained.items()}
-        self.grads: dict[str, Tensor] = {}
+        cut = {path: bound.layout.specs[path] for path in bound.trained if bound.layout.specs[path].cut}
+        self.whole = Gathered(cut, {path: lookup(params, path) for path in cut}, bound.ctx.axes)
+        self.leaves = {
+            path: (self.whole.leaves[path] if path in cut else lookup(params, path).detach()).requires_grad_(bound.trains and trained)
+            for path, trained in bound.trained.items()
+        }
+        self.grads = Gradients(self.leaves, bound.layout.specs, bound.ctx.axes, self.ctx.precision.master, bound.layout.sharding.transport)
         self.given: dict[tuple[int, str], Values] = {}
         self.known: dict[int, Shapes] = {}
 
     def run(self, fn: LayerFn, values: Values, piece: Piece, x: dict[str, Tensor], m: int, ctx: Any) -> tuple[dict[str, Tensor], Terms]:
         """(what leaves the piece, its losses, and its sums by segment/name)"""
         fed: Fed = ()
+        self.whole.ready(piece.gathered)
         if piece.fed:
             names = {f.name for f in piece.fed}
             fed = tuple({f.input: x[f.name] for f in piece.fed if f.segment == i} for i in range(len(piece.names)))
@@ -125,7 +133,7 @@ class Graphs:
         at = piece.stage, piece.name
         if at not in self.given or self.bound.compiled:
             # .data: a version counter of its own, which a compiler looks at: other microbatches add to the sum in between
-            self.given[at] = self.values_of(piece, lambda segment, n, path: W(self.leaves[path], self.sum_of(path).data))
+            self.given[at] = self.values_of(piece, lambda segment, n, path: W(self.leaves[path], self.grads.buffer(path).data))
         return self.given[at]
 
     def probed(self, piece: Piece, m: int) -> tuple[Values, tuple[tuple[Tensor, Tensor], ...]]:
@@ -140,12 +148,6 @@ class Graphs:
             for segment, params in piece.names
         )
 
-    def sum_of(self, path: str) -> Tensor:
-        if path not in self.grads:
-            like, dtype = self.leaves[path], self.ctx.precision.master
-            self.grads[path] = torch.zeros_like(like, dtype=dtype, requires_grad=False, memory_format=torch.contiguous_format)
-        return self.grads[path]
-
     def shapes(self, m: int) -> Shapes:
         """Of what travels and of what products see, for this microbatch."""
         if m not in self.known:
@@ -154,8 +156,11 @@ class Graphs:
 
     def back(self, kept: Kept, dy: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[tuple[str, Tensor, Tensor]]]:
         """Adds a piece's weight gradients; returns the gradient of its input and what its W multiplies."""
-        piece = kept.piece
-        inputs = kept.inputs
+        piece, inputs = kept.piece, kept.inputs
+        self.whole.ready(piece.gathered)
+        if not kept.probes:
+            for _, _, path in piece.products:
+                self.grads.opened(path)
         plain = [self.leaves[p] for p in piece.leaves]
         # a weight with a sum of its own stands here for its product to stay in the backward; its gradient is None. One that is used plainly, too
         # (a tied table under a head that predicts further ahead), stands in `plain` already, and what it gets there counts once.
@@ -164,7 +169,7 @@ class Graphs:
         wanted = [*inputs.values(), *plain, *rest]
         got = vjp(kept.ends, [*map(dy.get, kept.outputs), *(self.seeds[k] for k in kept.losses)], wanted)
         for path, g in zip(piece.leaves, got[len(inputs) :]):
-            self.add(path, g)
+            self.grads.add(path, g)
         factors: list[tuple[str, Tensor, Tensor]] = []
         if kept.probes:
             pairs = iter(got[len(inputs) + len(plain) :])
@@ -174,16 +179,8 @@ class Graphs:
                     factors.append((path, rows, dz))
         else:
             for path, g in zip(summed, got[len(inputs) + len(plain) :]):
-                self.add(path, g)
+                self.grads.add(path, g)
         return {k: torch.zeros_like(v) if g is None else g for (k, v), g in zip(inputs.items(), got)}, factors
-
-    def add(self, path: str, g: Tensor | None) -> None:
-        if g is None:
-            return
-        if path in self.grads:
-            self.grads[path] += g
-        else:  # a copy: autograd may hand one tensor to several leaves, and later microbatches are added in place
-            self.grads[path] = g.to(self.ctx.precision.master, copy=True, memory_format=torch.contiguous_format)
 
 
 # A carry is a tensor or a dict of tensors; between pieces it is always a dict.

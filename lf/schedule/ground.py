@@ -152,7 +152,7 @@ class Ground:
         return a == b or (tied and a is not None and (a.chain, a.segment) == (b.chain, b.segment))
 
     def summed(self, a: Action, row: int) -> tuple[int, ...]:
-        """The rows that do a REDUCE together: those of the layer's stage, or those that hold the parameter that it names."""
+        """The rows that do a REDUCE or GATHER together: those of the layer's stage, or those that hold the parameter that it names."""
         if self.layouts is None:
             return (row,)
         if a.segment in self._tied:

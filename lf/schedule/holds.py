@@ -7,6 +7,7 @@ Every value is written once and taken once:
     W      takes what is owed                  SEND, FREE   take what was made, and the buffer that it was sent from
     BRIDGE takes what a unit has made for an edge, for one microbatch, and brings it to the unit that it is for
     REMAT  makes again what a forward did not keep          OFFLOAD, FETCH   what was kept, to the host and back
+    GATHER makes a layer whole whose parameters lie in shards, for all that computes with it until its RELEASE
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import attrs
 
 from lf.schedule.ground import Ground
 from lf.schedule.ir import Action
+from lf.schedule.lower import gathered_layers
 from lf.schedule.pieces import Stage
 
 Key = tuple[str, int, int]  # chain, stage, unit
+Layer = tuple[str, int, str]  # chain, stage, layer
 
 
 class Lack(Exception):
@@ -56,6 +59,9 @@ class Holds:
     behind: dict[Key, int] = attrs.field(factory=dict)
     ready: set[tuple[str, int, int, int]] = attrs.field(factory=set)  # (chain, stage, unit, atom) that has its weight gradient
     reduced: set[tuple[str, int, str]] = attrs.field(factory=set)
+    part_reduced: dict[tuple[str, int, str], set[int]] = attrs.field(factory=dict)  # of a layer, the units that it was reduced after
+    whole: set[Layer] = attrs.field(factory=set)
+    shards: set[Layer] = attrs.field(init=False)  # layers that have to be made whole
     held: float = 0.0
     peak: float = 0.0
     steps: dict[str, Callable[[Action], None]] = attrs.field(init=False)
@@ -63,6 +69,12 @@ class Holds:
     def __attrs_post_init__(self) -> None:
         self.steps = {"F": self.forward, "B": self.backward, "I": self.backward, "W": self.weights, "REMAT": self.remat}
         self.steps |= {"SEND_F": self.send, "SEND_B": self.send, "RECV_F": self.receive, "RECV_B": self.receive, "FREE": self.free}
+        self.steps |= {"GATHER": self.gather, "RELEASE": self.release}
+        self.shards = set()
+        for chain, layout in self.on.layouts.chains.items() if self.on.layouts else ():
+            pp = self.on.layouts.pp(chain, self.row) if self.on.layouts else None
+            if pp is not None and layout.sharding.stage:
+                self.shards |= {(chain, *at) for at in gathered_layers(layout, pp)}
         self.steps |= {"BRIDGE_F": self.bridge, "BRIDGE_B": self.bridge, "OFFLOAD": self.offload, "FETCH": self.fetch}
 
     def span(self, a: Action) -> tuple[Stage, int, int, Key]:
@@ -71,6 +83,25 @@ class Holds:
         assert span is not None  # check_names has seen to it
         assert a.microbatch is not None
         return stage, *span, (a.chain, a.stage, a.microbatch)
+
+    def gather(self, a: Action) -> None:
+        layer = (a.chain, a.stage, a.segment or "")
+        if self.on.layouts is not None and layer not in self.shards:
+            raise Lack(f"no parameter of {a.segment} lies in shards here")
+        if layer in self.whole:
+            raise Lack(f"{a.segment} is whole already: there is no RELEASE before it")
+        self.whole.add(layer)
+
+    def release(self, a: Action) -> None:
+        if (layer := (a.chain, a.stage, a.segment or "")) not in self.whole:
+            raise Lack(f"{a.segment} is not whole: there is no GATHER before it")
+        self.whole.remove(layer)
+
+    def needs(self, stage: Stage, lo: int, hi: int, key: Key) -> None:
+        """Atoms [lo, hi) are to be computed with."""
+        for layer in stage.layers[lo:hi] if self.shards else ():
+            if (key[0], key[1], layer) in self.shards - self.whole:
+                raise Lack(f"the parameters of {layer} lie in shards: there is no GATHER before it")
 
     def hold(self, piece: Piece, key: Key, sign: int) -> None:
         """Counts a piece that is made and not away, in shares of its stage."""
@@ -90,6 +121,7 @@ class Holds:
     def forward(self, a: Action) -> None:
         stage, lo, hi, key = self.span(a)
         c, s, u = key
+        self.needs(stage, lo, hi, key)
         if (ahead := self.ahead.get(key, 0)) > lo:
             raise Lack("it stands twice: the forward has passed here")
         if ahead < lo:
@@ -115,6 +147,7 @@ class Holds:
     def backward(self, a: Action) -> None:
         stage, lo, hi, key = self.span(a)
         c, s, u = key
+        self.needs(stage, max(lo, stage.stop), hi, key)
         if self.ahead.get(key, 0) < len(stage.atoms):
             raise Lack(f"its forward {attrs.evolve(a, op='F')} has not run")
         if (behind := self.behind.get(key, len(stage.atoms))) < hi:
@@ -167,6 +200,8 @@ class Holds:
 
     def remat(self, a: Action) -> None:
         for piece in self.mine(a, "there is nothing to make again: its forward has not run, or its backward has"):
+            stage, _, _, key = self.span(a)
+            self.needs(stage, piece.lo, piece.hi, key)
             if piece.away:
                 raise Lack(f"{piece.name or 'what it needs'} is on the host: there is no FETCH before it")
             if piece.made and not piece.partly:

@@ -4,7 +4,8 @@
     I   gradient of the input alone       W   gradients of the weights that its I has left
     SEND_F, RECV_F   what a stage gives to the next one      SEND_B, RECV_B   the gradient of that, back
     BRIDGE_F, BRIDGE_B   what a chain gives to another one, and the gradient of that, back
-    REDUCE   sum a layer's gradients over the ranks that hold them; REDUCE of a path ('embed/weight'): over the stages that use it
+    REDUCE   sum a layer's gradients over the ranks that hold them, after a microbatch or after all; of a path ('embed/weight'): over the stages that
+    use it        GATHER, RELEASE   make a layer's parameters whole that lie in shards, and let go of them
     OFFLOAD, FETCH   what a forward has kept, to the host's memory and back        FREE   drop what was sent, once it has left
     OVERLAP(a, b)    a pair that may interleave
 
@@ -30,15 +31,16 @@ COMPUTE = ("F", "B", "I", "W", "REMAT")
 MOVES = ("SEND_F", "RECV_F", "SEND_B", "RECV_B")
 BRIDGES = ("BRIDGE_F", "BRIDGE_B")
 STATE = ("REDUCE",)
-PARAMETERS = ("GATHER", "RELEASE")  # read and written, and not run yet
+PARAMETERS = ("GATHER", "RELEASE")
 MEMORY = ("OFFLOAD", "FETCH", "FREE")
-OPS = (*COMPUTE, *MOVES, *BRIDGES, *STATE, *MEMORY, "OVERLAP")
+OPS = (*COMPUTE, *MOVES, *BRIDGES, *STATE, *PARAMETERS, *MEMORY, "OVERLAP")
 
 
 @attrs.frozen(cache_hash=True)
 class Action:
     """`segment`: a layer or segment, or None: the whole stage; of a FREE, the movement whose buffer goes: SEND_F or SEND_B; of a BRIDGE, what is
-    carried: 'source.output'. `ops`: of a REMAT, the ops that are run again (none named: all that the forward did). `chain`: of a model of several
+    carried: 'source.output'. `ops`: of a REMAT, the ops that are run again (none named: all that the forward did); of a GATHER or RELEASE the op
+    whose first or last it is. `chain`: of a model of several
     chains; of a BRIDGE the one that takes. `pair`: of an OVERLAP."""
 
     op: str

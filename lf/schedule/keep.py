@@ -9,9 +9,9 @@ import attrs
 
 from lf.schedule.ground import Where, joined
 from lf.schedule.ir import BACKWARD, COMPUTE, Action, Program, ProgramError, flat
-from lf.schedule.lower import each
 from lf.schedule.pieces import Stage, stages
 from lf.schedule.recompute import Offload, Recompute
+from lf.schedule.refine import each
 
 At = tuple[str, int]  # chain, stage
 Cuts = Mapping[At, Sequence[str]]

@@ -2,7 +2,8 @@
 
     trainable    what no gradient is wanted of goes
     refine       an action of a stage becomes one of each layer
-    add_reduce   REDUCE of a layer after its last weight gradient, of a parameter of several stages at the end
+    gather       GATHER of a layer whose parameters lie in shards, ahead of its use, and RELEASE after (lf/schedule/shard.py)
+    add_reduce   REDUCE of a layer after its last weight gradient, or after each, of a parameter of several stages at the end
     move         SEND and RECV between ranks, in one global order
     free         FREE of what was sent
 
@@ -11,18 +12,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import zip_longest
+from collections.abc import Mapping, Sequence
 
 import attrs
 
 from lf.chain_layouts import Joint, Layouts
 from lf.layouts import Layout
 from lf.schedule.ground import Where, ground, joined
-from lf.schedule.ir import BACKWARD, COMPUTE, OVERLAP, Action, Program, ProgramError, flat, parts
+from lf.schedule.ir import BACKWARD, COMPUTE, Action, Program, ProgramError, flat, parts
 from lf.schedule.move import free, move
 from lf.schedule.names import check_names
 from lf.schedule.pieces import Stage, stages
+from lf.schedule.refine import each, refine
+from lf.schedule.shard import gather
 from lf.segment import path_of
 
 Layer = tuple[str, int, str]  # chain, stage, layer
@@ -33,39 +35,13 @@ def lower(program: Program, where: Where = None, joints: Sequence[Joint] = ()) -
     chains). Raises ProgramError for one that names what is not there or cannot go on; `check` proves the rest."""
     check_names(ground(program, where, joints))
     if where is not None:
-        program = add_reduce(trainable(program, where), where)
+        program = add_reduce(gather(trainable(program, where), where), where)
     return free(move(program, where, joints))
 
 
 def is_lowered(program: Program) -> bool:
     """Whether it says itself what is sent, summed or freed. OFFLOAD and FETCH may stand beside the compute that is written by hand."""
     return any(a.op not in (*COMPUTE, "OFFLOAD", "FETCH") for row in program for a in flat(row))
-
-
-def each(program: Program, change: Callable[[Action], Sequence[Action]]) -> Program:
-    """The program with each action replaced by `change(action)`; the parts of an OVERLAP's two are paired as far as they go."""
-
-    def row(actions: Sequence[Action]) -> Iterator[Action]:
-        for a in actions:
-            if a.op != "OVERLAP":
-                yield from change(a)
-                continue
-            for one, other in zip_longest(*(change(part) for part in a.pair)):
-                yield OVERLAP(one, other) if one and other else one or other
-
-    return tuple(tuple(row(actions)) for actions in program)
-
-
-def refine(program: Program, names: Callable[[Action], Sequence[str] | None]) -> Program:
-    """Each action of a whole stage for which `names` gives pieces, as one action a piece: forwards in their order, backwards from the last."""
-
-    def change(a: Action) -> Sequence[Action]:
-        pieces = names(a) if a.segment is None and a.op in COMPUTE else None
-        if not pieces:
-            return (a,)
-        return [attrs.evolve(a, segment=p) for p in (pieces if a.op == "F" else reversed(pieces))]
-
-    return each(program, change)
 
 
 def trainable(program: Program, where: Where) -> Program:
@@ -91,6 +67,9 @@ def add_reduce(program: Program, where: Where) -> Program:
     """REDUCE of each layer right after the last gradient of its weights; that backward is refined, so that the sums of the last layers travel while
     the first ones are still computed.
 
+    Where gradients are summed into shards after each microbatch, all its backwards are refined, and a REDUCE of the microbatch stands after each; one
+    of all of them comes last where the layer has parameters that no shards are made of.
+
     A parameter that several layers of one rank use is reduced with the first of them, after the gradients of all. One that several ranks use is
     then summed over these, in the order of the parameters, at the end of their programs: anywhere else the ranks would have to wait for each other.
     So are the layers of a chain that lies in several rows, which all have a part in the sum: where a row has nothing left but backwards of such
@@ -110,7 +89,8 @@ def add_reduce(program: Program, where: Where) -> Program:
                     last[part.chain, part.stage] = i
         row: list[Action] = []
         for i, a in enumerate(actions):
-            ends = [at for at, end in last.items() if end == i]
+            often = [(part.chain, part.stage) for part in parts(a) if part.op in ("B", "W") and each_microbatch(layouts.chains[part.chain])]
+            ends = dict.fromkeys([*(at for at, end in last.items() if end == i), *often])
             row += _by_layers(a, {(c, s): known[c][s] for c, s in ends}) if ends else [a]
         rows.append(_with_reductions(row, rank, layouts, known))
     return tuple(rows)
@@ -132,12 +112,12 @@ def _by_layers(action: Action, known: Mapping[tuple[str, int], Stage]) -> tuple[
 
 def _with_reductions(actions: Sequence[Action], rank: int, layouts: Layouts, known: Mapping[str, Sequence[Stage]]) -> tuple[Action, ...]:
     after: dict[int, list[Action]] = {}
-    done: dict[Layer, int] = {}  # → its last weight gradient
+    done: dict[Layer, dict[int | None, int]] = {}  # → of each microbatch its last weight gradient
     for i, a in enumerate(actions):
         for part in parts(a):
             span = known[part.chain][part.stage].span(part.segment) if part.op in ("B", "W") else None
             for layer in known[part.chain][part.stage].layers[slice(*span)] if span else ():
-                done[part.chain, part.stage, layer] = i
+                done.setdefault((part.chain, part.stage, layer), {})[part.microbatch] = i
     end, tied = spread_end(actions, layouts, known), list[Action]()
     for chain in reversed(layouts.chains):
         if (pp := layouts.pp(chain, rank)) is None:
@@ -145,7 +125,12 @@ def _with_reductions(actions: Sequence[Action], rank: int, layouts: Layouts, kno
         layout, several = layouts.chains[chain], layouts.spread(chain)
         users = users_of(layout, pp)
         for (stage, layer), paths in reversed(reduced_layers(layout, pp).items()):
-            at = max((done.get((chain, *user), -1) for path in paths for user in users[path]), default=-1)
+            often = [path for path in paths if each_microbatch(layout) and layout.specs[path].cut]
+            for m, at in _last_of(often, users, chain, done).items():
+                after.setdefault(at, []).append(Action("REDUCE", stage, m, layer, chain=chain))
+            if len(often) == len(paths) and often:
+                continue
+            at = max(_last_of(paths, users, chain, done).values(), default=-1)
             if several:
                 at = end = max(at, end)
             after.setdefault(at, []).append(Action("REDUCE", stage, segment=layer, chain=chain))
@@ -154,6 +139,21 @@ def _with_reductions(actions: Sequence[Action], rank: int, layouts: Layouts, kno
     for i, a in enumerate(actions):
         row += [a, *after.get(i, ())]
     return (*row, *after.get(-1, ()), *tied)
+
+
+def _last_of(
+    paths: Sequence[str], users: Mapping[str, Sequence[tuple[int, str]]], chain: str, done: Mapping[Layer, Mapping[int | None, int]]
+) -> dict[int | None, int]:
+    """Of each microbatch, where its last weight gradient stands of any layer that uses these parameters."""
+    out: dict[int | None, int] = {}
+    for m, at in (pair for path in paths for user in users[path] for pair in done.get((chain, *user), {}).items()):
+        out[m] = max(at, out.get(m, -1))
+    return out
+
+
+def each_microbatch(layout: Layout) -> bool:
+    """Whether gradients are summed into shards after each microbatch."""
+    return layout.sharding.reduce == "microbatch"
 
 
 def spread_end(actions: Sequence[Action], layouts: Layouts, known: Mapping[str, Sequence[Stage]]) -> int:
@@ -188,6 +188,15 @@ def reduced_layers(layout: Layout, rank: int) -> dict[tuple[int, str], tuple[str
         if path not in layout.frozen:
             out[users[0]] = (*out.get(users[0], ()), path)
     return {(stage, layer): out[stage, layer] for stage in layout.on(rank) for layer in layout.layers(stage) if (stage, layer) in out}
+
+
+def gathered_layers(layout: Layout, rank: int) -> dict[tuple[int, str], tuple[str, ...]]:
+    """The parameters of each layer of a pipeline rank that lie in shards: a GATHER of the layer makes them whole."""
+    out: dict[tuple[int, str], tuple[str, ...]] = {}
+    for path, users in users_of(layout, rank).items():
+        for user in users if layout.specs[path].cut else ():
+            out[user] = (*out.get(user, ()), path)
+    return out
 
 
 def tied_paths(layout: Layout, rank: int) -> tuple[str, ...]:

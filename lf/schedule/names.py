@@ -6,6 +6,8 @@ from lf.schedule.draw import WIDTH, draw
 from lf.schedule.ground import Ground
 from lf.schedule.ir import BACKWARD, BRIDGES, COMPUTE, MOVES, OPS, PARAMETERS, Action, ProgramError, chains, flat, parts, placement
 
+USES = ("F", *BACKWARD, "REMAT")  # what computes with parameters: a W multiplies what its I has left
+
 
 def check_names(on: Ground) -> None:
     """Raises ProgramError for an action that names what is not there, and for an OVERLAP whose two cannot interleave."""
@@ -39,9 +41,6 @@ class _Look:
         return ProgramError(f"{a} on rank {self.at[0]}: {why}\n{draw(self.on.program, self.at)}")
 
     def action(self, a: Action) -> None:
-        if a.op in PARAMETERS:
-            words = ", ".join((*PARAMETERS, "UNSHARD and RESHARD in torch's CSV"))
-            raise self.fail(f"parameters that are gathered for an action are not built yet; leave out {words}", a)
         if a.op not in OPS:
             raise self.fail(f"unknown op {a.op!r}; there are {', '.join(OPS)}", a)
         if a.chain not in self.every:
@@ -51,13 +50,14 @@ class _Look:
             raise self.fail(f"there are {self.every[a.chain]} stages, 0 to {self.every[a.chain] - 1}", a)
         total = self.on.count if a.op in BRIDGES else self.total[a.chain]
         what = "microbatches" if a.chain == self.on.main or a.op in BRIDGES else f"units of chain {a.chain}"
-        if a.op != "REDUCE" and (a.microbatch is None or not 0 <= a.microbatch < total):
+        if (a.op != "REDUCE" or a.microbatch is not None) and (a.microbatch is None or not 0 <= a.microbatch < total):
             raise self.fail(f"there are {total} {what}, 0 to {total - 1}", a)
-        if a.op == "REDUCE" and a.microbatch is not None:
-            raise self.fail("a REDUCE is of all microbatches: leave the number out", a)
+        if a.op in PARAMETERS and (a.segment is None or len(a.ops) != 1 or a.ops[0] not in USES):
+            words = f"a {a.op} is of one layer and names the op that it is for, as in 0{a.op}0[layers.0: F]"
+            raise self.fail(f"{words}; or give the compute alone, and all that is missing is added", a)
         if a.op in MOVES and a.segment is not None:
             raise self.fail(f"a message is of a whole stage: leave out {a.segment!r}", a)
-        if a.ops and a.op != "REMAT":
+        if a.ops and a.op not in ("REMAT", *PARAMETERS):
             raise self.fail(f"only a REMAT names ops, not a {a.op}: leave out {', '.join(a.ops)}", a)
         if a.op in BRIDGES:
             self.bridge(a)

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from lf.batch import Batch
 from lf.parallel.product import weight_gradient
-from lf.parallel.reduce import reduce_gradients
-from lf.schedule.bind import Bound, BoundChain
+from lf.schedule.bind import Bound, BoundChain, summed
 from lf.schedule.edges import Edges
 from lf.schedule.feed import Feed, Units
 from lf.schedule.graphs import Graphs, Kept, lookup
@@ -86,7 +85,6 @@ class _Rank:
         self.owed: dict[At, list[tuple[str, list[tuple[str, Tensor, Tensor]]]]] = {}  # piece, (path, rows, dy) of its products
         self.values: dict[tuple[str, At], Carry] = {}
         self.sent: dict[tuple[str, At], list[Callable[[], None]]] = {}
-        self.waits: list[Callable[[], None]] = []
         self.doing = ("the start of", "the program", 0.0)  # what with which piece, and the share of the stage's layers whose forward has begun
         self.streams = ctx.device.copy_streams() if any(of.away for of in bound.chains.values()) else None
         self.seen: dict[tuple[str, int], list[Tensor]] = {}  # of each unit, numbers that are finite if it is
@@ -104,6 +102,7 @@ class _Rank:
                     turns.append(turn)
 
         do |= {"SEND_F": self.send, "SEND_B": self.send, "RECV_F": self.recv, "RECV_B": self.recv, "FREE": self.free, "REDUCE": self.reduce}
+        do |= {"GATHER": self.gather, "RELEASE": self.release}
         do |= {"BRIDGE_F": self.edges.forward, "BRIDGE_B": self.edges.backward}
         return do | {"OVERLAP": overlap, "OFFLOAD": self.copy, "FETCH": self.copy}
 
@@ -114,7 +113,7 @@ class _Rank:
             batches.drop(unit)
 
     def gradients(self) -> dict[str, Tensor]:
-        return {path: g for graphs in self.graphs.values() for path, g in graphs.grads.items()}
+        return {path: g for graphs in self.graphs.values() for path, g in graphs.grads.result().items()}
 
     def results(self) -> tuple[dict[str, Tensor], Terms, Tensor]:
         self.finish_sums()
@@ -215,7 +214,7 @@ class _Rank:
                 continue
             self.doing = "the weight gradients of", name, 1.0
             for path, rows, dy in factors:
-                weight_gradient(graphs.sum_of(path), rows, dy)
+                weight_gradient(graphs.grads.opened(path), rows, dy)
             yield
         if left:
             self.owed[at] = left
@@ -264,19 +263,29 @@ class _Rank:
         for wait in self.sent.pop((a.segment, _at(a))):
             wait()
 
+    def gather(self, a: Action) -> None:
+        assert a.segment is not None
+        self.doing = "the parameters of", a.segment, 1.0
+        self.graphs[a.chain].whole.gather(self.bound.chains[a.chain].gathered[a.stage, a.segment])
+
+    def release(self, a: Action) -> None:
+        assert a.segment is not None
+        self.graphs[a.chain].whole.release(self.bound.chains[a.chain].gathered[a.stage, a.segment])
+
     def reduce(self, a: Action) -> None:
         assert a.segment is not None
-        chain, graphs = self.bound.chains[a.chain], self.graphs[a.chain]
+        chain, grads = self.bound.chains[a.chain], self.graphs[a.chain].grads
         if a.segment in chain.tied:
             self.finish_sums()
-            graphs.grads[a.segment] = self.sum_over(chain, a.segment, graphs.grads[a.segment], self.pipes[a.chain])
+            grads.replace(a.segment, self.sum_over(chain, a.segment, grads.result()[a.segment], self.pipes[a.chain]))
             return
-        paths, specs = chain.reduced[a.stage, a.segment]
         self.doing = "the sum of gradients of", a.segment, 1.0
-        for path in paths:  # a parameter that no loss reached: its sum over the holders is still a collective that all must join
-            graphs.sum_of(path)
-        if specs:
-            self.waits.append(reduce_gradients(specs, graphs.grads, chain.ctx.axes))
+        paths = chain.reduced[a.stage, a.segment]
+        if a.microbatch is not None:
+            paths = tuple(p for p in paths if chain.layout.specs[p].cut)
+        else:  # what is left: of those in shards, what no REDUCE of a microbatch has summed
+            paths = tuple(p for p in paths if not chain.layout.specs[p].cut or not grads.summed(p))
+        grads.reduce(paths, [s for p in paths if summed(s := chain.layout.specs[p])])
 
     def sum_over(self, chain: BoundChain, path: str, mine: Tensor, pipe: Any) -> Tensor:
         """The sum of a gradient over the pipeline ranks that hold it, by messages to the first of them and back: a group of processes for each such
@@ -295,8 +304,8 @@ class _Rank:
         return mine
 
     def finish_sums(self) -> None:
-        while self.waits:
-            self.waits.pop(0)()
+        for graphs in self.graphs.values():
+            graphs.grads.finish()
 
 
 def run_forward(segments: Sequence[Segment], params: dict[str, Any], batch: Batch, ctx: Any) -> tuple[Any, Terms]:

@@ -17,9 +17,9 @@ import attrs
 
 from lf.config import one_of
 from lf.schedule.cost import cost
-from lf.schedule.ir import COMPUTE, MOVES, OPS, OVERLAP, PARAMETERS, Action, Program, ProgramError, flat
+from lf.schedule.ir import COMPUTE, MOVES, OPS, OVERLAP, Action, Program, ProgramError, flat
 
-_KNOWN = dict.fromkeys((*OPS, *PARAMETERS))
+_KNOWN = dict.fromkeys(OPS)
 _WORD = re.compile(
     r"(?:(?P<chain>[^\s:\[\]();#,]+):)?(?P<stage>[0-9]{1,6})(?P<op>[A-Z](?:[A-Z_]*[A-Z])?)(?P<microbatch>[0-9]{0,6})(?:\[(?P<place>[^\]]+)\])?"
 )  # numbers of at most six digits: a slip of the key is no reason to count to a trillion

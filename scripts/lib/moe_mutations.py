@@ -60,6 +60,7 @@ MIXTURES = [
     words("router: in the dtype of the tokens", ROUTER, (router.route, "dtype = wide(h_tD.dtype)", "dtype = h_tD.dtype")),
     words("capacity: a queue for each rank", LAW, (router.within_capacity, "starts = F.pad(counts", "starts = F.pad((counts / group.size).long()")),
     words("capacity: the lowest weights stay", ROUTER, (router.within_capacity, "descending=True", "descending=False")),
+    words("capacity: rounding orders equal weights", ROUTER, (router.within_capacity, "weights.float().argsort", "weights.argsort")),
     words("capacity: one more", ROUTER, (router.within_capacity, "place < limit", "place <= limit")),
     words("bias: towards the load", AGAINST, (moe.moe_state, "load.mean() - load", "load - load.mean()")),
     words("bias: moves in a step that is not made", NOTHING, (train._after_step, "torch.where(ok, new, mine[path])", "new")),

@@ -8,6 +8,7 @@ from lf.schedule import ended, sums
 from lf.schedule.bind import _piece
 from lf.schedule.check import _Proof
 from lf.schedule.generate import laps, one_f_one_b
+from lf.schedule.gradients import Gradients
 from lf.schedule.graphs import Graphs
 from lf.schedule.holds import Holds
 from lf.schedule.keep import _moved, recompute
@@ -94,8 +95,7 @@ PROOF = [
 ]
 
 INTERPRETER = [
-    words("run: gradients of a microbatch replace the last", RUN, (Graphs.add, "self.grads[path] += g", "self.grads[path] = g")),
-    words("run: a gradient shared by two leaves", RUN, (Graphs.add, "copy=True", "copy=False")),
+    words("run: gradients of a microbatch replace the last", RUN, (Gradients.add, "self.buffers[path] += g", "self.buffers[path].copy_(g)")),
     words("run: input gradients cut between layers", RUN, (Graphs.back, "torch.zeros_like(v) if g is None else g", "torch.zeros_like(v)")),
     words("run: losses not weighted", RUN, (Graphs.back, "self.seeds[k] for k in kept.losses", "self.seeds[k] ** 0 for k in kept.losses")),
     words(

@@ -149,6 +149,18 @@ def test_even_routing_has_a_balance_of_one() -> None:
     assert math.isclose(losses["sequence_balance"] / 3, 1.0)
 
 
+def test_of_equal_weights_those_that_come_first_are_taken() -> None:
+    """Equal but for rounding, too: tokens with the same past have the same weight, and each layout rounds it in its own way."""
+    r = Router(E, 1, capacity=0.5 * E)  # half of all may go to one expert
+    ids, made = torch.zeros(LENGTH + PADDING, 1, dtype=torch.int64), batch(labels=False)
+    noise = torch.arange(len(ids), dtype=torch.float64)[:, None] * torch.finfo(torch.float64).eps
+    ctx = lf.Context(lf.solo(), lf.devices.get("cpu"), "fp64")
+    for weights in (0.3 + noise, 0.3 - noise, torch.full_like(noise, 0.3)):
+        assert router.within_capacity(r, ids, weights, made, ctx).flatten().nonzero().flatten().tolist() == list(range(len(ids) // 2))
+    more = 0.3 + 1e5 * torch.finfo(torch.float32).eps * noise.bool()  # what float32 tells apart is not equal
+    assert not router.within_capacity(r, ids, more, made, ctx)[0]
+
+
 @pytest.mark.parametrize("drop", ["probability", "position"])
 def test_an_expert_takes_no_more_than_its_capacity(drop: str) -> None:
     r = Router(E, 2, "sigmoid", normalise=False, bias=True, capacity=0.8, drop=drop)
