@@ -7,7 +7,7 @@ whose forward had begun, and to grow with the tokens of a microbatch. So the way
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
@@ -17,6 +17,7 @@ from lf import tree
 from lf.batch import Batch
 from lf.chain_layouts import Layouts, joined
 from lf.layouts import Layout
+from lf.optim import Optimizer
 from lf.schedule.memory import OutOfMemory
 from lf.state import State, device_of
 from lf.tree import Tree
@@ -99,17 +100,17 @@ def measure(error: OutOfMemory, layout: Layout | Layouts, state: State, used: in
     return Usage(kinds, lasting, math.ceil(rest / error.forward), ctx.device.memory_total())
 
 
-def refuse_what_cannot_fit(layout: Layout | Layouts, init: Callable[[Tree, torch.device, Layouts], Tree], ctx: Any) -> None:
+def refuse_what_cannot_fit(layout: Layout | Layouts, optimizer: Optimizer, ctx: Any) -> None:
     """Raises OutOfMemory, before anything is allocated, when what lasts through a step (parameters, gradients, the optimizer's `init` of them)
     is more than this rank's device has. The optimizer is asked with one element for each parameter: its trees are shaped like them, or scalars."""
     layouts, master, rank, there = joined(layout), ctx.precision.master, ctx.axes.rank, ctx.device.memory_total()
     sizes = {path: math.prod(layouts.local_shape(path, rank)) for path in layouts.held(rank)}
     trained = [path for path in sizes if path not in layouts.frozen]
-    paper = torch.device("meta")
-    one = {path: torch.zeros(1, dtype=master, device=paper) for path in sizes}
-    small = init(tree.build([(path, one[path]) for path in trained]), paper, layouts) | {"master": tree.build([*one.items()])}
-    if device_of(ctx).type != "cpu":  # what an optimizer keeps in the host's memory is no more on paper
-        small = {kind: tree.build([(path, x) for path, x in tree.items(branch) if x.is_meta]) for kind, branch in small.items()}
+    one = {path: torch.zeros(1, dtype=master) for path in sizes}
+    small = optimizer.init(tree.build([(path, one[path]) for path in trained]), torch.device("cpu"), layouts)
+    away = frozenset() if device_of(ctx).type == "cpu" else optimizer.hosted(trained, layouts)
+    small = {kind: tree.build([(path, x) for path, x in tree.items(branch) if path not in away]) for kind, branch in small.items()}
+    small["master"] = tree.build([*one.items()])
     kinds = {"compute copy of the parameters": sum(n * _copied(layouts, path, ctx) for path, n in sizes.items())}
     kinds |= {f"optimizer: {name}": sum(_size(x) * sizes.get(path, 1) for path, x in tree.items(branch)) for name, branch in small.items()}
     kinds["gradients"] = sum(sizes[path] for path in trained) * master.itemsize

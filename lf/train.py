@@ -215,7 +215,7 @@ def make(
     if clip is not None and not clip > 0:
         raise ConfigError(f"clip={clip} must be above 0, or None for no clipping")
     backward = gradients(layout, program, ctx, compile)
-    refuse_what_cannot_fit(layout, optimizer.init, ctx)
+    refuse_what_cannot_fit(layout, optimizer, ctx)
     layouts = joined(layout)
     held, params = layouts.held(ctx.axes.rank), {path: spec.param for path, spec in layouts.trained(ctx.axes.rank).items()}
 

@@ -138,7 +138,7 @@ def main(config: Config) -> tuple[lf.State, lf.context.Context]:
 
     data = {"documents": [[c.weight, c.documents.fingerprint] for c in corpora], "seq_len": config.seq_len, "seed": config.seed}
     if last:
-        state, saved = lf.checkpoint.load(last, layout, ctx, lf.optim.hosted(config.optimizer_offload, layout, axes.rank))
+        state, saved = lf.checkpoint.load(last, layout, ctx, optimizer.hosted)
         lf.runs.same_data(saved, data)
         lf.runs.same_rate(run, int(state.step), rate, axes)
         screen.print(f"{config.out} goes on after step {int(state.step)} of {steps}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,15 +76,16 @@ def save(folder: str | os.PathLike[str], layout: Layout | Layouts, state: State,
 
 
 def load(
-    folder: str | os.PathLike[str], layout: Layout | Layouts, ctx: Any, hosted: Callable[[str], bool] = lambda leaf: False
+    folder: str | os.PathLike[str], layout: Layout | Layouts, ctx: Any, hosted: Callable[[Sequence[str], Layouts], Collection[str]] | None = None
 ) -> tuple[State, dict[str, Any]]:
     """(state, extra) as they were saved, laid out anew: any meshes, splits and placements load what any others have saved. Collective.
-    `hosted(leaf)`: whether a tensor of the optimizer's state stays in the host's memory (`lf.optim.hosted`).
+    `hosted`: that of the optimizer, where some of its state lies in the host's memory (`lf.optim.Optimizer`).
 
     Of a parameter that is frozen now and was not then, the moments are left alone. Raises CheckpointError that lists everything that is wrong:
     another model, tensors that are missing or not covered, a parameter that was frozen and now is not, files that are missing or cut short.
     """
     folder, errors, layouts = Path(folder).expanduser(), list[Exception](), joined(layout)
+    away = hosted([*layouts.trained(ctx.axes.rank)], layouts) if hosted else ()
     doing = f"loading {folder}"
     with ExitStack() as stack:
         about = attempt(errors, manifest, folder)
@@ -96,7 +97,7 @@ def load(
         span = ctx.axes.world.max(torch.tensor([about.step, -about.step], device=device_of(ctx))).tolist()
         if span != [about.step, -about.step]:
             raise CheckpointError(f"{doing}: this rank reads step {about.step}, others read {-span[1]} to {span[0]}; give all ranks one folder")
-        values = attempt(errors, lambda: {leaf: _leaf(found, leaf, layouts, ctx, hosted(leaf)) for leaf in found[1]})
+        values = attempt(errors, lambda: {leaf: _leaf(found, leaf, layouts, ctx, away) for leaf in found[1]})
         agree(errors, doing, ctx)
     assert values is not None
     step = values.pop(STEP)
@@ -311,8 +312,8 @@ def _other(file: Any, key: str, box: Box, dtype: str) -> str:
     return "" if have == (boxes.shape(box), dtype) else f"{key} is {have[1]} {list(have[0])}, {MANIFEST} has {dtype} {list(boxes.shape(box))}"
 
 
-def _leaf(found: tuple[Manifest, Reads], leaf: str, layouts: Layouts, ctx: Any, stays: bool = False) -> Tensor:
-    """What this rank holds of a leaf, on its device, or where it `stays` in the host's memory, in a part of it that a device can copy from."""
+def _leaf(found: tuple[Manifest, Reads], leaf: str, layouts: Layouts, ctx: Any, away: Collection[str] = ()) -> Tensor:
+    """What this rank holds of a leaf, on its device; of the paths that are `away` only the masters, the rest in the host's memory, pinned."""
     about, reads = found
     spec, rank = _spec(layouts, leaf), ctx.axes.rank
     dtype = DTYPES[about.tensors[_pieces(layouts, leaf, rank)[0].key].dtype]
@@ -320,5 +321,7 @@ def _leaf(found: tuple[Manifest, Reads], leaf: str, layouts: Layouts, ctx: Any, 
     for file, key, common, origin, piece in reads[leaf]:
         target = piece.view(local)[boxes.slices(common, piece.box)] if piece.shape else local
         target.copy_(read_box(file, key, common, origin))
-    device = device_of(ctx)
-    return local.to(device) if not stays else local if device.type == "cpu" else local.pin_memory()
+    device, (kind, _, path) = device_of(ctx), leaf.partition("/")
+    if path not in away or kind == "master":
+        return local.to(device)
+    return local if device.type == "cpu" else local.pin_memory()

@@ -7,7 +7,7 @@ from lf.optim.groups import groups, times
 from lf.optim.lr import constant, schedule, warmup_cosine, warmup_linear, warmup_stable_decay
 from lf.optim.muon import muon
 from lf.optim.named import named
-from lf.optim.on_host import hosted, on_host
+from lf.optim.on_host import on_host
 from lf.optim.sgd import sgd
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "constant",
     "ema",
     "groups",
-    "hosted",
     "muon",
     "named",
     "on_host",

@@ -32,11 +32,14 @@ class Optimizer:
     The tensors of `state` are updated in place, and a tensor may be replaced by one elsewhere: the state that was given is used up.
 
     `lr(step)` is the learning rate as a device scalar.
+
+    `hosted(paths, layouts)`: of the parameters of a rank that are trained, those whose state, but for the masters, lies in the host's memory.
     """
 
     init: Callable[[Tree, torch.device, Layouts], Tree]
     update: Callable[[Tree, Tree, dict[str, Param], Tensor, Tensor, Tensor, Tensor, Any, Layouts], Tree]
     lr: Rate
+    hosted: Callable[[Sequence[str], Layouts], frozenset[str]] = lambda paths, layouts: frozenset()
 
 
 def at(state: Tree, paths: Collection[str]) -> Tree:

@@ -37,4 +37,4 @@ def ema(optimizer: Optimizer, decay: float) -> Optimizer:
             average.lerp_(w, ok.to(w.dtype) * (1 - decay))  # with 0 it stays exactly as it is
         return new
 
-    return Optimizer(init, update, optimizer.lr)
+    return Optimizer(init, update, optimizer.lr, optimizer.hosted)

@@ -67,4 +67,8 @@ def groups(choices: Sequence[tuple[Predicate, Optimizer]], rest: Optimizer) -> O
             new |= leaves_of(numbered(optimizer.update(own, grads, mine, rate, scale, step, ok, ctx, layouts), i, layouts))
         return replaced(state, new)
 
-    return Optimizer(init, update, rest.lr)
+    def hosted(paths: Sequence[str], layouts: Layouts) -> frozenset[str]:
+        whole = dealt({path: layouts.specs[path].param for path in paths})
+        return frozenset().union(*(optimizer.hosted([*mine], layouts) for optimizer, mine in zip(optimizers, whole)))
+
+    return Optimizer(init, update, rest.lr, hosted)

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from lf import tree
-from lf.chain_layouts import Layouts, joined
+from lf.chain_layouts import Layouts
 from lf.config import ConfigError
-from lf.layouts import Layout
 from lf.optim.base import Optimizer, at, leaves_of, merged, replaced, scalars
 from lf.spec import Param
 from lf.tree import Tree
@@ -39,9 +38,9 @@ def on_host(optimizer: Optimizer, share: float = 1.0) -> Optimizer:
     streams: list[Any] = []  # made by the first update and used by all
 
     def init(master: Tree, device: torch.device, layouts: Layouts) -> Tree:
-        hosted, resident = _dealt([path for path, _ in tree.items(master)], share, layouts)
+        layers, resident = _dealt([path for path, _ in tree.items(master)], share, layouts)
         states = []
-        for paths in hosted:  # one after another, so that never all of it is on the device
+        for paths in layers:  # one after another, so that never all of it is on the device
             state = optimizer.init(tree.build([(path, tree.get(master, path)) for path in paths]), device, layouts)
             states.append({kind: branch if kind == "master" else _moved(branch, layouts) for kind, branch in state.items()})
         states.append(optimizer.init(tree.build([(path, tree.get(master, path)) for path in resident]), device, layouts))
@@ -52,14 +51,14 @@ def on_host(optimizer: Optimizer, share: float = 1.0) -> Optimizer:
     ) -> Tree:
         if not streams:
             streams.append(ctx.device.copy_streams())
-        hosted, resident = _dealt([*params], share, layouts)
+        layers, resident = _dealt([*params], share, layouts)
         before = tree.map(torch.clone, scalars(state, layouts))  # each layer starts from the scalars as they were
 
         def updated(own: Tree, paths: Sequence[str]) -> Tree:
             own = {**own, **tree.map(torch.clone, before)}
             return optimizer.update(own, grads, {path: params[path] for path in paths}, lr, scale, step, ok, ctx, layouts)
 
-        owns = [at(state, paths) for paths in hosted]
+        owns = [at(state, paths) for paths in layers]
         leaves = [_kept(own) for own in owns]
         sizes = [max([0, *(_bytes(each) for each in leaves[parity::2])]) for parity in (0, 1)]
         buffers, free = [torch.empty(n, dtype=torch.uint8, device=step.device) for n in sizes], list[Wait]([_at_once, _at_once])
@@ -68,9 +67,9 @@ def on_host(optimizer: Optimizer, share: float = 1.0) -> Optimizer:
         def fetch(i: int) -> Wait:
             return ctx.device.copy_beside([(views[i][k], x) for k, x in leaves[i].items()], 1, free[i % 2], streams[0])
 
-        fetched, new = fetch(0) if hosted else _at_once, dict[tuple[str, str], Tensor]()
-        for i, paths in enumerate(hosted):
-            now, fetched = fetched, fetch(i + 1) if i + 1 < len(hosted) else _at_once
+        fetched, new = fetch(0) if layers else _at_once, dict[tuple[str, str], Tensor]()
+        for i, paths in enumerate(layers):
+            now, fetched = fetched, fetch(i + 1) if i + 1 < len(layers) else _at_once
             now()
             updated(replaced(owns[i], views[i]), paths)
             homes = {k: _home(x) for k, x in leaves[i].items()}
@@ -81,16 +80,10 @@ def on_host(optimizer: Optimizer, share: float = 1.0) -> Optimizer:
             copied()  # whoever reads the host's memory, or is given the buffers', comes after
         return replaced(state, new)
 
-    return Optimizer(init, update, optimizer.lr)
+    def hosted(paths: Sequence[str], layouts: Layouts) -> frozenset[str]:
+        return frozenset(path for layer in _dealt(paths, share, layouts)[0] for path in layer)
 
-
-def hosted(share: float | None, layout: Layout | Layouts, rank: int) -> Callable[[str], bool]:
-    """Whether the state of a rank under a name ('m/embed/weight') lies in the host's memory, as `on_host` with this share has it; None: none of it.
-    For `lf.checkpoint.load`, so that what does not fit on the device does not go there first."""
-    layouts = joined(layout)
-    layers = _dealt([*layouts.trained(rank)], share, layouts)[0] if share else []
-    paths = frozenset(path for layer in layers for path in layer)
-    return lambda leaf: leaf.partition("/")[2] in paths and not leaf.startswith("master/")
+    return Optimizer(init, update, optimizer.lr, hosted)
 
 
 def _dealt(paths: Sequence[str], share: float, layouts: Layouts) -> tuple[list[list[str]], list[str]]:
@@ -99,12 +92,12 @@ def _dealt(paths: Sequence[str], share: float, layouts: Layouts) -> tuple[list[l
     chains: dict[str, dict[str, list[str]]] = {}
     for path in paths:
         chains.setdefault(layouts.chain_of[path], {}).setdefault(path.split("/")[0], []).append(path)
-    hosted, resident = list[list[str]](), list[str]()
+    there, resident = list[list[str]](), list[str]()
     for layers in chains.values():
         n = math.ceil(share * len(layers))
-        hosted += [*layers.values()][:n]
+        there += [*layers.values()][:n]
         resident += [path for layer in [*layers.values()][n:] for path in layer]
-    return hosted, resident
+    return there, resident
 
 
 def _kept(own: Tree) -> dict[tuple[str, str], Tensor]:
@@ -114,16 +107,12 @@ def _kept(own: Tree) -> dict[tuple[str, str], Tensor]:
 
 def _moved(branch: Tree, layouts: Layouts) -> Tree:
     """A tree of state in the host's memory, its scalars where they are."""
-    mine = {path: _home(x) for path, x in tree.items(branch) if path in layouts.specs and x.numel()}
-    for path, home in mine.items():
-        if not (x := tree.get(branch, path)).is_meta:  # on paper there is nothing to copy
-            home.copy_(x)
-    return tree.build([(path, mine.get(path, x)) for path, x in tree.items(branch)])
+    return tree.build([(path, _home(x).copy_(x) if path in layouts.specs and x.numel() else x) for path, x in tree.items(branch)])
 
 
 def _home(x: Tensor) -> Tensor:
     """A place for a tensor in the host's memory: where it is, or a new one."""
-    return x if x.device.type == "cpu" else torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+    return x if x.device.type in ("cpu", "meta") else torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
 
 
 def _bytes(leaves: dict[tuple[str, str], Tensor]) -> int:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,10 +16,12 @@ from helpers import context
 from optim_reference import agree, cut, torch_updated, updated, wholes
 
 import lf
-from lf import optim, tree
+from lf import memory, optim, tree
 from lf.chain_layouts import joined
+from lf.checkpoint import native
 from lf.models.small import tiny, tiny_moe
 from lf.optim.matrices import hidden_matrix
+from lf.schedule.memory import OutOfMemory
 from lf.spec import Param
 
 LR = 0.125  # float32 has it: a rate is computed there
@@ -209,3 +214,33 @@ def test_at_most_two_layers_are_on_the_device_and_each_copy_waits_for_its_buffer
     ]  # fmt: skip
     assert said[-2:] == [f"wait out {name}" for name in sorted(segments[-2:], key=lambda name: segments.index(name) % 2)]
 
+
+
+def test_what_lies_in_the_host_s_memory_does_not_count_against_the_device_and_is_loaded_there(tmp_path: Path) -> None:
+    layout, cpu = lf.layout(tiny(), lf.Mesh(dp=1)), lf.devices.get("cpu")
+    trained = [*layout.specs]
+    size = sum(math.prod(spec.param.shape) for spec in layout.specs.values())
+    card = SimpleNamespace(**{**vars(cpu), "torch_device": lambda rank: torch.device("meta"), "memory_total": lambda: size * 8 + 8})
+    ctx = lf.Context(lf.solo(), card, "fp32", ops=lf.devices.op_table(cpu))  # type: ignore[arg-type]
+    base = optim.ema(optim.adamw(LR), 0.9)
+    memory.refuse_what_cannot_fit(layout, optim.on_host(base), ctx)  # masters and gradients fit
+    for optimizer in (base, optim.on_host(base, 0.5)):
+        with pytest.raises(OutOfMemory, match="out of memory before the first step"):
+            memory.refuse_what_cannot_fit(layout, optimizer, ctx)
+    layouts = joined(layout)
+    assert optim.on_host(base).hosted(trained, layouts) == {*trained}
+    norms = optim.groups([(is_norm, optim.on_host(base))], optim.sgd(LR)).hosted(trained, layouts)
+    assert norms == {path for path in trained if is_norm(layout.specs[path].param)}
+
+    here = context(lf.solo(), "fp32")
+    state = lf.State({}, updated(lf.solo(), layout, base, 1, 0.5, "fp32"), torch.tensor(1))
+    lf.checkpoint.save(tmp_path / "c", layout, state, here, {})
+    loaded, _ = lf.checkpoint.load(tmp_path / "c", layout, here, optim.on_host(base).hosted)
+    assert all(torch.equal(tree.get(loaded.optimizer, path), x) for path, x in tree.items(state.optimizer))
+    found = {}  # where each comes to lie
+    for leaf in ("master/embed/weight", "m/embed/weight", "m/head/norm"):
+        about = (SimpleNamespace(tensors={leaf: SimpleNamespace(dtype="F32")}), {leaf: []})
+        with patch.object(torch.Tensor, "pin_memory", lambda x: "pinned"), patch.object(native, "device_of", lambda ctx: torch.device("meta")):
+            x = native._leaf(about, leaf, layouts, here, {"embed/weight"})  # type: ignore[arg-type]
+        found[leaf] = x if isinstance(x, str) else x.device.type
+    assert found == {"master/embed/weight": "meta", "m/embed/weight": "pinned", "m/head/norm": "meta"}
