@@ -7,7 +7,7 @@ whose forward had begun, and to grow with the tokens of a microbatch. So the way
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
@@ -17,8 +17,9 @@ from lf import tree
 from lf.batch import Batch
 from lf.chain_layouts import Layouts, joined
 from lf.layouts import Layout
+from lf.optim import Optimizer
 from lf.schedule.memory import OutOfMemory
-from lf.state import State
+from lf.state import State, device_of
 from lf.tree import Tree
 
 LARGEST = 5  # tensors that are named
@@ -89,7 +90,8 @@ def measure(error: OutOfMemory, layout: Layout | Layouts, state: State, used: in
     """What filled the `used` bytes."""
     masters = {x.data_ptr() for x in tree.leaves(state.optimizer["master"])}
     kinds = {"compute copy of the parameters": sum(_size(x) for x in tree.leaves(state.params) if x.data_ptr() not in masters)}
-    kinds |= {f"optimizer: {name}": sum(map(_size, tree.leaves(branch))) for name, branch in state.optimizer.items()}
+    here = device_of(ctx).type  # some of it may lie in the host's memory
+    kinds |= {f"optimizer: {name}": sum(_size(x) for x in tree.leaves(b) if x.device.type == here) for name, b in state.optimizer.items()}
     # one for each master that is trained, in its dtype
     gradients = sum(_size(x) for path, x in tree.items(state.optimizer["master"]) if path not in layout.frozen)
     lasting = sum(kinds.values()) + gradients
@@ -98,14 +100,17 @@ def measure(error: OutOfMemory, layout: Layout | Layouts, state: State, used: in
     return Usage(kinds, lasting, math.ceil(rest / error.forward), ctx.device.memory_total())
 
 
-def refuse_what_cannot_fit(layout: Layout | Layouts, init: Callable[[Tree, torch.device], Tree], ctx: Any) -> None:
+def refuse_what_cannot_fit(layout: Layout | Layouts, optimizer: Optimizer, ctx: Any) -> None:
     """Raises OutOfMemory, before anything is allocated, when what lasts through a step (parameters, gradients, the optimizer's `init` of them)
     is more than this rank's device has. The optimizer is asked with one element for each parameter: its trees are shaped like them, or scalars."""
     layouts, master, rank, there = joined(layout), ctx.precision.master, ctx.axes.rank, ctx.device.memory_total()
     sizes = {path: math.prod(layouts.local_shape(path, rank)) for path in layouts.held(rank)}
     trained = [path for path in sizes if path not in layouts.frozen]
     one = {path: torch.zeros(1, dtype=master) for path in sizes}
-    small = init(tree.build([(path, one[path]) for path in trained]), torch.device("cpu")) | {"master": tree.build([*one.items()])}
+    small = optimizer.init(tree.build([(path, one[path]) for path in trained]), torch.device("cpu"), layouts)
+    away = frozenset() if device_of(ctx).type == "cpu" else optimizer.hosted(trained, layouts)
+    small = {kind: tree.build([(path, x) for path, x in tree.items(branch) if path not in away]) for kind, branch in small.items()}
+    small["master"] = tree.build([*one.items()])
     kinds = {"compute copy of the parameters": sum(n * _copied(layouts, path, ctx) for path, n in sizes.items())}
     kinds |= {f"optimizer: {name}": sum(_size(x) * sizes.get(path, 1) for path, x in tree.items(branch)) for name, branch in small.items()}
     kinds["gradients"] = sum(sizes[path] for path in trained) * master.itemsize
