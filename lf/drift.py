@@ -42,7 +42,7 @@ def check(layout: Layout | Layouts, state: State, ctx: Any) -> None:
     spread = torch.full((2, sum(sum(_places(spec)) for spec in _specs(layouts, leaves))), NOBODY, dtype=torch.int64, device=device)
     if atoms:
         places = torch.tensor([place for place, _, _ in atoms], device=device)
-        hashes = torch.stack([digest(piece.view(mine[leaf])) for _, leaf, piece in atoms])
+        hashes = torch.stack([digest(piece.view(mine[leaf])).to(device) for _, leaf, piece in atoms])  # some may lie in the host's memory
         spread[0, places], spread[1, places] = hashes, -hashes
     most, least = ctx.axes.world.max(spread).unbind()
     bad = (most != -least).logical_and(most != NOBODY).nonzero()[:, 0]

@@ -7,7 +7,7 @@ whose forward had begun, and to grow with the tokens of a microbatch. So the way
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -17,10 +17,11 @@ from lf import tree
 from lf.batch import Batch
 from lf.chain_layouts import Layouts, joined
 from lf.layouts import Layout
+from lf.optim import Optimizer
 from lf.plan_state import asked, held, lasting
 from lf.schedule.memory import OutOfMemory
 from lf.sharding import STAGES
-from lf.state import State
+from lf.state import State, device_of
 from lf.tree import Tree
 
 LARGEST = 5  # tensors that are named
@@ -92,7 +93,8 @@ def measure(error: OutOfMemory, layout: Layout | Layouts, state: State, used: in
     """What filled the `used` bytes."""
     masters = {x.data_ptr() for x in tree.leaves(state.optimizer["master"])}
     kinds = {"compute copy of the parameters": sum(_size(x) for x in tree.leaves(state.params) if x.data_ptr() not in masters)}
-    kinds |= {f"optimizer: {name}": sum(map(_size, tree.leaves(branch))) for name, branch in state.optimizer.items()}
+    here = device_of(ctx).type  # some of it may lie in the host's memory
+    kinds |= {f"optimizer: {name}": sum(_size(x) for x in tree.leaves(b) if x.device.type == here) for name, b in state.optimizer.items()}
     # one for each master that is trained, in its dtype
     gradients = sum(_size(x) for path, x in tree.items(state.optimizer["master"]) if path not in layout.frozen)
     lasting = sum(kinds.values()) + gradients
@@ -101,11 +103,11 @@ def measure(error: OutOfMemory, layout: Layout | Layouts, state: State, used: in
     return Usage(kinds, lasting, math.ceil(rest / error.forward), ctx.device.memory_total())
 
 
-def refuse_what_cannot_fit(layout: Layout | Layouts, init: Callable[[Tree, torch.device], Tree], ctx: Any) -> None:
+def refuse_what_cannot_fit(layout: Layout | Layouts, optimizer: Optimizer, ctx: Any) -> None:
     """Raises OutOfMemory, before anything is allocated, when what lasts through a step (parameters, gradients, the optimizer's `init` of them)
     is more than this rank's device has. The optimizer is asked with one element for each parameter: its trees are shaped like them, or scalars."""
     layouts, master, rank, there = joined(layout), ctx.precision.master, ctx.axes.rank, ctx.device.memory_total()
-    small, of = asked(layouts, init, ctx), held(layouts, ctx)
+    small, of = asked(layouts, optimizer, ctx, device_of(ctx).type == "cpu"), held(layouts, ctx)
     kinds = lasting(of, small, master)
     if (total := sum(kinds.values())) <= there:
         return
@@ -113,15 +115,15 @@ def refuse_what_cannot_fit(layout: Layout | Layouts, init: Callable[[Tree, torch
     lines += [f"  {_bytes(n):>10}  {kind}" for kind, n in sorted(kinds.items(), key=lambda pair: -pair[1]) if n]
     setting = _setting(layouts, 1, SHORTEST, ctx, True, _each(layouts, small, {path: h.kept for path, h in of.items()}, ctx))  # none is run again yet
     least = max(where.sharding.stage for where in layouts.chains.values())
-    shards = {f"--shard {k}": sum(lasting(held(layouts, ctx, k), small, master).values()) for k in range(least + 1, len(STAGES))}
-    setting = attrs.evolve(setting, shards={words: n for words, n in shards.items() if n < total})
+    sharded = {f"--shard {k}": sum(lasting(held(layouts, ctx, k), small, master).values()) for k in range(least + 1, len(STAGES))}
+    setting = attrs.evolve(setting, shards={words: n for words, n in sharded.items() if n < total})
     lines += [f"The smallest change that should fit, without activations: {way_out(Usage(kinds, total, 0, there), setting)}"]
     raise OutOfMemory("\n".join(lines))
 
 
 def way_out(usage: Usage, now: Setting) -> str:
-    """The first change that fits: fewer rows in a microbatch, layers that are run again, both, state in shards, experts over more of the ranks that there are, shorter
-    rows, twice tp, twice ep, twice pp or lower precision, ever more tp, and as much more ep.
+    """The first change that fits: fewer rows in a microbatch, layers that are run again, both, state in shards, experts over more of the ranks that
+    there are, shorter rows, twice tp, twice ep, twice pp or lower precision, ever more tp, and as much more ep.
 
     Twice pp halves what lasts; of activations each rank then has half the layers for twice the microbatches (1F1B), as much as before."""
     row = usage.activations / now.micro_batch
@@ -139,9 +141,9 @@ def way_out(usage: Usage, now: Setting) -> str:
             return f"{fewer}--recompute full (about {_bytes(usage.lasting + again)}; a step then takes up to a third longer)"
     one = "--micro-batch 1 and " if now.micro_batch > 1 else ""
     of = f" in chain {now.chain!r}" if now.chain else ""
-    for words, lasting in now.shards.items():
-        if fits(lasting, usage.activations):
-            return f"{words}, on the same ranks (about {_bytes(lasting + usage.activations)} each)"
+    for words, left in now.shards.items():
+        if fits(left, usage.activations):
+            return f"{words}, on the same ranks (about {_bytes(left + usage.activations)} each)"
     for times in [n for n in range(2, now.edp + 1) if now.edp % n == 0 and now.ep * n <= now.experts]:
         left = usage.lasting * (1 - now.routed * (1 - 1 / times))
         for words, kept in (("", usage.activations), (one, row)):
@@ -163,17 +165,17 @@ def way_out(usage: Usage, now: Setting) -> str:
     if 2 * now.pp <= now.layers and fits(usage.lasting * half, usage.activations):
         total = usage.lasting * half + usage.activations
         ways.append(f"pp={2 * now.pp} instead of {now.pp}{of}, on twice the ranks (about {_bytes(total)} each)")
-    lower, lasting = _lower(usage.lasting, now)
-    if lower and fits(lasting, usage.activations * half):
-        ways.append(f"--precision {lower}{of} (about {_bytes(lasting + usage.activations * half)})")
+    lower, left = _lower(usage.lasting, now)
+    if lower and fits(left, usage.activations * half):
+        ways.append(f"--precision {lower}{of} (about {_bytes(left + usage.activations * half)})")
     if ways:
         return "; or ".join(ways)
     for times in (2, 4, 8, 16, 32, 64):
-        left, spread = 1 - now.share * (1 - 1 / times), times * now.ep <= now.experts
-        lasting = usage.lasting * (left if spread else left + now.routed * (1 - 1 / times))
-        if fits(lasting, row * left):
+        part, spread = 1 - now.share * (1 - 1 / times), times * now.ep <= now.experts
+        left = usage.lasting * (part if spread else part + now.routed * (1 - 1 / times))
+        if fits(left, row * part):
             more = f" and ep={times * now.ep} instead of {now.ep}" if spread else ""
-            return f"{one}tp={times * now.tp} instead of {now.tp}{more}{of} (about {_bytes(lasting + row * left)} each)"
+            return f"{one}tp={times * now.tp} instead of {now.tp}{more}{of} (about {_bytes(left + row * part)} each)"
     more = "tp, ep" if now.experts else "tp"
     return f"none of fewer rows, recompute, shorter rows, more {more} or lower precision is enough; take a smaller model or more memory"
 

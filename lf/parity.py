@@ -89,13 +89,14 @@ def compare(
     sharding: Sharding | str = NONE,
     precision: str = "fp64",
     replayed: bool | None = None,
+    optimizer: Callable[[float], Optimizer] = sgd,
 ) -> Report:
     """`model` on `mesh`, with `microbatches` a rank and step, against one rank. `split`, `placement`, `frozen`, `sharding`: as in `lf.layout`; the
     one rank has one stage, whole state, and the same frozen. `program(layout, microbatches)`: what the mesh does in a step; the one rank makes a
     forward and its backward in turn. `compile`: as in `lf.train.make`, `dispatch`: as in `lf.Context`, both of the mesh alone. `spmd(mesh, fn,
-    *args)` is how ranks are run: fn(axes, *args) on each, the results in their order. `precision`: of the mesh, as in `lf.Context`. `replayed`:
-    whether all take the choices of the one rank's routers; None: where there are any, and less than float64. Raises what the ranks raise; ConfigError
-    where the device has no float64 and it is asked for.
+    *args)` is how ranks are run: fn(axes, *args) on each, the results in their order. `optimizer(lr)`: one that hides no more of a gradient than its
+    scale. `precision`: of the mesh, as in `lf.Context`. `replayed`: whether all take the choices of the one rank's routers; None: where there are
+    any, and less than float64. Raises what the ranks raise; ConfigError where the device has no float64 and it is asked for.
     """
     exact, less = devices.get(device).FLOAT64, precision_of(precision) != precision_of("fp64")
     if not exact and not less:
@@ -111,12 +112,12 @@ def compare(
     args = (seed, lr, clip)
     noise = CALM if less else 1.0
     alone = device if exact else "cpu", False, dispatch, "fp64", noise
-    (one,) = simulated(single.mesh, trace, single, build(single, count), batches, *args, *alone, replayed)
+    (one,) = simulated(single.mesh, trace, single, build(single, count), batches, *args, *alone, replayed, optimizer)
     batches = [[_with(b, c) for b, c in zip(row, taken)] for row, taken in zip(batches, one.choices)] if replayed else batches
-    many = spmd(mesh, trace, where, program(where, microbatches), batches, *args, device, compile, dispatch, precision, noise)
+    many = spmd(mesh, trace, where, program(where, microbatches), batches, *args, device, compile, dispatch, precision, noise, False, optimizer)
     rows = tuple(_compared(single, one, where, many))
     if less:
-        near = simulated(single.mesh, trace, again, build(again, count), batches, *args, device, False, dispatch, precision, noise)
+        near = simulated(single.mesh, trace, again, build(again, count), batches, *args, device, False, dispatch, precision, noise, False, optimizer)
         exactly = {rows[0].name, "tokens", "skipped", *model.sums}
         rows = rounded(rows, [*_compared(single, one, again, near)], exactly, torch.finfo(precision_of(precision).compute).eps)
     return Report(mesh, microbatches, seed, rows, precision=precision)
@@ -136,6 +137,7 @@ def compare_chains(
     clip: float | None = 1.0,
     device: str = "cpu",
     spmd: Callable[..., list[Any]] = simulated,
+    optimizer: Callable[[float], Optimizer] = sgd,
 ) -> Report:
     """A model of several chains at `places` against one rank that has them all, with the same frozen. data(step, i, multiple): data batch i of a
     step, that of microbatch m and coordinate d of the main chain being m·dp + d, padded to a multiple of so many tokens. `program(layouts,
@@ -147,7 +149,7 @@ def compare_chains(
     one_layouts, mesh = chain_layouts(model, alone), many_layouts.chains[model.main].mesh
     dp, multiple = mesh["dp"], 2 * mesh.cp * mesh.tp
     batches = [[data(step, i, multiple) for i in range(microbatches * dp)] for step in range(steps)]
-    args = (seed, lr, clip, device)
+    args = (seed, lr, clip, device, False, "exchange", "fp64", 1.0, False, optimizer)
     (one,) = simulated(Mesh(dp=1), trace, one_layouts, single(one_layouts, microbatches * dp), batches, *args)
     many = spmd(Mesh(dp=many_layouts.world), trace, many_layouts, program(many_layouts, microbatches), batches, *args)
     return Report(many_layouts, microbatches, seed, tuple(_compared(one_layouts, one, many_layouts, many)))
@@ -167,6 +169,7 @@ def trace(
     precision: str = "fp64",
     noise: float = 1.0,
     record: bool = False,
+    optimizer: Callable[[float], Optimizer] = sgd,
 ) -> Trace:
     """This rank's part of a few steps of `lf.train.make`. batches[step] are the microbatches of all dp coordinates. noise: as in `randomised`.
     record: the choices of routers as well, of one chain without pp."""
@@ -174,7 +177,7 @@ def trace(
     ctx = chain_context(where, axes, chip, precision) if isinstance(where, Layouts) else Context(axes, chip, precision, dispatch=dispatch)
     d, dp = axes["dp"].index, (where.chains[where.main].mesh if isinstance(where, Layouts) else axes.mesh)["dp"]
     seen: list[dict[str, Tensor]] = []
-    start, step = make(where, _recording(sgd(lr), seen), program, ctx, clip, compile)
+    start, step = make(where, _recording(optimizer(lr), seen), program, ctx, clip, compile)
     state, metrics, choices = start(randomised(where, ctx, seed, noise)), list[dict[str, Tensor]](), list[list[Tensor]]()
     for row in batches:
         mine = [row[i : i + dp] for i in range(0, len(row), dp)] if several else [b for i, b in enumerate(row) if i % dp == d]

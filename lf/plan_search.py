@@ -124,7 +124,7 @@ class Guess:
 class Rough:
     """Formulas for one model, device and batch. layers: (layer, FIELDS) · rows: of a step · state: bytes of optimizer state for each element."""
 
-    def __init__(self, layers: np.ndarray, device: Described, rows: int, compute: torch.dtype, state: int, achieved: Achieved):
+    def __init__(self, layers: np.ndarray, device: Described, rows: int, compute: torch.dtype, state: float, achieved: Achieved):
         self.layers, self.device, self.rows, self.compute, self.state, self.achieved = layers, device, rows, compute, state, achieved
         self.parts: dict[int, np.ndarray] = {}
 
@@ -233,7 +233,7 @@ def search(
     compute, layers = precision_of(precision).compute, Layers(seq_len)
     tell("layers on paper")
     known = _layers(model, seq_len, precision, device, achieved, layers)
-    rough = Rough(known, device, global_batch, compute, state_bytes(optimizer, precision), achieved)
+    rough = Rough(known, device, global_batch, compute, state_bytes(optimizer, layout(model, Mesh(dp=1)), precision), achieved)
     every = [pair for c in choices(model, ranks, int(device.need("node")), global_batch) for pair in rough.of(c)]
     if not every:
         raise ConfigError(f"{global_batch} rows on {ranks} ranks: no mesh divides them; give --global-batch as a multiple of the ranks, {ranks}")

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -19,10 +19,10 @@ from lf import tree
 from lf.chain_layouts import Layouts
 from lf.context import precision_of
 from lf.layouts import Layout
+from lf.optim import Optimizer
 from lf.sharding import Sharding
 from lf.tree import Tree
 
-Init = Callable[[Tree, torch.device], Tree]
 FLYING = 2
 """Layers whose whole gradients are there at a time where they are summed after each microbatch: one that is made, one that travels."""
 
@@ -94,15 +94,20 @@ def _layers(sizes: Any, most: int) -> int:
     return sum(sorted(layers.values())[-most:])
 
 
-def asked(layouts: Layouts, init: Init, ctx: Any) -> Tree:
-    """The optimizer's trees for this rank, of one element for each parameter."""
+def asked(layouts: Layouts, optimizer: Optimizer, ctx: Any, host: bool = False) -> Tree:
+    """The optimizer's trees for this rank, of one element for each parameter, without those that lie in the host's memory. host: that is the device."""
     one = {path: torch.zeros(1, dtype=ctx.precision.master) for path in layouts.held(ctx.axes.rank)}
-    trained = tree.build([(path, x) for path, x in one.items() if path not in layouts.frozen])
-    return init(trained, torch.device("cpu")) | {"master": tree.build([*one.items()])}
+    trained = [path for path in one if path not in layouts.frozen]
+    small = optimizer.init(tree.build([(path, one[path]) for path in trained]), torch.device("cpu"), layouts)
+    away = frozenset[str]() if host else optimizer.hosted(trained, layouts)
+    small = {kind: tree.build([(path, x) for path, x in tree.items(branch) if path not in away]) for kind, branch in small.items()}
+    return small | {"master": tree.build([*one.items()])}
 
 
-def state_bytes(optimizer: Any, precision: str) -> int:
-    """Bytes that an optimizer keeps for each element of a parameter, the master among them."""
-    one = {"a": {"w": torch.zeros(1, dtype=precision_of(precision).master)}}
-    trees = optimizer.init(one, torch.device("cpu")).values()
-    return sum(x.element_size() for branch in trees for path, x in tree.items(branch) if path == "a/w")
+def state_bytes(optimizer: Optimizer, layout: Layout, precision: str) -> float:
+    """Bytes that an optimizer keeps for each element of the parameters that train, the master among them, on average."""
+    trained = [path for path in layout.specs if path not in layout.frozen]
+    one = tree.build([(path, torch.zeros(1, dtype=precision_of(precision).master)) for path in trained])
+    sizes = {path: math.prod(layout.specs[path].param.shape) for path in trained}
+    trees = optimizer.init(one, torch.device("cpu"), Layouts.of(layout)).values()
+    return sum(x.element_size() * sizes.get(path, 0) for branch in trees for path, x in tree.items(branch)) / sum(sizes.values())

@@ -218,14 +218,14 @@ def make(
     if clip is not None and not clip > 0:
         raise ConfigError(f"clip={clip} must be above 0, or None for no clipping")
     backward = gradients(layout, program, ctx, compile)
-    refuse_what_cannot_fit(layout, optimizer.init, ctx)
+    refuse_what_cannot_fit(layout, optimizer, ctx)
     layouts = joined(layout)
     held, params = layouts.held(ctx.axes.rank), {path: spec.param for path, spec in layouts.trained(ctx.axes.rank).items()}
 
     def init(master: Tree) -> State:
         if missing := sorted(held.keys() - dict(tree.items(master))):
             raise ValueError(f"parameters are missing: {', '.join(missing)}")
-        state = optimizer.init(tree.build([(path, tree.get(master, path)) for path in params]), device_of(ctx))
+        state = optimizer.init(tree.build([(path, tree.get(master, path)) for path in params]), device_of(ctx), layouts)
         state["master"] = tree.build([(path, tree.get(state["master"] if path in params else master, path)) for path in held])
         copy = compute_copy(layouts, state["master"], ctx)
         mark(PARAMETER, copy)

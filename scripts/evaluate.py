@@ -23,6 +23,7 @@ class Config:
     model: str | None = None  # a folder with config.json and weights, or a repository on the hub: org/name[@revision]
     run: str | None = None  # or the folder of a run
     step: int | None = None  # of the run's checkpoints; the newest without
+    ema: bool = False  # the average of the weights that the run has kept with --ema
     tokenizer: str | None = None  # a folder or a repository, or "none" where all is tokens already; that of the model without
     match: str | None = None  # which files of a folder; without it text, JSONL, Parquet or indexed tokens
     on_bad: str = "stop"  # at a bad record; skip: leave it out, and count it
@@ -44,8 +45,8 @@ DEFAULTS = {"text_column": "text", "eod": "auto", "seq_len": 1024, "joined": Fal
 
 def main(config: Config) -> dict[str, float]:
     sets = lf.evaluate.named(config.data, "--data")
-    if (config.model is None) == (config.run is None) or (config.step is not None and config.run is None):
-        raise ConfigError("give --model, a folder or a repository on the hub, or --run, the folder of a run, whose checkpoint --step may say")
+    if (config.model is None) == (config.run is None) or ((config.step is not None or config.ema) and config.run is None):
+        raise ConfigError("give --model, a folder or a repository on the hub, or --run, the folder of a run, with --step and --ema to say what of it")
     axes = lf.connect(lf.Mesh.parse(config.mesh), lf.devices.get(config.device))
     config = attrs.evolve(config, **lf.runs.on_first_rank(lambda: rows_as_trained(config), axes))
     lf.config.at_least(1, config, "seq_len", "micro_batch")
@@ -119,7 +120,7 @@ def params(config: Config, where: Path, layout: Any, ctx: lf.Context) -> lf.tree
     """The parameters in the compute dtype; of a run neither the moments nor more than one master at a time."""
     if config.run is None:
         return lf.tree.map(lambda w: w.to(ctx.precision.compute), lf.hf.load(where, layout, ctx))
-    with lf.checkpoint.masters(where, layout, ctx) as read:
+    with lf.checkpoint.masters(where, layout, ctx, config.ema) as read:
         return lf.tree.build([(path, read(path).to(ctx.precision.compute)) for path in layout.held(ctx.axes.coords)])
 
 

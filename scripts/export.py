@@ -27,6 +27,7 @@ class Config:
     out: str  # the folder to write; one that is there is replaced if it is an export
     step: int | None = None  # whose checkpoint; the newest without
     dtype: str | None = None  # fp32, bf16, fp16 or fp64; as in the checkpoint without
+    ema: bool = False  # the average of the weights that a run with --ema has kept
     fp8: bool = False  # matrices in 8 bits with a scale for each block of 128 × 128; the rest in --dtype
     tokenizer: str | None = None  # a folder or a repository with a tokenizer, or "none"; the run's own without
     max_shard_gb: float = 5.0
@@ -40,7 +41,7 @@ def main(config: Config) -> None:
     tokenizer = tokenizer_of(Path(config.run), config.tokenizer)
     layout = lf.layout(lf.checkpoint.model(source), ctx.axes.mesh)
     place = {path: i + 1 for i, path in enumerate(layout.specs)}
-    with lf.checkpoint.masters(source, layout, ctx) as read, lf.console.Bar(screen, "parameter", len(place)) as bar:
+    with lf.checkpoint.masters(source, layout, ctx, config.ema) as read, lf.console.Bar(screen, "parameter", len(place)) as bar:
 
         def one(path: str) -> Any:
             bar.at(place[path])

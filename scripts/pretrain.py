@@ -14,6 +14,7 @@ import lf
 # a mixture goes by the microbatch).
 FREE = (
     *("out", "mesh", "device", "schedule", "chunks", "split", "recompute", "offload", "shard", "dispatch", "compile", "draw_step", "micro_batch"),
+    *("muon_way", "optimizer_offload"),
     *("microbatches", "save_every", "keep", "eval", "eval_every", "drift_every", "on_nonfinite", "log", "export_dtype"),
 )
 
@@ -57,6 +58,11 @@ class Config:
     final: float = 0.1  # of lr, at the last step
     decay: float = 0.1  # how long wsd falls: a share of the steps, or from 1 on their number
     weight_decay: float = 0.1
+    optimizer: str = "adamw"  # or muon, sgd
+    muon_way: str | None = None  # who makes Muon's products: owner, one rank of each matrix, or gathered, every rank that has a share of it
+    moments: str = "fp32"  # what the optimizer's moments are kept in; or bf16, rounded by chance
+    ema: float | None = None  # keep an average of the weights with this decay, as 0.999; export and evaluate take it with --ema
+    optimizer_offload: float | None = None  # the share of layers whose moments lie in the host's memory, as 1.0
     clip: float = 1.0
     seed: int = 0
     save_every: int = 100  # steps
@@ -94,7 +100,10 @@ def main(config: Config) -> tuple[lf.State, lf.context.Context]:
     counts = ramp.microbatches(micro_batch, axes.mesh["dp"])
     programs = pipeline.programs(layout, counts)  # what a step does, for each number of microbatches
     rate = lf.optim.schedule(config.lr_schedule, config.lr, config.warmup, steps, config.final, config.decay)
-    init, step = lf.train.make(layout, lf.optim.adamw(rate, weight_decay=config.weight_decay), programs, ctx, config.clip, config.compile)
+    optimizer = lf.optim.named(
+        config.optimizer, rate, config.weight_decay, config.moments, config.ema, config.optimizer_offload, config.muon_way, config.seed
+    )
+    init, step = lf.train.make(layout, optimizer, programs, ctx, config.clip, config.compile)
 
     screen = lf.console.console(axes.rank)
     lf.data.look(config.data, evals, config.match, axes)
@@ -129,7 +138,7 @@ def main(config: Config) -> tuple[lf.State, lf.context.Context]:
 
     data = {"documents": [[c.weight, c.documents.fingerprint] for c in corpora], "seq_len": config.seq_len, "seed": config.seed}
     if last:
-        state, saved = lf.checkpoint.load(last, layout, ctx)
+        state, saved = lf.checkpoint.load(last, layout, ctx, optimizer.hosted)
         lf.runs.same_data(saved, data)
         lf.runs.same_rate(run, int(state.step), rate, axes)
         screen.print(f"{config.out} goes on after step {int(state.step)} of {steps}")

@@ -33,7 +33,7 @@ from lf.models import presets
 from lf.models.small import shrunk
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-TASKS = ("pretrain", "continue", "evaluate", "export", "pipeline", "chains", "moe")
+TASKS = ("pretrain", "continue", "evaluate", "export", "pipeline", "chains", "moe", "optim")
 SAID = "to be or not to be that is the question whether tis nobler in the mind to suffer the slings and arrows of outrageous fortune"
 
 

@@ -149,7 +149,7 @@ def test_each_rank_is_measured_by_what_it_holds(frozen: tuple[str, ...], monkeyp
         small = SimpleNamespace(**{**vars(ctx.device), "memory_total": lambda: -1, "memory_peak": lambda: 0})
         optimizer, program = lf.optim.adamw(1e-3), lf.schedule.one_f_one_b(3, 1)
         with pytest.raises(OutOfMemory) as caught:
-            memory.refuse_what_cannot_fit(layout, optimizer.init, attrs.evolve(ctx, device=small))
+            memory.refuse_what_cannot_fit(layout, optimizer, attrs.evolve(ctx, device=small))
         state = lf.train.make(layout, optimizer, program, ctx)[0](lf.init(layout, ctx, 0))
         usage = memory.measure(OutOfMemory("full"), layout, state, 0, attrs.evolve(ctx, device=small))
         assert f"needs {memory._bytes(usage.lasting)} besides activations" in str(caught.value)
@@ -189,7 +189,7 @@ def test_several_chains_are_measured_by_what_each_rank_has_of_them() -> None:
     def rank(axes: Any) -> str:
         ctx = chained.tiny_device(chained.context(axes, layouts, {"words": "fp32"}), memory_total=-1, memory_peak=0)
         with pytest.raises(OutOfMemory) as caught:
-            memory.refuse_what_cannot_fit(layouts, optimizer.init, ctx)
+            memory.refuse_what_cannot_fit(layouts, optimizer, ctx)
         state = chained.some_state(layouts, ctx)
         usage = memory.measure(OutOfMemory("full"), layouts, state, 0, ctx)
         assert f"rank {axes.rank} needs {memory._bytes(usage.lasting)} besides activations" in str(caught.value)
@@ -214,7 +214,7 @@ def test_the_chain_that_takes_the_most_is_named(frozen: tuple[str, ...], words: 
     def rank(axes: Any) -> str:
         ctx = chained.tiny_device(chained.context(axes, layouts), memory_total=6000)
         try:
-            memory.refuse_what_cannot_fit(layouts, lf.optim.adamw(1e-3).init, ctx)
+            memory.refuse_what_cannot_fit(layouts, lf.optim.adamw(1e-3), ctx)
         except OutOfMemory as error:
             return str(error).splitlines()[-1]
         return ""

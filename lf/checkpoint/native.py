@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from lf.checkpoint.manifests import FORMAT, MANIFEST, VERSION, Manifest, Stored,
 from lf.config import differing, from_dict, to_dict
 from lf.layouts import Layout
 from lf.models.decoder import DecoderConfig, decoder
+from lf.optim.ema import EMA
 from lf.segment import Model
 from lf.spec import Piece, Spec
 from lf.state import State, compute_copy, device_of
@@ -74,13 +75,17 @@ def save(folder: str | os.PathLike[str], layout: Layout | Layouts, state: State,
     return publish(folder, ctx, lambda name: name == MANIFEST or bool(RANK.fullmatch(name)), write, finish)
 
 
-def load(folder: str | os.PathLike[str], layout: Layout | Layouts, ctx: Any) -> tuple[State, dict[str, Any]]:
+def load(
+    folder: str | os.PathLike[str], layout: Layout | Layouts, ctx: Any, hosted: Callable[[Sequence[str], Layouts], Collection[str]] | None = None
+) -> tuple[State, dict[str, Any]]:
     """(state, extra) as they were saved, laid out anew: any meshes, splits and placements load what any others have saved. Collective.
+    `hosted`: that of the optimizer, where some of its state lies in the host's memory (`lf.optim.Optimizer`).
 
     Of a parameter that is frozen now and was not then, the moments are left alone. Raises CheckpointError that lists everything that is wrong:
     another model, tensors that are missing or not covered, a parameter that was frozen and now is not, files that are missing or cut short.
     """
     folder, errors, layouts = Path(folder).expanduser(), list[Exception](), joined(layout)
+    away = hosted([*layouts.trained(ctx.axes.rank)], layouts) if hosted else ()
     doing = f"loading {folder}"
     with ExitStack() as stack:
         about = attempt(errors, manifest, folder)
@@ -92,7 +97,7 @@ def load(folder: str | os.PathLike[str], layout: Layout | Layouts, ctx: Any) -> 
         span = ctx.axes.world.max(torch.tensor([about.step, -about.step], device=device_of(ctx))).tolist()
         if span != [about.step, -about.step]:
             raise CheckpointError(f"{doing}: this rank reads step {about.step}, others read {-span[1]} to {span[0]}; give all ranks one folder")
-        values = attempt(errors, lambda: {leaf: _leaf(found, leaf, layouts, ctx) for leaf in found[1]})
+        values = attempt(errors, lambda: {leaf: _leaf(found, leaf, layouts, ctx, away) for leaf in found[1]})
         agree(errors, doing, ctx)
     assert values is not None
     step = values.pop(STEP)
@@ -111,20 +116,31 @@ def model(folder: str | os.PathLike[str]) -> Model:
 
 
 @contextmanager
-def masters(folder: str | os.PathLike[str], layout: Layout | Layouts, ctx: Any) -> Iterator[Callable[[str], Tensor]]:
+def masters(
+    folder: str | os.PathLike[str], layout: Layout | Layouts, ctx: Any, averaged: bool = False
+) -> Iterator[Callable[[str], Tensor]]:
     """A function that reads what this rank holds of the parameter at a path, in the dtype that was saved, each time it is asked. Collective.
 
-    The moments of the optimizer are neither needed nor read, and no more than one parameter is held here: `lf.hf.save` takes the function.
-    Raises CheckpointError as `load` does.
+    `averaged`: of what was trained the average that `lf.optim.ema` has kept instead. The moments of the optimizer are neither needed nor read, and no
+    more than one parameter is held here: `lf.hf.save` takes the function. Raises CheckpointError as `load` does, and where no average was kept.
     """
     folder, errors, layouts = Path(folder).expanduser(), list[Exception](), joined(layout)
     with ExitStack() as stack:
         about = attempt(errors, manifest, folder)
-        wanted = [f"master/{path}" for path in layouts.held(ctx.axes.rank)]
+        leaf = attempt(errors, _kept_as, about, averaged, folder) or "master/{}".format
+        wanted = [leaf(path) for path in layouts.held(ctx.axes.rank)]
         found = attempt(errors, lambda: _inspect(folder, about, layouts, ctx, stack, wanted, None))  # type: ignore[arg-type]
         agree(errors, f"loading {folder}", ctx)
         assert found is not None
-        yield lambda path: _leaf(found, f"master/{path}", layouts, ctx)
+        yield lambda path: _leaf(found, leaf(path), layouts, ctx)
+
+
+def _kept_as(about: Manifest | None, averaged: bool, folder: Path) -> Callable[[str], str]:
+    """The name under which the weights of a path are kept."""
+    kept = {leaf for leaf in about.leaves if leaf.startswith(f"{EMA}/")} if about and averaged else set()
+    if averaged and not kept:
+        raise CheckpointError(f"{folder} has no average of the weights: its run was made without --ema")
+    return lambda path: f"{EMA}/{path}" if f"{EMA}/{path}" in kept else f"master/{path}"
 
 
 def _file(rank: int) -> str:
@@ -296,8 +312,8 @@ def _other(file: Any, key: str, box: Box, dtype: str) -> str:
     return "" if have == (boxes.shape(box), dtype) else f"{key} is {have[1]} {list(have[0])}, {MANIFEST} has {dtype} {list(boxes.shape(box))}"
 
 
-def _leaf(found: tuple[Manifest, Reads], leaf: str, layouts: Layouts, ctx: Any) -> Tensor:
-    """What this rank holds of a leaf, on its device."""
+def _leaf(found: tuple[Manifest, Reads], leaf: str, layouts: Layouts, ctx: Any, away: Collection[str] = ()) -> Tensor:
+    """What this rank holds of a leaf, on its device; of the paths that are `away` only the masters, the rest in the host's memory, pinned."""
     about, reads = found
     spec, rank = _spec(layouts, leaf), ctx.axes.rank
     dtype = DTYPES[about.tensors[_pieces(layouts, leaf, rank)[0].key].dtype]
@@ -305,4 +321,7 @@ def _leaf(found: tuple[Manifest, Reads], leaf: str, layouts: Layouts, ctx: Any) 
     for file, key, common, origin, piece in reads[leaf]:
         target = piece.view(local)[boxes.slices(common, piece.box)] if piece.shape else local
         target.copy_(read_box(file, key, common, origin))
-    return local.to(device_of(ctx))
+    device, (kind, _, path) = device_of(ctx), leaf.partition("/")
+    if path not in away or kind == "master":
+        return local.to(device)
+    return local if device.type == "cpu" else local.pin_memory()

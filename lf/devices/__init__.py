@@ -16,6 +16,8 @@
                                 `chunk`; the sources may be dropped at once; after(): the current stream waits for all of it
     copy_in(pieces, device, after, streams) -> ((n,) bytes, wait)   starts copying one source's pieces back, once `after` them; wait(): the
                                 current stream waits for them
+    copy_beside(pairs, way, after, streams) -> wait     starts copying (to, from) of equal shapes, once `after` them, to the host's memory (way 0) or
+                                from it (1); wait(): the current stream waits for them
 """
 
 from __future__ import annotations

@@ -133,3 +133,15 @@ def copy_in(pieces: Sequence[Tensor], to: torch.device, after: Callable[[], None
         flat.record_stream(back)  # even if nobody waits for it
         fetched = back.record_event()
     return flat, lambda: torch.cuda.current_stream().wait_event(fetched)
+
+
+def copy_beside(pairs: Sequence[tuple[Tensor, Tensor]], way: int, after: Callable[[], None], streams: Any) -> Callable[[], None]:
+    """On the stream of its way. The tensors must live until somebody has waited."""
+    stream = streams[way]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        after()
+        for to, source in pairs:
+            to.copy_(source, non_blocking=True)
+        copied = stream.record_event()
+    return lambda: torch.cuda.current_stream().wait_event(copied)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lf.ops import adamw as twin
+from lf.ops.rounding import Noise
 
 
 def adamw_update(
@@ -26,12 +27,14 @@ def adamw_update(
     betas: tuple[float, float],
     eps: float,
     decay: float,
+    noises: Sequence[Noise] | None = None,
 ) -> None:
-    """The same as `lf.ops.adamw.adamw_update`, to rounding; float64 goes there, because torch's takes its scalars in float32."""
+    """The same as `lf.ops.adamw.adamw_update`, to rounding. What torch's cannot goes there: float64, because it takes its scalars in float32, and
+    moments of another dtype than their parameter."""
     if not ws:
         return
-    if ws[0].dtype == torch.float64:
-        twin.adamw_update(ws, grads, ms, vs, t, lr, scale, ok, betas, eps, decay)
+    if ws[0].dtype == torch.float64 or ms[0].dtype != ws[0].dtype:
+        twin.adamw_update(ws, grads, ms, vs, t, lr, scale, ok, betas, eps, decay, noises)
         return
     torch._fused_adamw_(
         list(ws),

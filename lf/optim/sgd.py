@@ -18,7 +18,7 @@ from lf.tree import Tree
 def sgd(lr: float | Rate) -> Optimizer:
     """w ← w - lr·g."""
 
-    def init(master: Tree, device: torch.device) -> Tree:
+    def init(master: Tree, device: torch.device, layouts: Layouts) -> Tree:
         return {"master": master}
 
     def update(

@@ -10,6 +10,7 @@ from chain_mutations import CHAIN
 from mixer_mutations import MIXERS
 from moe_mutations import MIXTURES
 from mutation import Mutation, rewritten, stale, words
+from optim_mutations import OPTIMIZERS
 from schedule_mutations import SCHEDULE
 
 from lf import axes, axes_sim, chain_layouts, drift, evaluate, layouts, loop, ramp, record, rng, split, state, train
@@ -324,6 +325,8 @@ STAGES = [
     words("split: stages in between uneven", SPLIT, (split._joined, "cost**2", "cost")),
 ]
 
-ALL: list[Mutation] = [*edges(), *MOVES, *SPECS, *NORMALISER, *MODEL, *STEPS, *SCHEDULE, *AXES, *RUNS, *STAGES, *CHAIN, *MIXTURES, *MIXERS]
+ALL: list[Mutation] = [
+    *edges(), *MOVES, *SPECS, *NORMALISER, *MODEL, *STEPS, *SCHEDULE, *AXES, *RUNS, *STAGES, *CHAIN, *MIXTURES, *MIXERS, *OPTIMIZERS,
+]  # fmt: skip
 __all__ = ["ALL", "Mutation", "rewritten", "stale"]
 assert len({m.name for m in ALL}) == len(ALL)

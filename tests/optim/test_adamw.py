@@ -42,7 +42,7 @@ def update(optimizer, state, grads, step: int, lr: float = 0.1, scale: float = 1
 def test_adamw_is_torch_adamw() -> None:
     """Matrices decay, gains do not; gradients arrive times the clip factor; the rate changes from step to step."""
     ours = optim.adamw(0.1, betas=(0.8, 0.95), eps=1e-5, weight_decay=0.3)
-    state = ours.init(numbers("w"), torch.device("cpu"))
+    state = ours.init(numbers("w"), torch.device("cpu"), NOWHERE)
     theirs = {path: w.clone().requires_grad_() for path, w in tree.items(numbers("w"))}
     groups = [{"params": [theirs["a/matrix"], theirs["b/stack"]], "weight_decay": 0.3}, {"params": [theirs["a/gain"]], "weight_decay": 0.0}]
     torch_adamw = torch.optim.AdamW(groups, lr=0.1, betas=(0.8, 0.95), eps=1e-5)
@@ -60,7 +60,7 @@ def test_adamw_is_torch_adamw() -> None:
 
 def test_what_decays_can_be_chosen() -> None:
     all_decay = optim.adamw(0.1, weight_decay=0.5, decays=lambda param: True)
-    state = update(all_decay, all_decay.init(numbers("w"), torch.device("cpu")), tree.map(torch.zeros_like, numbers("g")), 0)
+    state = update(all_decay, all_decay.init(numbers("w"), torch.device("cpu"), NOWHERE), tree.map(torch.zeros_like, numbers("g")), 0)
     for path, w in tree.items(numbers("w")):
         torch.testing.assert_close(tree.get(state["master"], path), w * (1 - 0.1 * 0.5))
 
@@ -95,13 +95,13 @@ def test_a_gated_kernel_leaves_every_bit(value: float) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_gated_update_leaves_every_bit(make, value: float) -> None:
     optimizer = make(0.1)
-    state = update(optimizer, optimizer.init(numbers("w"), torch.device("cpu")), numbers("g", 0), 0)
+    state = update(optimizer, optimizer.init(numbers("w"), torch.device("cpu"), NOWHERE), numbers("g", 0), 0)
     before = tree.map(torch.clone, state)
     bad = tree.map(lambda g: torch.full_like(g, value), numbers("g"))
     state = update(optimizer, state, bad, 1, lr=value, scale=value, ok=False)
     for path, x in tree.items(before):
         assert torch.equal(tree.get(state, path), x), path
-    after, straight = update(optimizer, state, numbers("g", 2), 2), optimizer.init(numbers("w"), torch.device("cpu"))
+    after, straight = update(optimizer, state, numbers("g", 2), 2), optimizer.init(numbers("w"), torch.device("cpu"), NOWHERE)
     straight = update(optimizer, update(optimizer, straight, numbers("g", 0), 0), numbers("g", 2), 1)
     for path, x in tree.items(straight):  # and a skipped step does not age the bias correction
         assert torch.equal(tree.get(after, path), x), path
@@ -109,13 +109,13 @@ def test_a_gated_update_leaves_every_bit(make, value: float) -> None:
 
 def test_sgd() -> None:
     sgd = optim.sgd(0.1)
-    state = update(sgd, sgd.init(numbers("w"), torch.device("cpu")), numbers("g"), 0, lr=0.1, scale=0.5)
+    state = update(sgd, sgd.init(numbers("w"), torch.device("cpu"), NOWHERE), numbers("g"), 0, lr=0.1, scale=0.5)
     tree.map(lambda a, w, g: torch.testing.assert_close(a, w - 0.05 * g), state["master"], numbers("w"), numbers("g"))
 
 
 def test_init_keeps_its_own_moments() -> None:
     master = numbers("w")
-    state = optim.adamw(0.1).init(master, torch.device("cpu"))
+    state = optim.adamw(0.1).init(master, torch.device("cpu"), NOWHERE)
     assert {id(x) for x in tree.leaves(state["m"])}.isdisjoint(id(x) for x in tree.leaves(state["v"]))
     assert all(not x.any() for x in tree.leaves(state["m"]) + tree.leaves(state["v"]))
 
