@@ -53,8 +53,9 @@ USABLE = 0.95
 
 @attrs.frozen
 class Row:
-    """Of one rank of a pipeline row. memory: bytes of each kind when it holds the most, `peak` in all · lasting: of each kind between steps · sent: bytes
-    that leave it in a step, by (axis, kind) · flops: of its products, second forwards too · work: of each of its actions · held: bytes after each."""
+    """Of one rank of a pipeline row. memory: bytes of each kind when it holds the most, `peak` in all · lasting: of each kind between steps ·
+    sent: bytes that leave it in a step, by (axis, kind) · flops: of its products, second forwards too · work: of each of its actions, and of the
+    `rest` of a step · held: bytes after each action."""
 
     row: int
     rank: int
@@ -78,9 +79,9 @@ class Row:
 
 @attrs.frozen
 class Plan:
-    """Of a step. rows: those that were run, of which each other one has the layers of one · timeline: of all rows, in seconds, until the last action ·
+    """Of a step. rows: those that were run, of which each other one has the layers of one · timeline: of all rows, in seconds, to the last action ·
     update: seconds after that · spent: seconds of the busiest row by what they go to · tokens: of a step, all ranks · peak_flops: of a device ·
-    beyond: seconds of the microbatches of a step that the program leaves out · model_flops: forward and backward of a step on all ranks, nothing made again."""
+    model_flops: forward and backward of a step on all ranks, nothing made again · beyond: seconds of what the program leaves out of a step."""
 
     layout: Layout
     device: Described
@@ -169,9 +170,9 @@ def plan(
 
     device: a name of `lf.devices.described.DESCRIBED`, or a description · achieved: shares of it that are reached · rows: of the pipeline that are
     run (default: all); those that are left out take the times of one with the same layers, and their memory is not known · layers: of earlier
-    plans of the same model and seq_len, which know what its layers cost · of: microbatches of a step, where the program is for fewer of them and what
-    these do at their most, and the busiest row for each, speaks for all · ops: the device module whose kernels are used (default: of an accelerator, those of
-    CUDA; in float32 and float64, where that has none that are meant for training, those of the CPU).
+    plans of the same model and seq_len, which know what its layers cost · of: microbatches of a step, where the program is for fewer and these speak
+    for all: the others take the time of the busiest row each · ops: the device module whose kernels are used (default: those of CUDA; in float32 and
+    float64, where it has none that are meant for training, those of the CPU).
     Raises what `lf.train.make` raises, and ConfigError for a value of the device that is needed and not known.
     """
     device = described(device) if isinstance(device, str) else device
@@ -274,9 +275,8 @@ def _timed(layout: Layout, program: Program, found: Mapping[int, Row], like: Map
         each: dict[tuple[int, Same], list[Work]] = {}
         for a, work in zip(program[r], row.work):
             each.setdefault((a.stage, _same(a)), []).append(work)
-        for key, works in each.items():
-            mean = sum(works, Work())
-            known[key] = _duration(key[1][0], mean, rates) / len(works)
+        for at, works in each.items():
+            known[at] = _duration(at[1][0], sum(works, Work()), rates) / len(works)
     names = {s: _names(layout, s) for s in range(len(layout.stages))}
     twin = {}
     for r, other in like.items():

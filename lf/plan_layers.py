@@ -1,10 +1,10 @@
 """What a layer costs, found out once for all that are alike: memory, traffic and operations of its forward and backward on one rank.
 
-    layers, tally = Layers(), Tally(meter, traffic)
+    layers, tally = Layers(seq_len), Tally(meter, traffic)
     lf.train.make(…, compile=layers.stand_ins(ctx, tally))      each layer is a stand-in that costs what the layer does
 
-A layer is run once, on paper, under a meter of its own. From then on a stand-in takes its place, one node of autograd's graph: it gives tensors of the
-same shapes, keeps as many bytes for its backward as the layer does, and for a moment takes up as many more as the layer does at most. So the
+A layer is run once, on paper, under a meter of its own. From then on a stand-in takes its place, one node of autograd's graph: it gives tensors of
+the same shapes, keeps as many bytes for its backward as the layer does, and for a moment takes up as many more as the layer does at most. So the
 interpreter that runs a step runs one of stand-ins, under the meter that measures a step, in a small part of the time.
 """
 
@@ -36,8 +36,8 @@ Sent = tuple[str, str, int, int]
 
 @attrs.frozen
 class Way:
-    """One way through a layer, forward or backward. peak: bytes at most beyond those that are there when it begins · flops: operations of its products
-    · moved: bytes that all else reads and writes · sent: its collectives, in their order."""
+    """One way through a layer, forward or backward. peak: bytes at most beyond those that are there when it begins · flops: operations of products ·
+    moved: bytes that all else reads and writes · sent: its collectives, in their order."""
 
     peak: int = 0
     flops: int = 0

@@ -109,8 +109,8 @@ def _expert_axes(experts: int, ranks: int, tp: int) -> list[tuple[int, int]]:
 
 FIELDS = ("forward", "backward", "tp_f", "tp_b", "ep_f", "ep_b", "etp_f", "etp_b", "kept", "given", "dense", "experts", "moment")
 """What the formulas know of a layer, on one rank and for one row: seconds forward and backward; bytes that it sends over tp, ep and etp of two ranks,
-forward and backward; bytes that it keeps and takes in; elements of its dense parameters and of its experts; bytes that its backward makes for a moment,
-besides the gradients of experts."""
+forward and backward; bytes that it keeps and takes in; elements of its dense parameters and of its experts; bytes that its backward makes for a
+moment, besides the gradients of experts."""
 
 
 @attrs.frozen
@@ -206,8 +206,8 @@ def _layers(model: Model, seq_len: int, precision: str, device: Described, achie
 
 @attrs.frozen
 class Found:
-    """best: the fastest plan of each mesh, in order · refused: what looked as good and cannot be, and why · tried: choices that there were, those that
-    fit by the formulas, and plans that were made."""
+    """best: the fastest plan of each mesh, in order · refused: what looked as good and cannot be, and why · tried: how many choices there were, how many
+    of them fit by the formulas, and how many plans were made."""
 
     best: tuple[tuple[Choice, Plan], ...]
     refused: tuple[tuple[Choice, str], ...]
@@ -230,10 +230,9 @@ def search(
     """The best layouts of a model on so many devices, for steps of global_batch rows of seq_len tokens. tell: is told what goes on.
 
     Raises ConfigError where a value of the device is needed and not known, and where nothing fits, with what comes nearest."""
-    compute, layers = precision_of(precision).compute, Layers(seq_len)
+    layers = Layers(seq_len)
     tell("layers on paper")
-    known = _layers(model, seq_len, precision, device, achieved, layers)
-    rough = Rough(known, device, global_batch, compute, state_bytes(optimizer, layout(model, Mesh(dp=1)), precision), achieved)
+    rough = formulas(model, device, optimizer, seq_len, global_batch, precision, achieved, layers)
     every = [pair for c in choices(model, ranks, int(device.need("node")), global_batch) for pair in rough.of(c)]
     if not every:
         raise ConfigError(f"{global_batch} rows on {ranks} ranks: no mesh divides them; give --global-batch as a multiple of the ranks, {ranks}")
@@ -241,9 +240,10 @@ def search(
     fitting = sorted((pair for pair in every if pair[0].peak <= SLACK * limit), key=lambda pair: pair[0].seconds)
     if not fitting:
         guess, c = min(every, key=lambda pair: pair[0].peak)
-        raise ConfigError(f"nothing fits into {limit / 2**30:.1f} GiB a device: the least is about {guess.peak / 2**30:.1f} GiB with {c}; take more ranks")
+        least = f"the least is about {guess.peak / 2**30:.1f} GiB, with {c}"
+        raise ConfigError(f"nothing fits into {limit / 2**30:.1f} GiB a device: {least}; take more ranks than {ranks}, or another device")
     best, refused, made, most = dict[Mesh, tuple[Choice, Plan]](), list[tuple[Choice, str]](), 0, 2 * top
-    for guess, c in fitting:
+    for _, c in fitting:
         if c.mesh in best or [other.mesh for other, _ in refused].count(c.mesh) >= 2:
             continue
         if len(best) >= top or made >= most:
@@ -261,6 +261,30 @@ def search(
             refused.append((c, f"{found.peak / 2**30:.1f} GiB on row {found.worst.row}, of {limit / 2**30:.1f}"))
     ordered = sorted(best.values(), key=lambda pair: pair[1].seconds)
     return Found(tuple(ordered), tuple(refused), (len(every), len(fitting), made))
+
+
+def formulas(
+    model: Model, device: Described, optimizer: Optimizer, seq_len: int, global_batch: int, precision: str, achieved: Achieved, layers: Layers
+) -> Rough:  # fmt: skip
+    known, state = _layers(model, seq_len, precision, device, achieved, layers), state_bytes(optimizer, layout(model, Mesh(dp=1)), precision)
+    return Rough(known, device, global_batch, precision_of(precision).compute, state, achieved)
+
+
+def nearest(rough: Rough, model: Model, now: Choice, limit: float) -> Choice | None:
+    """The layout that fits, by the formulas, and differs from this one in the fewest settings: on as many ranks, or else on twice, four or eight times as
+    many; of several the fastest. None: nothing does."""
+    node = int(rough.device.need("node"))
+    for times in (1, 2, 4, 8):
+        every = [pair for c in choices(model, now.mesh.size * times, node, rough.rows) for pair in rough.of(c)]
+        if fits := [(_apart(c, now), guess.seconds, i) for i, (guess, c) in enumerate(every) if guess.peak <= limit]:
+            return every[min(fits)[2]][1]
+    return None
+
+
+def _apart(a: Choice, b: Choice) -> int:
+    """How many settings differ; dp follows from the others."""
+    meshes = sum(a.mesh[axis] != b.mesh[axis] for axis in ("tp", "pp", "ep", "etp"))
+    return meshes + sum(getattr(a, name) != getattr(b, name) for name in ("micro_batch", "schedule", "chunks", "recompute", "shard"))
 
 
 def planned(

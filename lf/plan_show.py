@@ -55,10 +55,11 @@ def rows_of(plan: Plan, title: str) -> Any:
     """Of each row that was run its memory when it holds the most, and what leaves it in a step."""
     axes = sorted({axis for row in plan.rows for axis, n in row.sent_over.items() if n > GIB / 1000})
     columns = ("row", "GiB", *KINDS, *(f"GiB over {axis}" for axis in axes))
-    return table(title, columns, [
-        (str(r.row), f"{r.peak / GIB:.2f}", *(f"{r.memory.get(kind, 0) / GIB:.2f}" for kind in KINDS), *(f"{r.sent_over.get(a, 0) / GIB:.2f}" for a in axes))
-        for r in plan.rows
-    ])  # fmt: skip
+    cells = []
+    for r in plan.rows:
+        kinds, over = (r.memory.get(kind, 0) for kind in KINDS), r.sent_over
+        cells.append((str(r.row), *(f"{n / GIB:.2f}" for n in (r.peak, *kinds, *(over.get(axis, 0) for axis in axes)))))
+    return table(title, columns, cells)
 
 
 def drawn(choice: Choice, plan: Plan, folder: str | Path) -> list[Path]:

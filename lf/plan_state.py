@@ -2,7 +2,7 @@
 
     compute copy of the parameters   the shard that a rank keeps, or all of it where nothing is cut; nothing where that is the master itself
     parameters made whole            stages 1, 2 and 3 with `keep`: all; stage 3: the layers that are there at a time
-    gradients                        whole; or, summed after each microbatch, shards and the layers whose sums travel; and shards of what is summed at last
+    gradients                        whole, and shards of what is summed at the end; or, summed after each microbatch, shards and the layers on their way
     optimizer: m, …                  its trees, which `init` is asked for with one element of each parameter
 """
 
@@ -95,7 +95,8 @@ def _layers(sizes: Any, most: int) -> int:
 
 
 def asked(layouts: Layouts, optimizer: Optimizer, ctx: Any, host: bool = False) -> Tree:
-    """The optimizer's trees for this rank, of one element for each parameter, without those that lie in the host's memory. host: that is the device."""
+    """The optimizer's trees for this rank, of one element for each parameter, without those that lie in the host's memory. host: that is the
+    device."""
     one = {path: torch.zeros(1, dtype=ctx.precision.master) for path in layouts.held(ctx.axes.rank)}
     trained = [path for path in one if path not in layouts.frozen]
     small = optimizer.init(tree.build([(path, one[path]) for path in trained]), torch.device("cpu"), layouts)

@@ -58,7 +58,7 @@ class Work:
 
 @attrs.frozen
 class Rates:
-    """Seconds of work on a mesh of described devices. compute: the dtype of products. Raises ConfigError where a value is needed that is not known."""
+    """Seconds of work on a mesh of described devices. compute: the dtype of products. Raises ConfigError for a value that is needed and not known."""
 
     mesh: Mesh
     device: Described

@@ -19,7 +19,7 @@ from lf.config import ConfigError
 from lf.devices.described import DESCRIBED, described
 from lf.mesh import Mesh
 from lf.plan_layers import Layers
-from lf.plan_search import Choice, Found, planned, search
+from lf.plan_search import Choice, Found, formulas, nearest, planned, search
 from lf.plan_show import drawn, memory, ranking, rows_of, spent
 from lf.plan_time import Achieved
 
@@ -78,7 +78,11 @@ def main(config: Config) -> None:
         best = planned(model, choice, device, optimizer, config.seq_len, rows, config.precision, achieved, layers, None)
         screen.print(f"{about}: {choice}", style="bold", soft_wrap=True)
         words = f"{best.seconds:.2f} s, {best.tokens_per_second:.0f} tokens/s a device, MFU {100 * best.mfu:.1f} %"
-        screen.print(f"{words}, {best.peak / GIB:.1f} of {best.limit / GIB:.1f} GiB{'' if best.fits else ': it does not fit'}", soft_wrap=True)
+        screen.print(f"{words}, {best.peak / GIB:.1f} of {best.limit / GIB:.1f} GiB", soft_wrap=True)
+        if not best.fits:
+            rough = formulas(model, device, optimizer, config.seq_len, rows, config.precision, achieved, layers)
+            near = nearest(rough, model, choice, best.limit)
+            screen.print(f"it does not fit; the nearest that should: {f'{near}, on {near.mesh.size} ranks' if near else 'none'}", soft_wrap=True)
     screen.print(spent(best, "where the time goes, on the busiest row"))
     screen.print(rows_of(best, "memory at its most, and what a rank sends in a step"))
     if config.out:

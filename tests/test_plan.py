@@ -52,7 +52,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], str]] = {  # mesh, model, pipel
     "stage 3": ("dp=2", "untied", {"shard": "3"}, "fp32"),
     "stage 3, hybrid, run again": ("dp=4", "tiny", {"shard": "3,ranks=2", "recompute": "full"}, "bf16"),
     "experts": ("ep=2,dp=2", "even", {}, "bf16"),
-    "experts, stage 1": ("ep=2,etp=2,tp=2,dp=2", "even", {"shard": "1"}, "fp32"),
+    "experts, stage 1": ("ep=2,etp=2,tp=2,dp=2", "even", {"shard": "1"}, "bf16"),
 }
 
 
