@@ -141,9 +141,9 @@ def way_out(usage: Usage, now: Setting) -> str:
             return f"{fewer}--recompute full (about {_bytes(usage.lasting + again)}; a step then takes up to a third longer)"
     one = "--micro-batch 1 and " if now.micro_batch > 1 else ""
     of = f" in chain {now.chain!r}" if now.chain else ""
-    for words, left in now.shards.items():
-        if fits(left, usage.activations):
-            return f"{words}, on the same ranks (about {_bytes(left + usage.activations)} each)"
+    for words, sharded in now.shards.items():
+        if fits(sharded, usage.activations):
+            return f"{words}, on the same ranks (about {_bytes(sharded + usage.activations)} each)"
     for times in [n for n in range(2, now.edp + 1) if now.edp % n == 0 and now.ep * n <= now.experts]:
         left = usage.lasting * (1 - now.routed * (1 - 1 / times))
         for words, kept in (("", usage.activations), (one, row)):

@@ -67,11 +67,6 @@ class Meter(TorchDispatchMode):
         for kind, trees in (known or {}).items():
             self.mark(kind, trees)
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """torch would load its compiler, ten seconds, to keep it from looking in here: no compiled function runs under a meter."""
-        return False
-
     def mark(self, kind: str, *trees: Any) -> None:
         """The storages of these tensors are of this kind, unless another has been said; those that it has not seen count from here on."""
         for x in tree_leaves(trees):

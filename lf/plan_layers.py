@@ -249,8 +249,8 @@ def _made(x: Tensor, numbers: Mapping[int, int], places: dict[int, int]) -> Made
     """numbers: of what went in, by storage · places: of the storages that were made, as far as they are known."""
     key, value = _key(x), None if x.is_meta else x.detach()
     place = places.setdefault(key, len(places))
-    place_of = tuple(x.shape), x.stride(), x.storage_offset()
-    return Made(*place_of, x.dtype, x.untyped_storage().nbytes(), place, numbers.get(key), value, x.requires_grad)
+    bytes, offset = x.untyped_storage().nbytes(), int(x.storage_offset())
+    return Made(tuple(x.shape), x.stride(), offset, x.dtype, bytes, place, numbers.get(key), value, x.requires_grad)
 
 
 def _make(made: Sequence[Made | None], given: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -258,7 +258,7 @@ def _make(made: Sequence[Made | None], given: Sequence[Tensor | None]) -> list[T
     out, places = list[Tensor | None](), dict[int, Tensor]()
     for m in made:
         if m is None or m.value is not None:
-            out.append(m and m.value)
+            out.append(None if m is None else m.value)
             continue
         if m.given is not None:
             base = given[m.given]

@@ -206,8 +206,8 @@ def _layers(model: Model, seq_len: int, precision: str, device: Described, achie
 
 @attrs.frozen
 class Found:
-    """best: the fastest plan of each mesh, in order · refused: what looked as good and cannot be, and why · tried: how many choices there were, how many
-    of them fit by the formulas, and how many plans were made."""
+    """best: the fastest plan of each mesh, in order · refused: what looked as good and cannot be, and why · tried: how many choices there were, how
+    many of them fit by the formulas, and how many plans were made."""
 
     best: tuple[tuple[Choice, Plan], ...]
     refused: tuple[tuple[Choice, str], ...]
@@ -271,8 +271,8 @@ def formulas(
 
 
 def nearest(rough: Rough, model: Model, now: Choice, limit: float) -> Choice | None:
-    """The layout that fits, by the formulas, and differs from this one in the fewest settings: on as many ranks, or else on twice, four or eight times as
-    many; of several the fastest. None: nothing does."""
+    """The layout that fits, by the formulas, and differs from this one in the fewest settings: on as many ranks, or else on 2, 4 or 8 times as many; of
+    several the fastest. None: nothing does."""
     node = int(rough.device.need("node"))
     for times in (1, 2, 4, 8):
         every = [pair for c in choices(model, now.mesh.size * times, node, rough.rows) for pair in rough.of(c)]

@@ -2,7 +2,7 @@
 
     compute copy of the parameters   the shard that a rank keeps, or all of it where nothing is cut; nothing where that is the master itself
     parameters made whole            stages 1, 2 and 3 with `keep`: all; stage 3: the layers that are there at a time
-    gradients                        whole, and shards of what is summed at the end; or, summed after each microbatch, shards and the layers on their way
+    gradients                        whole, and shards where they are summed at the end; summed after each microbatch, shards and layers on their way
     optimizer: m, …                  its trees, which `init` is asked for with one element of each parameter
 """
 

@@ -82,3 +82,73 @@ def test_memory_is_that_of_ranks_with_data_and_traffic_that_of_the_trace(name: s
         assert {key: n for key, n in row.sent.items() if n} == {key: c.sent for key, c in paper_trace.traffic.items() if c.sent}
         assert abs(row.peak - seen.peak) <= 0.03 * seen.peak, (row.memory, seen.peak_by_kind)
         assert row.peak == sum(row.memory.values())
+
+
+def planned(mesh: str, device: Any = "h100", count: int = COUNT, model: str = "untied", **flags: Any) -> Any:
+    of, rows = flags.pop("of", None), flags.pop("rows", None)
+    pipeline = Pipeline(**flags)
+    layout = pipeline.layout(MODELS[model], lf.Mesh.parse(mesh).fill(), TOKENS)
+    program = pipeline.program(layout, count)
+    return plan(layout, program, lf.optim.adamw(1e-2), device, seq_len=TOKENS, micro_batch=ROWS, layers=KNOWN, of=of, rows=rows, ops=cpu)
+
+
+def test_rows_with_the_same_layers_need_not_all_be_run() -> None:
+    """Of four rows with an embedding, a layer, a layer and a head each is another; of the mixture's pairs none is. Times are those of all rows."""
+    every, some = (planned("pp=4", count=8, rows=rows) for rows in (None, ()))
+    assert [row.row for row in every.rows] == [0, 1, 2, 3]
+    signs = signatures(every.layout)
+    assert signs[1] == signs[2] != signs[0]
+    assert [row.row for row in some.rows] == [0, 1, 3]
+    assert some.seconds == pytest.approx(every.seconds)
+    assert some.rows[1] == every.rows[1]
+    assert every.rows[2].peak < every.rows[1].peak  # of equal rows the first holds the most under 1F1B
+
+
+def test_few_microbatches_speak_for_many() -> None:
+    many, few = planned("pp=2,dp=2", count=16), planned("pp=2,dp=2", count=4, of=16)
+    assert few.tokens == many.tokens
+    assert few.model_flops == many.model_flops
+    assert few.peak == pytest.approx(many.peak, rel=1e-3)  # but for a few scalars of each microbatch
+    assert few.seconds == pytest.approx(many.seconds, rel=0.02)
+    assert [row.sent for row in few.rows] == [row.sent for row in many.rows]
+    assert [row.flops for row in few.rows] == [row.flops for row in many.rows]
+
+
+def test_a_plan_adds_up() -> None:
+    one, two = planned(""), planned("pp=2", schedule="zb-h1", recompute="full")
+    assert one.bubble < 1e-3 < 0.1 < two.bubble
+    assert sum(two.spent.values()) == pytest.approx(two.seconds)
+    assert two.spent["made again"] > 0 == one.spent["made again"]
+    assert one.mfu == pytest.approx(one.model_flops / one.seconds / 989.4e12)
+    assert one.tokens == COUNT * ROWS * TOKENS
+    made = sum(s.flops(b) * COUNT for b in batches()[:1] for s in one.layout.model.segments)
+    assert one.model_flops == made
+    assert made < one.rows[0].flops < 1.1 * made  # with the scores of attention once more in its backward
+    assert one.fits
+    assert not attrs.evolve(one, device=one.device.with_(memory=one.peak)).fits
+
+
+def test_what_is_not_known_of_a_device_is_told_and_may_be_given() -> None:
+    with pytest.raises(ConfigError, match="device p800: bf16 is not known"):
+        planned("", described("p800").with_(bandwidth=1e12))
+    known = described("p800").with_(bf16=1e14, bandwidth=1e12)
+    assert planned("", known).seconds > planned("").seconds
+    with pytest.raises(ConfigError, match="device p800: link is not known"):
+        planned("tp=2", known)
+
+
+def test_rates_of_axes_follow_from_where_their_ranks_lie() -> None:
+    """Nodes of 8: tp=4 lies in one; dp=4 next to it has two ranks in each, and a message to the next stage leaves it."""
+    rates = Rates(lf.Mesh(pp=2, dp=4, tp=4, ep=16), described("h100"), torch.bfloat16, Achieved(links=1.0))
+    assert rates.group("tp") == (4, 4)
+    assert rates.per_byte("tp") == pytest.approx(1 / 450e9)
+    assert rates.group("dp·cp") == (4, 2)
+    assert rates.per_byte("dp·cp") == pytest.approx(1 / 100e9)  # of two adapters
+    assert rates.group("dp·cp/2") == (2, 2)
+    assert rates.per_byte("dp·cp/2") == pytest.approx(1 / 450e9)
+    assert rates.per_byte("dp·cp%2") == pytest.approx(1 / 50e9)
+    assert rates.per_byte("pp") == pytest.approx(1 / 50e9)
+    assert rates.per_byte("ep", "all_to_all") == pytest.approx(7 / 15 / 450e9 + 8 / 15 / 50e9)
+    assert rates.per_byte("cp") == 0
+    both = Work(10.0, 4.0, {("tp", "all_gather"): 3.0}) + Work(1.0, 0.0, {("pp", "send"): 2.0})
+    assert both - Work(1.0, 0.0, {("pp", "send"): 2.0}) == Work(10.0, 4.0, {("tp", "all_gather"): 3.0})
