@@ -271,8 +271,8 @@ def formulas(
 
 
 def nearest(rough: Rough, model: Model, now: Choice, limit: float) -> Choice | None:
-    """The layout that fits, by the formulas, and differs from this one in the fewest settings: on as many ranks, or else on 2, 4 or 8 times as many; of
-    several the fastest. None: nothing does."""
+    """The layout that fits, by the formulas, and differs from this one in the fewest settings: on as many ranks, or else on 2, 4 or 8 times as many;
+    of several the fastest. None: nothing does."""
     node = int(rough.device.need("node"))
     for times in (1, 2, 4, 8):
         every = [pair for c in choices(model, now.mesh.size * times, node, rough.rows) for pair in rough.of(c)]
