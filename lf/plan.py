@@ -31,13 +31,14 @@ from lf.batch import Batch
 from lf.context import Context, precision_of
 from lf.data.batches import pack
 from lf.data.stream import Row as Tokens
-from lf.devices import cpu, cuda, op_table, paper
+from lf.devices import paper
 from lf.devices.described import Described, described
 from lf.layouts import Layout
 from lf.meter import BATCH, GRADIENT, OPTIMIZER, PARAMETER, Meter, quiet
 from lf.optim import Optimizer
 from lf.paper import Paper
 from lf.plan_layers import Layers, Tally
+from lf.plan_ops import table_for
 from lf.plan_time import Achieved, Rates, Sent, Work
 from lf.schedule import Action, Program, Timeline, cost
 from lf.schedule.ir import COMPUTE, microbatches
@@ -192,11 +193,6 @@ def plan(
         layout, device, tuple(found.values()), timeline, update, _spent(timeline, program, found, rates, update, times),
         len(batch.plan["tokens"]) * steps, device.peak(compute), flops(batch) * steps if flops else math.nan, beyond,
     )  # fmt: skip
-
-
-def table_for(precision: str, ops: ModuleType | None = None) -> SimpleNamespace:
-    """The op table that is planned with."""
-    return op_table(ops or (cuda if precision_of(precision).compute == torch.bfloat16 else cpu))
 
 
 def rows_of(seq_len: int, micro_batch: int, multiple: int) -> Batch:

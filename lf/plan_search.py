@@ -30,8 +30,9 @@ from lf.mesh import Mesh
 from lf.optim import Optimizer
 from lf.paper import Paper
 from lf.pipeline import Pipeline
-from lf.plan import USABLE, Plan, plan, rows_of, table_for
+from lf.plan import USABLE, Plan, plan, rows_of
 from lf.plan_layers import Layers, chain
+from lf.plan_ops import table_for
 from lf.plan_state import state_bytes
 from lf.plan_time import Achieved, Rates, Work
 from lf.schedule import ProgramError
@@ -295,7 +296,8 @@ def planned(
     pipeline = c.pipeline(len(model.layers()))
     where = pipeline.layout(model, c.mesh, seq_len)
     count = microbatches(global_batch, c.micro_batch, where.mesh["dp"])
-    program = pipeline.program(where, min(count, max(4, 2 * c.mesh.pp)))
+    enough = 2 * c.mesh.pp if c.schedule == "interleaved" else max(4, c.mesh.pp + 2)  # for a rank to hold the most that it will
+    program = pipeline.program(where, min(count, enough))
     return plan(
         where, program, optimizer, device, seq_len=seq_len, micro_batch=c.micro_batch, precision=precision, achieved=achieved, rows=rows,
         layers=layers, of=count,

@@ -26,7 +26,7 @@ LEVELS = (
     ("kernels", "parallel", "chain_layouts"),
     ("models", "bridge", "chain_context", "meter"),
     ("schedule", "optim", "data", "axes_counted"),
-    ("state", "ramp", "record", "pipeline", "plan_layers", "plan_time", "plan_state"),
+    ("state", "ramp", "record", "pipeline", "plan_layers", "plan_ops", "plan_time", "plan_state"),
     ("checkpoint", "evaluate", "drift", "memory", "chain_feed"),
     ("train", "sim", "pictures", "expert_picture", "agreement"),
     ("parity", "loop", "plan"),
