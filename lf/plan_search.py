@@ -45,7 +45,7 @@ RECOMPUTE = {"none": 0.0, "half": 0.5, "full": 1.0}
 """Which share of the layers is run again."""
 SHARDS = ("1", "2", "3")
 MICRO = (1, 2, 4, 8)
-SLACK = 1.03
+SLACK = 1.0
 """What the formulas may say too much."""
 HIDDEN = 0.7
 """Of the time of a microbatch, what sums of gradients can go on beside: about its backward."""
@@ -296,7 +296,7 @@ def planned(
     pipeline = c.pipeline(len(model.layers()))
     where = pipeline.layout(model, c.mesh, seq_len)
     count = microbatches(global_batch, c.micro_batch, where.mesh["dp"])
-    enough = 2 * c.mesh.pp if c.schedule == "interleaved" else max(4, c.mesh.pp + 2)  # for a rank to hold the most that it will
+    enough = 2 * c.mesh.pp if c.schedule == "interleaved" or c.mesh.pp == 1 else c.mesh.pp + 2  # for a rank to hold the most that it will
     program = pipeline.program(where, min(count, enough))
     return plan(
         where, program, optimizer, device, seq_len=seq_len, micro_batch=c.micro_batch, precision=precision, achieved=achieved, rows=rows,
