@@ -12,6 +12,7 @@ from moe_mutations import MIXTURES
 from mutation import Mutation, rewritten, stale, words
 from optim_mutations import OPTIMIZERS
 from schedule_mutations import SCHEDULE
+from sharding_mutations import SHARDING
 
 from lf import axes, axes_sim, chain_layouts, drift, evaluate, layouts, loop, ramp, record, rng, split, state, train
 from lf.checkpoint import native, shards
@@ -326,7 +327,7 @@ STAGES = [
 ]
 
 ALL: list[Mutation] = [
-    *edges(), *MOVES, *SPECS, *NORMALISER, *MODEL, *STEPS, *SCHEDULE, *AXES, *RUNS, *STAGES, *CHAIN, *MIXTURES, *MIXERS, *OPTIMIZERS,
+    *edges(), *MOVES, *SPECS, *NORMALISER, *MODEL, *STEPS, *SCHEDULE, *AXES, *RUNS, *STAGES, *CHAIN, *MIXTURES, *MIXERS, *OPTIMIZERS, *SHARDING,
 ]  # fmt: skip
 __all__ = ["ALL", "Mutation", "rewritten", "stale"]
 assert len({m.name for m in ALL}) == len(ALL)
