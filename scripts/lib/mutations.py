@@ -275,7 +275,7 @@ AXES = [
         (axes_sim.SimAxis.reduce_scatter, "[self.index] for t in full", "[-1 - self.index] for t in full"),
     ),
     words("mesh: the first axis is the fastest", "tests/test_mesh.py", (Mesh.coords, "for axis in reversed(grid):", "for axis in grid:")),
-    words("simulator: ranks may differ", "tests/test_sim.py", (axes_sim.World.meet, "if theirs != tag:", "if False:")),
+    words("simulator: ranks may differ", "tests/test_sim.py", (axes_sim.World.post, "if theirs != tag:", "if False:")),
 ]
 
 EVALUATE, DRIFT, LOOP, RAMP, LR = (f"tests/{name}.py" for name in ("test_evaluate", "test_drift", "test_loop", "test_ramp", "optim/test_lr"))
