@@ -21,7 +21,7 @@ from lf.context import PRECISIONS, Precision
 NAMES = ("NAME", "BACKEND", "FLOAT64", "OPS")
 FUNCTIONS = (
     *("found", "missing", "no_compiler", "torch_device", "select", "peak_flops", "memory_peak", "memory_total"),
-    *("memory_now", "moment", "seconds", "copy_streams", "copy_out", "copy_in"),
+    *("memory_now", "moment", "seconds", "copy_streams", "copy_out", "copy_in", "copy_beside"),
 )
 
 
