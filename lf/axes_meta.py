@@ -1,26 +1,31 @@
 """One rank of any mesh on meta tensors: every collective gives a tensor of the right shape and dtype, and nothing is sent.
 
-The same two classes as `lf/axes.py` and `lf/axes_sim.py` have; model code cannot tell. Sizes of axes are worked out without the ranks on them, so
-that one of 30,000 ranks costs what one of two does.
+The same two classes as `lf/axes.py` and `lf/axes_sim.py` have; model code cannot tell. What a collective needs beside its result, it makes here as
+it does over processes, so that memory is what it is there. Sizes of axes are worked out without the ranks on them: one of 30,000 ranks costs what
+one of two does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lf.axes import of_world, placed
-from lf.axis import at_once, check_rows
+from lf.axis import Axis, Later
 from lf.mesh import Mesh, MeshError
+from lf.position import Position
 
 
-class MetaAxis:
-    """The same as `lf.axis.Axis`, for tensors without data. `ranks` is worked out when it is asked for."""
+class MetaAxis(Axis):
+    """An axis whose group is nobody: what it makes, and for how long, is what an axis over processes makes. `ranks` is worked out when it is asked
+    for."""
 
     def __init__(self, mesh: Mesh, rank: int, names: tuple[str, ...], of: Sequence[int]):
         self.mesh, self.rank, self.names, self.name, self.of = mesh, rank, names, "·".join(names) or "self", of
+        self._slot, self.ways = None, None
         coords = mesh.coords(rank)
         self.size, self.index, self.every = 1, 0, slice(None)
         for axis in mesh.grid(names):  # row-major, as mesh.group orders them
@@ -35,90 +40,72 @@ class MetaAxis:
         return inner, outer
 
     @property
-    def ranks(self) -> tuple[int, ...]:
+    def ranks(self) -> tuple[int, ...]:  # type: ignore[override]
         return tuple(self.of[r] for r in (self.mesh.group(self.rank, *self.names) if self.names else (self.rank,)))[self.every]
 
-    def sum(self, x: Tensor) -> Tensor:
-        return self.all_reduce(x)
-
-    def max(self, x: Tensor) -> Tensor:
-        return self.all_reduce(x, "max")
-
-    def all_reduce(self, x: Tensor, op: str = "sum", later: bool = False, spend: bool = False) -> Any:
-        return at_once(self._like(x, x.shape), later)
-
-    def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0, later: bool = False) -> Any:
-        if self.size == 1:
-            return at_once(x.detach(), later)
-        check_rows(self, "all_gather", x.shape[dim], sizes[self.index])
-        return at_once(self._like(x, _resized(x, dim, sum(sizes))), later)
-
-    def reduce_scatter(self, x: Tensor, sizes: Sequence[int], dim: int = 0, later: bool = False) -> Any:
-        if self.size == 1:
-            return at_once(x.detach(), later)
-        check_rows(self, "reduce_scatter", x.shape[dim], sum(sizes))
-        return at_once(self._like(x, _resized(x, dim, sizes[self.index])), later)
-
-    def all_to_all(
-        self, x: Tensor, send: Sequence[int], recv: Sequence[int], dim: int = 0, join: int | None = None, later: bool = False
-    ) -> Any:
-        join = dim if join is None else join
-        if self.size == 1:
-            return at_once(x.detach(), later)
-        check_rows(self, "all_to_all", x.shape[dim], sum(send))
-        if join % x.dim() == dim % x.dim():
-            return at_once(self._like(x, _resized(x, dim, sum(recv))), later)
-        check_rows(self, "all_to_all", x.shape[join], recv[self.index])
-        cut = _resized(x, dim, send[self.index])
-        cut[join] = sum(recv)
-        return at_once(self._like(x, cut), later)
-
-    def gather_many(
-        self, outs: Sequence[Tensor], xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int], later: bool = False
-    ) -> Any:
-        for x, each, dim in zip(xs, sizes, dims):
-            if self.size > 1:
-                check_rows(self, "gather_many", x.shape[dim], each[self.index])
-                self._like(x, x.shape)
-        return _nothing if later else None
-
-    def scatter_many(
-        self, outs: Sequence[Tensor], xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int], later: bool = False
-    ) -> Any:
-        for x, each, dim in zip(xs, sizes, dims):
-            check_rows(self, "scatter_many", x.shape[dim], sum(each))
-            self._like(x, x.shape)
-        return _nothing if later else None
-
-    def sum_many(self, xs: Sequence[Tensor], later: bool = False) -> Any:
-        for x in xs:
-            self._like(x, x.shape)
-        return _nothing if later else None
-
     def shift(self, x: Tensor, k: int) -> Tensor:
-        return self._like(x, x.shape)
+        if k % self.size == 0:
+            return x.detach()
+        return torch.empty_like(self._meta(x.detach().contiguous()))
+
+    def send(self, x: Tensor, to: int, what: str) -> Callable[[], None]:
+        x = self._meta(x.detach().contiguous())
+
+        def wait() -> None:
+            assert x.is_meta  # held here, as where it has to leave
+
+        return wait
+
+    def recv(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, source: int, what: str) -> Later:
+        out = self._meta(torch.empty(tuple(shape), dtype=dtype, device=device))
+        return lambda: out
 
     def barrier(self) -> None:
         pass
 
-    def _like(self, x: Tensor, shape: Sequence[int]) -> Tensor:
-        if self.size == 1:
-            return x.detach()
+    def _start(self, collective: Callable[..., Any], *args: Any) -> Any:
+        self._meta(args[0])
+        return _Done()
+
+    def _launched(self, into: list[Tensor], given: list[Tensor], name: str) -> Callable[[], None]:
+        for x in given:
+            self._meta(x)
+        return super()._launched(into, given, name)
+
+    def _group(self) -> Any:
+        return _Nobody()
+
+    def _meta(self, x: Tensor) -> Tensor:
         if not x.is_meta:
             raise ValueError(
                 f"{self.name} of {self.size} ranks is on paper: it takes meta tensors, and this one, {tuple(x.shape)}, has data on {x.device}. "
                 "lf.sim.spmd runs ranks with data, lf.connect real ones"
             )
-        return x.new_empty(list(shape))
+        return x
+
+
+class _Done:
+    """What was started where nobody is."""
+
+    def wait(self) -> None:
+        pass
+
+
+class _Nobody:
+    """A group of processes that takes everything and does nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., _Done]:
+        return lambda *args: _Done()
 
 
 class MetaAxes:
     """The same as `lf.axes.Axes`: the axes of the rank `rank` of `mesh`. `ranks`: those of the world that the mesh numbers 0, 1, …"""
 
-    def __init__(self, mesh: Mesh, rank: int = 0, ranks: Sequence[int] | None = None):
+    def __init__(self, mesh: Mesh, rank: int = 0, ranks: Sequence[int] | None = None, position: Position | None = None):
         self.mesh, self.rank, self.whole = mesh.fill(), rank, ranks is None
         self.ranks = range(self.mesh.size) if ranks is None else tuple(ranks)
         self.coords = self.mesh.coords(rank)
+        self.position = Position(self.ranks[rank]) if position is None else position
         self._axes: dict[tuple[str, ...], MetaAxis] = {}
 
     def __getitem__(self, names: str | tuple[str, ...]) -> MetaAxis:
@@ -136,7 +123,7 @@ class MetaAxes:
 
     def over(self, mesh: Mesh, ranks: Sequence[int], parts: Sequence[tuple[tuple[str, ...], int]] = ()) -> MetaAxes | None:
         mesh, place = placed(self, mesh, ranks)
-        return None if place is None else MetaAxes(mesh, place, ranks)
+        return None if place is None else MetaAxes(mesh, place, ranks, self.position)
 
     def links(self) -> MetaAxis:
         of_world(self, "links")
@@ -152,13 +139,3 @@ class MetaAxes:
     @property
     def first_of_node(self) -> bool:
         return self.ranks[self.rank] == 0
-
-
-def _nothing() -> None:
-    """What waits for what is there already."""
-
-
-def _resized(x: Tensor, dim: int, n: int) -> list[int]:
-    shape = list(x.shape)
-    shape[dim] = n
-    return shape

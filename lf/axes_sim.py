@@ -57,6 +57,16 @@ class World:
 
     def meet(self, key: tuple[Any, ...], ranks: tuple[int, ...], rank: int, tag: tuple[Any, ...], x: Any, wait: bool = True) -> list[Any]:
         """Leave (tag, x) in the room and return what every rank of `ranks` has left, once all are there; without `wait` leave it and go on."""
+        room = self.post(key, ranks, rank, tag, x)
+        if not wait:
+            return []
+        self.settle(room, ranks, rank)
+        return [room.left[r][1] for r in ranks]
+
+    def post(
+        self, key: tuple[Any, ...], ranks: tuple[int, ...], rank: int, tag: tuple[Any, ...], x: Any, finish: Callable[[list[Any]], None] | None = None
+    ) -> _Room:
+        """Leave (tag, x) in the room and go on. The last to come does `finish` with what all have left."""
         here = f"{self.positions[rank].action()}: {tag[0]}{tag[1:]} at {_call_site()}"
         room = self.rooms.setdefault(key, _Room({}, {}, threading.Condition(self.baton)))
         room.left[rank], room.where[rank] = (tag, x), here
@@ -65,20 +75,24 @@ class World:
                 raise CollectiveMismatch(f"ranks {other} and {rank} differ:\n  rank {other}{room.where[other]}\n  rank {rank}{here}")
         if len(room.left) == len(ranks):
             del self.rooms[key]
+            if finish:
+                finish([room.left[r][1] for r in ranks])
             for r in ranks:
                 if r in self.waiting and self.waiting[r][0] is room:  # the sender of a message may wait elsewhere by now
                     del self.waiting[r]
             room.full.notify_all()
-        elif not wait:
-            return []
-        else:
-            self.waiting[rank] = room, ranks
-            self.look_for_deadlock()
-            while len(room.left) < len(ranks) and self.error is None:
-                room.full.wait()
-            if self.error is not None:
-                raise _Ended
-        return [room.left[r][1] for r in ranks]
+        return room
+
+    def settle(self, room: _Room, ranks: tuple[int, ...], rank: int) -> None:
+        """Wait until all of `ranks` have come to the room."""
+        if len(room.left) == len(ranks):
+            return
+        self.waiting[rank] = room, ranks
+        self.look_for_deadlock()
+        while len(room.left) < len(ranks) and self.error is None:
+            room.full.wait()
+        if self.error is not None:
+            raise _Ended
 
     def look_for_deadlock(self) -> None:
         if self.waiting and len(self.waiting) + len(self.returned) == self.mesh.size:
@@ -103,10 +117,9 @@ class SimAxis:
         self.size, self.index, self.calls = len(ranks), ranks.index(rank), 0
         self.messages: dict[tuple[int, int], int] = {}  # how many have gone from one place to another
 
-    def _meet(self, x: Any, *tag: Any, number: int | None = None) -> list[Any]:
-        self.calls += number is None
-        place = (self.of, self.name, self.ranks, self.calls if number is None else number)
-        return self.world.meet(place, self.ranks, self.rank, (*tag, self.name), x)
+    def _meet(self, x: Any, *tag: Any) -> list[Any]:
+        self.calls += 1
+        return self.world.meet((self.of, self.name, self.ranks, self.calls), self.ranks, self.rank, (*tag, self.name), x)
 
     def sum(self, x: Tensor) -> Tensor:
         return self.all_reduce(x)
@@ -154,12 +167,13 @@ class SimAxis:
         for x, each, dim in zip(xs, sizes, dims):
             check_rows(self, "gather_many", x.shape[dim], each[self.index] if self.size > 1 else x.shape[dim])
 
-        def fill(given: Sequence[Sequence[Tensor]]) -> None:
-            for i, (out, dim) in enumerate(zip(outs, dims)):
-                for target, theirs in zip(out.split([x[i].shape[dim] for x in given], dim), given):
-                    target.copy_(theirs[i])
+        def finish(left: Sequence[Any]) -> None:
+            for outs, _ in left:
+                for i, (out, dim) in enumerate(zip(outs, dims)):
+                    for target, (_, xs) in zip(out.split([xs[i].shape[dim] for _, xs in left], dim), left):
+                        target.copy_(xs[i])
 
-        return self._many("gather_many", xs, sizes, dims, fill, later)
+        return self._many("gather_many", outs, xs, sizes, dims, finish, later)
 
     def scatter_many(
         self, outs: Sequence[Tensor], xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int], later: bool = False
@@ -167,41 +181,37 @@ class SimAxis:
         for x, each, dim in zip(xs, sizes, dims):
             check_rows(self, "scatter_many", x.shape[dim], sum(each))
 
-        def fill(given: Sequence[Sequence[Tensor]]) -> None:
-            for i, (out, each, dim) in enumerate(zip(outs, sizes, dims)):
-                out.copy_(_added([theirs[i].split(list(each), dim)[self.index] for theirs in given]))
+        def finish(left: Sequence[Any]) -> None:
+            for index, (outs, _) in enumerate(left):
+                for i, (out, each, dim) in enumerate(zip(outs, sizes, dims)):
+                    out.copy_(_added([xs[i].split(list(each), dim)[index] for _, xs in left]))
 
-        return self._many("scatter_many", xs, sizes, dims, fill, later)
+        return self._many("scatter_many", outs, xs, sizes, dims, finish, later)
 
     def sum_many(self, xs: Sequence[Tensor], later: bool = False) -> Any:
-        totals: list[Tensor] = []
+        def finish(left: Sequence[Any]) -> None:
+            for i in range(len(xs)):
+                total = _added([mine[i] for _, mine in left])
+                for _, mine in left:
+                    mine[i].copy_(total)
 
-        def fill(given: Sequence[Sequence[Tensor]]) -> None:
-            totals.extend(_added([theirs[i] for theirs in given]) for i in range(len(xs)))
-
-        def put() -> None:
-            for x, total in zip(xs, totals):
-                x.copy_(total)
-
-        return self._many("sum_many", xs, [()] * len(xs), [None] * len(xs), fill, later, put)
+        return self._many("sum_many", xs, xs, [()] * len(xs), [None] * len(xs), finish, later)
 
     def _many(
-        self, what: str, xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int | None], fill: Callable[[Any], None], later: bool,
-        put: Callable[[], None] | None = None,
+        self, what: str, outs: Sequence[Tensor], xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int | None],
+        finish: Callable[[Sequence[Any]], None], later: bool,
     ) -> Any:  # fmt: skip
-        """Of `later`, all happens when it is waited for: who has not waited sees nothing, and what changes on the way is seen. `fill` reads what all
-        have left, `put` writes when all have read."""
-        self.calls += 2
-        number = self.calls
+        """The last rank that starts it does it for all: until then who has not waited sees nothing, and what has changed meanwhile is seen."""
+        if self.size == 1:
+            finish([(outs, xs)])
+            return _nothing if later else None
         about = [(_but(x.shape, d) if d is not None else tuple(x.shape), x.dtype, tuple(each), d) for x, each, d in zip(xs, sizes, dims)]
+        self.calls += 1
+        key = (self.of, self.name, self.ranks, self.calls)
+        room = self.world.post(key, self.ranks, self.rank, (what, tuple(about), self.name), (outs, xs), finish)
 
         def wait() -> None:
-            given = [xs] if self.size == 1 else self._meet(xs, what, tuple(about), number=number - 1)
-            fill(given)
-            if self.size > 1:
-                self._meet(None, "read", number=number)
-            if put:
-                put()
+            self.world.settle(room, self.ranks, self.rank)
 
         return wait if later else wait()
 
@@ -321,6 +331,10 @@ def spmd(mesh: Mesh, fn: Callable[..., Any], *args: Any) -> list[Any]:
             error.add_note(f"raised by rank {rank} {mesh.coords(rank)} of mesh {mesh}")
         raise error
     return out
+
+
+def _nothing() -> None:
+    """What waits for what is there already."""
 
 
 def _added(pieces: Sequence[Tensor]) -> Tensor:

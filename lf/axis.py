@@ -42,7 +42,7 @@ class Axis:
         if self.size == 1:
             return at_once(x.detach(), later)
         out = x.detach() if spend and x.is_contiguous() else x.detach().clone(memory_format=torch.contiguous_format)
-        work = dist.all_reduce(out, OPS[op], self.group, async_op=True)
+        work = self._start(dist.all_reduce, out, OPS[op])
         return _finish(work, lambda: out, later)
 
     def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0, later: bool = False) -> Any:
@@ -54,7 +54,7 @@ class Axis:
         if n * self.size != sum(sizes):  # pad to the longest: backends gather equal pieces only
             rows = torch.cat([rows, rows.new_zeros(n - len(rows), *rows.shape[1:])])
         out = rows.new_empty(n * self.size, *rows.shape[1:])
-        work = _gather(out, rows, group=self.group, async_op=True)
+        work = self._start(_gather, out, rows)
 
         def result() -> Tensor:
             even = n * self.size == sum(sizes) and (self._slot is None or not n)
@@ -75,7 +75,7 @@ class Axis:
                 slot[: len(piece)] = piece
             rows = padded.flatten(0, 1)
         out = rows.new_empty(n, *rows.shape[1:])
-        work = _scatter(out, rows, group=self.group, async_op=True)
+        work = self._start(_scatter, out, rows)
         return _finish(work, lambda: out[: sizes[self.index]].movedim(0, dim).contiguous(), later)
 
     def all_to_all(
@@ -96,7 +96,7 @@ class Axis:
         flat = torch.cat([p.reshape(-1) for p in pieces])
         counts = self._by_slot([int(torch.Size(s).numel()) for s in shapes])
         out = flat.new_empty(sum(counts))
-        work = dist.all_to_all_single(out, flat, list(counts), [p.numel() for p in pieces], group=self.group, async_op=True)
+        work = self._start(dist.all_to_all_single, out, flat, list(counts), [p.numel() for p in pieces])
 
         def result() -> Tensor:
             if join == dim == 0 and self._slot is None:  # they lie as they are to be
@@ -200,6 +200,9 @@ class Axis:
             _all(works)()
 
         return wait
+
+    def _start(self, collective: Callable[..., Any], *args: Any) -> Any:
+        return collective(*args, group=self.group, async_op=True)
 
     def _group(self) -> Any:
         assert self.group is not None

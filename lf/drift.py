@@ -7,14 +7,15 @@ Every box of the optimizer's state that several ranks hold gets a hash, computed
 
 The sum has no order, so it is the same on any device; c_i is odd, so one changed element always changes it. The largest and the smallest hash
 of each box over all ranks, in one all-reduce, tell whether all holders agree; only where they do not, who says what is collected. Boxes that
-overlap (kv heads under query heads) are hashed unit by unit: a unit lies whole on each of its holders. Of state in shards each shard is a box, which
-those hold that have its place in other groups of shards.
+overlap (kv heads under query heads) are hashed unit by unit: a unit lies whole on each of its holders; where it is cut into shards, between all
+of their ends. A shard is compared with the same shard of other groups of ranks.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import attrs
@@ -87,24 +88,36 @@ def _specs(layouts: Layouts, leaves: Iterable[str]) -> list[Spec | None]:
 
 
 def _places(spec: Spec | None) -> list[int]:
-    """How many atoms each part has over all ranks: a box for every coordinate on the axes that split it, or a unit where boxes overlap."""
+    """How many atoms each part has over all ranks: a box for every coordinate on the axes that split it and every shard; where boxes overlap, for
+    everything between two ends."""
     if spec is None:
         return [1]
-    return [(part.n if i in _shared(spec) else 1) * _splits(spec, i) for i, part in enumerate(spec.parts())]
+    shared = spec.shared()
+    return [
+        (len(_ends(spec, i)) - 1 if i in shared else 1) * math.prod(spec.mesh[a] for a in _axes(spec, i)) * _shards(spec, i in shared)
+        for i in range(len(spec.parts()))
+    ]
 
 
-def _shared(spec: Spec) -> tuple[int, ...]:
-    """The parts whose boxes overlap; cut into shards they do not lie alike on their holders, and only groups of shards are compared."""
-    return () if spec.cut else spec.shared()
+def _shards(spec: Spec, shared: bool) -> int:
+    """How many shards each box is in, unless ends do it."""
+    return 1 if spec.cut is None or (shared and spec.cut.dim == spec.param.part_dim) else spec.cut.n
 
 
-def _splits(spec: Spec, i: int) -> int:
-    return math.prod(spec.mesh[axis] for axis in _axes(spec, i)) * (spec.cut.n if spec.cut else 1)
+def _ends(spec: Spec, i: int) -> list[int]:
+    """Of a part whose boxes overlap, along the dim of the parts: where a unit, or some rank's shard, begins or ends."""
+    part, axis, cut = spec.parts()[i], spec.names[spec.param.part_dim], spec.cut
+    assert axis is not None
+    ends = {min(n * part.size, part.rows) for n in range(part.n + 1)}
+    if cut is not None and cut.dim == spec.param.part_dim:
+        for lo, hi in (part.bounds(rank, spec.mesh[axis]) for rank in range(spec.mesh[axis])):
+            ends |= {lo + end for shard in range(cut.n) for end in cut.bounds(hi - lo, shard)}
+    return sorted(ends)
 
 
 def _axes(spec: Spec, i: int) -> tuple[str, ...]:
     """The axes that split part i, but for one along which its boxes overlap."""
-    return tuple(a for d, a in enumerate(spec.names) if a and not (d == spec.param.part_dim and i in _shared(spec)))
+    return tuple(a for d, a in enumerate(spec.names) if a and not (d == spec.param.part_dim and i in spec.shared()))
 
 
 def _atoms(layouts: Layouts, leaves: Iterable[str], rank: int) -> Iterator[tuple[int, str, Piece]]:
@@ -125,26 +138,25 @@ def _atoms(layouts: Layouts, leaves: Iterable[str], rank: int) -> Iterator[tuple
         copies = math.prod(spec.mesh[a] for a in spec.sum_axes) // (spec.cut.n if spec.cut else 1)
         alone = copies * len(layouts.chains[chain].holders(spec.path)) == 1
         for i, (piece, places) in enumerate(zip(spec.state_pieces(coords), _places(spec))):
-            piece, at = attrs.evolve(piece, key=f"{kind}/{piece.key}"), first
+            piece, at, shared = attrs.evolve(piece, key=f"{kind}/{piece.key}"), first, i in spec.shared()
+            first += places
             for axis in _axes(spec, i):
                 at += coords[axis] * (places := places // spec.mesh[axis])
-            at += spec.shard(coords)[0]
-            if i in _shared(spec):
-                yield from ((at + n, leaf, unit) for n, unit in _units(spec, i, piece, coords))
+            if (shards := _shards(spec, shared)) > 1:
+                at += spec.shard(coords)[0] * (places := places // shards)
+            if shared:
+                yield from ((at + n, leaf, part) for n, part in _between(_ends(spec, i), piece) if box.volume(part.box))
             elif not alone and box.volume(piece.box):
                 yield at, leaf, piece
-            first += _places(spec)[i]
 
 
-def _units(spec: Spec, i: int, piece: Piece, coords: dict[str, int]) -> Iterator[tuple[int, Piece]]:
-    """The units of a part whose boxes overlap, each with its number."""
-    part, axis = spec.parts()[i], spec.names[piece.dim]
-    assert axis is not None
-    begin = piece.box[piece.dim][0]
-    for n in range(*part.units(coords[axis], spec.mesh[axis])):
-        lo, hi = n * part.size, min((n + 1) * part.size, part.rows)
-        held = tuple((lo, hi) if d == piece.dim else b for d, b in enumerate(piece.box))
-        yield n, attrs.evolve(piece, box=held, at=piece.at + lo - begin)
+def _between(ends: list[int], piece: Piece) -> Iterator[tuple[int, Piece]]:
+    """What lies of a piece between two ends, each with its number."""
+    begin, stop = piece.box[piece.dim]
+    for n, (lo, hi) in enumerate(pairwise(ends)):
+        if begin <= lo and hi <= stop:
+            held = tuple((lo, hi) if d == piece.dim else b for d, b in enumerate(piece.box))
+            yield n, attrs.evolve(piece, box=held, at=piece.at + lo - begin)
 
 
 def _report(bad: Tensor, hashes: Tensor, layouts: Layouts, leaves: Iterable[str], ctx: Any) -> str:

@@ -7,6 +7,9 @@ that trains. Every loss, every gradient, the gradient norm and the parameters af
 
 SGD, because Adam divides the scale of a gradient out again. Every parameter is re-randomised first: a norm gain of 1 or a bias of 0 would let
 a missing sum pass. Each piece that any rank holds is compared with the same box of the one rank's tensor, so every copy must be right.
+
+Where less than float64 is asked for, b is still one rank in float64, and a may be a few times as far off as one rank of that precision is
+(lf/agreement.py). All of them take the choices that the routers of b make, if it has any (lf/models/replay.py).
 """
 
 from __future__ import annotations
@@ -20,102 +23,47 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lf import box, console, devices, rng, tree
+from lf import box, devices, rng, tree
+from lf.agreement import Quantity, Report, rounded, table
 from lf.axes_sim import spmd as simulated
 from lf.batch import IGNORE, Batch
 from lf.chain_context import chain_context
 from lf.chain_layouts import Layouts, Place, chain_layouts, joined
 from lf.chains import Chains
 from lf.config import ConfigError
-from lf.context import Context
+from lf.context import Context, precision_of
 from lf.data.batches import pack
 from lf.data.stream import Row
 from lf.layouts import Layout, layout
 from lf.mesh import Mesh
+from lf.models import replay
 from lf.optim import Optimizer, sgd
 from lf.schedule import Program
 from lf.schedule.build import build
 from lf.segment import Model
 from lf.sharding import NONE, Sharding
 from lf.spec import Init, Piece
-from lf.state import init
+from lf.state import init, shard_batch
 from lf.train import make
 from lf.tree import Tree
 
+__all__ = ["Quantity", "Report", "Trace", "compare", "compare_chains", "random_batches", "randomised", "table", "trace"]
+
 RELATIVE, FLOOR = 1e-10, 1e-6
-
-
-@attrs.frozen
-class Quantity:
-    """One compared quantity, as it was where it disagreed most. `size` is ‖b‖∞: with 0 there the comparison says nothing."""
-
-    name: str
-    size: float
-    error: float
-    tolerance: float
-
-    @property
-    def ok(self) -> bool:
-        return self.error <= self.tolerance and math.isfinite(self.tolerance)  # false for NaN, and for ∞ against ∞
-
-
-@attrs.frozen
-class Report:
-    """What `compare` found. `about`: what its ranks did in a step, in words, where several reports stand side by side."""
-
-    mesh: Mesh | Layouts
-    microbatches: int
-    seed: int
-    rows: tuple[Quantity, ...]
-    about: str = ""
-
-    @property
-    def ok(self) -> bool:
-        return bool(self.rows) and all(q.ok for q in self.rows)
-
-    @property
-    def bad(self) -> tuple[Quantity, ...]:
-        return tuple(q for q in self.rows if not q.ok)
-
-    def __str__(self) -> str:
-        """One line a quantity that disagrees, or that all agree."""
-        about = f" {self.about}" if self.about else ""
-        words = f"mesh {self.mesh}{about}, {self.microbatches} microbatches a rank, seed {self.seed}: "
-        if self.ok:
-            return words + f"all {len(self.rows)} quantities agree with one rank"
-        lines = [f"  {q.name}: error {q.error:.3g}, at most {q.tolerance:.3g}" for q in self.bad]
-        return words + f"{len(self.bad)} of {len(self.rows)} quantities disagree with one rank\n" + "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON, which has no NaN: what is not finite is None, and never ok."""
-
-        def number(x: float) -> float | None:
-            return x if math.isfinite(x) else None
-
-        rows = [
-            {"name": q.name, "size": number(q.size), "error": number(q.error), "tolerance": number(q.tolerance), "ok": q.ok} for q in self.rows
-        ]
-        where = {"mesh": str(self.mesh), "about": self.about, "ranks": self.mesh.size, "microbatches": self.microbatches}
-        return {**where, "seed": self.seed, "ok": self.ok, "rows": rows}
-
-
-def table(reports: Sequence[Report]) -> Any:
-    """As one rich table: the error of each quantity on each mesh, and how large the quantity is on the last."""
-    rows = [
-        (q.name, *(f"{r.rows[i].error:.1e}{'' if r.rows[i].ok else ' DISAGREES'}" for r in reports), f"{q.size:.2e}")
-        for i, q in enumerate(reports[-1].rows)
-    ]
-    return console.table("error against one rank", ("quantity", *(f"{r.mesh} {r.about}".strip() for r in reports), "largest value"), rows)
+CALM = 0.25
+"""How much of its noise a parameter gets where less than float64 is compared: with all of it bfloat16 is wrong by a third of a gradient, or more."""
 
 
 @attrs.frozen
 class Trace:
-    """What one rank saw: metrics and gradients (by path) of each step, and its parameters in the end."""
+    """What one rank saw: metrics and gradients (by path) of each step, its parameters in the end, and where they were recorded the choices of routers
+    in each microbatch of each step."""
 
     rank: int
     metrics: list[dict[str, Tensor]]
     gradients: list[dict[str, Tensor]]
     params: dict[str, Tensor]
+    choices: Sequence[Sequence[Tensor]] = ()
 
 
 def compare(
@@ -139,26 +87,40 @@ def compare(
     compile: bool | str = False,
     dispatch: str = "exchange",
     sharding: Sharding | str = NONE,
+    precision: str = "fp64",
+    replayed: bool | None = None,
     optimizer: Callable[[float], Optimizer] = sgd,
 ) -> Report:
     """`model` on `mesh`, with `microbatches` a rank and step, against one rank. `split`, `placement`, `frozen`, `sharding`: as in `lf.layout`; the
     one rank has one stage, whole state, and the same frozen. `program(layout, microbatches)`: what the mesh does in a step; the one rank makes a
     forward and its backward in turn. `compile`: as in `lf.train.make`, `dispatch`: as in `lf.Context`, both of the mesh alone. `spmd(mesh, fn,
     *args)` is how ranks are run: fn(axes, *args) on each, the results in their order. `optimizer(lr)`: one that hides no more of a gradient than its
-    scale. Raises what the ranks raise; ConfigError where the device has no float64.
+    scale. `precision`: of the mesh, as in `lf.Context`. `replayed`: whether all take the choices of the one rank's routers; None: where there are
+    any, and less than float64. Raises what the ranks raise; ConfigError where the device has no float64 and it is asked for.
     """
-    if not devices.get(device).FLOAT64:
-        raise ConfigError(f"device {device!r} has no float64, which parity is measured in; use --device cpu")
+    exact, less = devices.get(device).FLOAT64, precision_of(precision) != precision_of("fp64")
+    if not exact and not less:
+        raise ConfigError(f"device {device!r} has no float64, which parity is measured in; use --device cpu, or --precision fp32")
+    if replayed is None:
+        replayed = less and bool(replay.routers(model))
     mesh = mesh.fill()
     count = microbatches * mesh["dp"]
     batches = [random_batches(model, seed, step, count, tokens, padding) for step in range(steps)]
-    single = layout(model, Mesh(dp=1), rules, frozen=frozen)
-    where = layout(model, mesh, rules, split=split, placement=placement, frozen=frozen, sharding=sharding)
-    args = (batches, seed, lr, clip, device)
-    (one,) = simulated(single.mesh, trace, single, build(single, count), *args, False, "exchange", optimizer)
-    many = spmd(mesh, trace, where, program(where, microbatches), *args, compile, dispatch, optimizer)
-    rows = _compared(single, one, where, many)
-    return Report(mesh, microbatches, seed, tuple(rows))
+    taking = replay.replaying(model) if replayed else model
+    single, again = (layout(m, Mesh(dp=1), rules, frozen=frozen) for m in (model, taking))
+    where = layout(taking, mesh, rules, split=split, placement=placement, frozen=frozen, sharding=sharding)
+    args = (seed, lr, clip)
+    noise = CALM if less else 1.0
+    alone = device if exact else "cpu", False, dispatch, "fp64", noise
+    (one,) = simulated(single.mesh, trace, single, build(single, count), batches, *args, *alone, replayed, optimizer)
+    batches = [[_with(b, c) for b, c in zip(row, taken)] for row, taken in zip(batches, one.choices)] if replayed else batches
+    many = spmd(mesh, trace, where, program(where, microbatches), batches, *args, device, compile, dispatch, precision, noise, False, optimizer)
+    rows = tuple(_compared(single, one, where, many))
+    if less:
+        near = simulated(single.mesh, trace, again, build(again, count), batches, *args, device, False, dispatch, precision, noise, False, optimizer)
+        exactly = {rows[0].name, "tokens", "skipped", *model.sums}
+        rows = rounded(rows, [*_compared(single, one, again, near)], exactly, torch.finfo(precision_of(precision).compute).eps)
+    return Report(mesh, microbatches, seed, rows, precision=precision)
 
 
 def compare_chains(
@@ -187,7 +149,7 @@ def compare_chains(
     one_layouts, mesh = chain_layouts(model, alone), many_layouts.chains[model.main].mesh
     dp, multiple = mesh["dp"], 2 * mesh.cp * mesh.tp
     batches = [[data(step, i, multiple) for i in range(microbatches * dp)] for step in range(steps)]
-    args = (seed, lr, clip, device, False, "exchange", optimizer)
+    args = (seed, lr, clip, device, False, "exchange", "fp64", 1.0, False, optimizer)
     (one,) = simulated(Mesh(dp=1), trace, one_layouts, single(one_layouts, microbatches * dp), batches, *args)
     many = spmd(Mesh(dp=many_layouts.world), trace, many_layouts, program(many_layouts, microbatches), batches, *args)
     return Report(many_layouts, microbatches, seed, tuple(_compared(one_layouts, one, many_layouts, many)))
@@ -204,32 +166,43 @@ def trace(
     device: str,
     compile: bool | str = False,
     dispatch: str = "exchange",
+    precision: str = "fp64",
+    noise: float = 1.0,
+    record: bool = False,
     optimizer: Callable[[float], Optimizer] = sgd,
 ) -> Trace:
-    """This rank's part of a few steps of `lf.train.make`. batches[step] are the microbatches of all dp coordinates."""
+    """This rank's part of a few steps of `lf.train.make`. batches[step] are the microbatches of all dp coordinates. noise: as in `randomised`.
+    record: the choices of routers as well, of one chain without pp."""
     several, chip = isinstance(where, Layouts), devices.get(device)
-    ctx = chain_context(where, axes, chip, "fp64") if isinstance(where, Layouts) else Context(axes, chip, "fp64", dispatch=dispatch)
+    ctx = chain_context(where, axes, chip, precision) if isinstance(where, Layouts) else Context(axes, chip, precision, dispatch=dispatch)
     d, dp = axes["dp"].index, (where.chains[where.main].mesh if isinstance(where, Layouts) else axes.mesh)["dp"]
     seen: list[dict[str, Tensor]] = []
     start, step = make(where, _recording(optimizer(lr), seen), program, ctx, clip, compile)
-    state, metrics = start(randomised(where, ctx, seed)), []
+    state, metrics, choices = start(randomised(where, ctx, seed, noise)), list[dict[str, Tensor]](), list[list[Tensor]]()
     for row in batches:
         mine = [row[i : i + dp] for i in range(0, len(row), dp)] if several else [b for i, b in enumerate(row) if i % dp == d]
+        if record and isinstance(where, Layout):
+            own = [shard_batch(b, where.model, ctx) for i, b in enumerate(row) if i % dp == d]
+            choices.append([replay.recorded(where.model, state.params, b, ctx) for b in own])
         state, new = step(state, mine)
         metrics.append({k: v.cpu() for k, v in new.items() if k != "finite"})  # which is a rank's own
-    return Trace(axes.rank, metrics, seen, {p: w.cpu() for p, w in tree.items(state.optimizer["master"])})
+    return Trace(axes.rank, metrics, seen, {p: w.cpu() for p, w in tree.items(state.optimizer["master"])}, choices)
 
 
-def randomised(where: Layout | Layouts, ctx: Any, seed: int) -> Tree:
-    """`lf.init`, and noise on every parameter: the same logical model under any layout, with nothing that is still 0 or 1."""
+def _with(batch: Batch, choices: Tensor) -> Batch:
+    return attrs.evolve(batch, plan={**batch.plan, "choices": choices})
+
+
+def randomised(where: Layout | Layouts, ctx: Any, seed: int, noise: float = 1.0) -> Tree:
+    """`lf.init`, and noise on every parameter, so much of it: the same logical model under any layout, with nothing that is still 0 or 1."""
     params = init(where, ctx, seed)
     layouts, rank = joined(where), ctx.axes.rank
     for path, spec in layouts.held(rank).items():
         shape = spec.param.shape
-        noise = Init(std=shape[-1] ** -0.5 if len(shape) > 1 else 0.2)  # keeps the variance of what a matrix makes near 1, whatever the width
+        std = shape[-1] ** -0.5 if len(shape) > 1 else 0.2  # keeps the variance of what a matrix makes near 1, whatever the width
         for piece in layouts.state_pieces(path, rank):
             view = piece.view(tree.get(params, path))
-            view += rng.draw(seed, f"parity/{piece.key}", piece.shape, noise, piece.box, view.dtype).to(view.device)
+            view += rng.draw(seed, f"parity/{piece.key}", piece.shape, Init(std=noise * std), piece.box, view.dtype).to(view.device)
     return params
 
 

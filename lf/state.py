@@ -42,6 +42,9 @@ def init(layout: Layout | Layouts, ctx: Any, seed: int) -> Tree:
     a parameter whose state is cut, the shard."""
     pairs, layouts, rank = [], joined(layout), ctx.axes.rank
     for path, spec in layouts.held(rank).items():
+        if device_of(ctx).type == "meta":
+            pairs.append((path, torch.empty(layouts.state_shape(path, rank), dtype=ctx.precision.master, device="meta")))
+            continue
         local = torch.empty(layouts.state_shape(path, rank), dtype=ctx.precision.master)
         for piece in layouts.state_pieces(path, rank):
             piece.view(local).copy_(rng.draw(seed, piece.key, piece.shape, spec.param.init, piece.box, local.dtype))

@@ -22,6 +22,7 @@ from lf.config import ConfigError
 from lf.layouts import Layout
 from lf.memory import refuse_what_cannot_fit
 from lf.mesh import MeshError
+from lf.meter import BATCH, OPTIMIZER, PARAMETER, mark
 from lf.optim import Optimizer
 from lf.parallel.reduce import owned_square_sum
 from lf.schedule import Action, Program, ProgramError, draw
@@ -130,7 +131,9 @@ def _single(layouts: Layouts, batches: Sequence[Batch], ctx: Any) -> Feed:
     model = layouts.chains[""].model
     for batch in batches:
         model.accepts(batch)
-    return Feed.of([shard_batch(b, model, ctx) for b in batches])
+    mine = [shard_batch(b, model, ctx) for b in batches]
+    mark(BATCH, [(b.plan, b.payload, b.derived) for b in mine])
+    return Feed.of(mine)
 
 
 def _counts(layouts: Layouts, feed: Feed, ctx: Any) -> Tensor:
@@ -224,7 +227,10 @@ def make(
             raise ValueError(f"parameters are missing: {', '.join(missing)}")
         state = optimizer.init(tree.build([(path, tree.get(master, path)) for path in params]), device_of(ctx), layouts)
         state["master"] = tree.build([(path, tree.get(state["master"] if path in params else master, path)) for path in held])
-        return State(compute_copy(layouts, state["master"], ctx), state, torch.zeros((), dtype=torch.int64, device=device_of(ctx)))
+        copy = compute_copy(layouts, state["master"], ctx)
+        mark(PARAMETER, copy)
+        mark(OPTIMIZER, state)
+        return State(copy, state, torch.zeros((), dtype=torch.int64, device=device_of(ctx)))
 
     def step(state: State, batches: Sequence[Batch], clock: Clock | None = None) -> tuple[State, Metrics]:
         with torch.no_grad():

@@ -33,6 +33,7 @@ class Config:
     joined: bool | None = None  # attention and labels run on from one document into the next
     micro_batch: int = 1  # rows at a time
     mesh: str = ""
+    dispatch: str = "exchange"  # how tokens travel to experts, or gather
     device: str | None = None
     precision: str = "bf16"
     json: str | None = None  # write the numbers to this file, too
@@ -50,7 +51,7 @@ def main(config: Config) -> dict[str, float]:
     config = attrs.evolve(config, **lf.runs.on_first_rank(lambda: rows_as_trained(config), axes))
     lf.config.at_least(1, config, "seq_len", "micro_batch")
     assert config.seq_len is not None
-    ctx = lf.Context(axes, lf.devices.get(config.device), config.precision)
+    ctx = lf.Context(axes, lf.devices.get(config.device), config.precision, dispatch=config.dispatch)
     lf.runs.on_first_rank(lambda: refuse(config, sets), axes)
 
     where, tokenizer = found(config, axes)

@@ -1,7 +1,9 @@
-"""Does this model give the same numbers on these meshes as on one rank? Law 1 in float64, on ranks simulated in one process.
+"""Does this model give the same numbers on these meshes as on one rank? Law 1 in float64, on ranks simulated in one process; or in less, within what
+rounding does to one rank, whose routers' choices all ranks then take.
 
     scripts/launch parity --device cpu --mesh tp=2,dp=2 --mesh tp=4
     scripts/launch parity --device cpu --model qwen3-0.6b --mesh tp=8 --json report.json
+    scripts/launch parity --device cpu --model tiny-moe --mesh tp=2,ep=2 --precision bf16
     scripts/launch parity --device cpu --mesh pp=2,tp=2 --schedule 1f1b --schedule zb-v --microbatches 3 --recompute full --offload full
 
 Exit code 0: all agree. 1: some quantity disagrees, or the ranks did not fit together. 2: it could not run, whatever the reason.
@@ -38,6 +40,7 @@ class Config:
     freeze: tuple[str, ...] = ()  # not trained, on one rank neither: names or patterns of parameters, segments or layers
     shard: str = "0"  # of state over dp, as 3 or 3,ranks=2; those of the one rank are whole
     dispatch: str = "exchange"  # how tokens travel to experts, or gather
+    precision: str = "fp64"  # of the meshes: or fp32, bf16, against one rank in float64
     compile: bool = False  # layers by torch.compile; those of the one rank are not
     microbatches: int = 2  # of each rank and step
     tokens: int = 24  # about, in a microbatch
@@ -116,7 +119,7 @@ def told(mesh: lf.Mesh, p: lf.pipeline.Pipeline) -> str:
 def measured(config: Config, model: lf.segment.Model, mesh: lf.Mesh, pipeline: lf.pipeline.Pipeline) -> "lf.parity.Report | str":
     """The report, or why the ranks did not fit together."""
     layout = pipeline.layout(model, mesh, config.tokens)
-    asked = {name: getattr(config, name) for name in ("microbatches", "seed", "tokens", "padding", "device", "compile", "dispatch")}
+    asked = {name: getattr(config, name) for name in ("microbatches", "seed", "tokens", "padding", "device", "compile", "dispatch", "precision")}
     asked |= {"split": tuple(map(len, map(layout.layers, range(len(layout.stages))))), "placement": layout.placement, "frozen": config.freeze}
     asked["sharding"] = config.shard
     try:
@@ -126,6 +129,7 @@ def measured(config: Config, model: lf.segment.Model, mesh: lf.Mesh, pipeline: l
 
 
 def refuse(config: Config) -> None:
+    lf.context.precision_of(config.precision)
     for name, least in (("microbatches", 1), ("tokens", 4), ("padding", 0)):
         if getattr(config, name) < least:
             raise lf.config.ConfigError(f"--{name} {getattr(config, name)}: at least {least}")

@@ -38,6 +38,7 @@ class Config:
     chunks: int | None = None  # stages of the decoder on each rank of pp; those of the schedule without
     in_flight: int | None = None  # of nested and dedicated: units of the encoder between forward and backward
     freeze: tuple[str, ...] = ()  # not trained, as vision.* or decoder.embed
+    shard: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()  # of state over dp, as decoder=3 or vision=1,ranks=2
     microbatches: int = 3
     seed: int = 0
     device: str | None = None
@@ -54,6 +55,9 @@ def main(config: Config) -> None:
     say = screen.print if axes is None or not axes.rank else lambda *args, **kwargs: None
     schedule = SCHEDULES[config.schedule]
     places = {name: placed(getattr(config, name), name, config.freeze) for name in ("vision", "decoder", "head")}
+    for asked in config.shard:
+        name, _, sharding = asked.partition("=")
+        places[one_of("chain in --shard:", name, places)] = attrs.evolve(places[name], sharding=lf.sharding.Sharding.parse(sharding))
     mesh = places["decoder"].mesh
     places["decoder"] = attrs.evolve(places["decoder"], placement=schedule.place(mesh.pp, config.chunks or schedule.chunks))
     model, ok, compared = trio(), True, 0

@@ -78,6 +78,26 @@ def test_one_bit_is_found_over_stages(mesh: str, asked: dict[str, Any], leaf: st
     assert said[0].splitlines()[1:] == [f"  {words}"]
 
 
+@pytest.mark.parametrize(
+    ("mesh", "sharding", "leaf", "rank", "at", "words"),
+    [
+        # of two groups of two shards each; ranks 1 and 3 have the second
+        ("dp=4", "3,ranks=2", "master/layers.0.attn/norm", 3, 0, "master/layers.0.attn/norm [(7, 15)] of [15]: rank 1 and rank 3 differ"),
+        ("dp=2,tp=2", "1", "v/layers.0.attn/norm", 2, 1, "v/layers.0.attn/norm [(7, 15)] of [15]: rank 2 and rank 3 differ"),
+        ("pp=2,dp=2", "2", "m/embed/weight", 3, 0, "m/embed/weight [(18, 37), (0, 15)] of [37, 15]: rank 1 and rank 3 differ"),
+        # kv heads 0 and 1 are those of tp coordinate 1: rank 1 keeps the first, of which coordinate 0 keeps the lower half on rank 4
+        ("dp=2,tp=4", "3", "m/layers.1.attn/qkv", 1, 15 * 6, "m/layers.1.attn/qkv/k [(2, 4), (0, 15)] of [12, 15]: rank 1 and rank 4 differ"),
+        ("dp=2", "3", "master/embed/weight", 1, 0, ""),
+        ("dp=16", "1", "master/layers.0.attn/norm", 0, None, ""),
+        ("dp=2", "3", "t/t", 1, 0, "t/t: rank 0 and rank 1 differ"),
+    ],
+)
+def test_one_bit_of_a_shard_is_found(mesh: str, sharding: str, leaf: str, rank: int, at: int | None, words: str) -> None:
+    said = lf.sim.spmd(lf.Mesh.parse(mesh), partial(checked, sharding=sharding), leaf, rank if at is not None else -1, at or 0)
+    assert len(set(said)) == 1
+    assert said[0].splitlines()[1:] == ([f"  {words}"] if words else [])
+
+
 ALONE = [("pp=2", "master/head/norm", 1), ("tp=3", "master/layers.0.mlp/down", 1), ("dp=1", "master/embed/weight", 0)]
 
 

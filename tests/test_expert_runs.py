@@ -92,7 +92,7 @@ def test_a_run_goes_on_over_another_folding(config: pretrain.Config, tmp_path: P
     settings = {"data": (f"held={tmp_path / 'texts'}",), "mesh": "dp=2,ep=2", "device": "cpu", "precision": "fp32", "out": str(tmp_path / "held")}
     perplexities = [
         processes(lf.Mesh(dp=2, ep=2), evaluated, evaluate.Config(**settings, **source))[0]
-        for source in ({"run": str(tmp_path / "run")}, {"model": str(tmp_path / "run" / "hf"), "seq_len": 15})
+        for source in ({"run": str(tmp_path / "run")}, {"model": str(tmp_path / "run" / "hf"), "seq_len": 15, "dispatch": "gather"})
     ]
     assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-5), "the checkpoint and the folder are the same model"
     assert math.log(perplexities[0]) < want[0]["cross_entropy"] - 0.5

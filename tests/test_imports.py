@@ -17,18 +17,18 @@ from helpers import ROOT
 
 LEVELS = (
     ("position", "dump"),
-    ("tree", "box", "mesh", "axis", "config", "batch", "console", "worker", "cluster", "signals"),
+    ("tree", "box", "mesh", "paper", "axis", "config", "batch", "console", "worker", "cluster", "signals"),
     ("sharding",),
     ("spec", "axes", "devices", "runs", "cli", "supervise"),
     ("rng", "axes_sim", "axes_meta", "context", "segment", "launch", "log"),
     ("split", "ops", "chains"),
     ("layouts", "deal"),
     ("kernels", "parallel", "chain_layouts"),
-    ("models", "bridge", "chain_context"),
-    ("schedule", "optim", "data"),
+    ("models", "bridge", "chain_context", "meter"),
+    ("schedule", "optim", "data", "axes_counted"),
     ("state", "ramp", "record", "pipeline"),
     ("checkpoint", "evaluate", "drift", "memory", "chain_feed"),
-    ("train", "sim", "pictures", "expert_picture"),
+    ("train", "sim", "pictures", "expert_picture", "agreement"),
     ("parity", "loop"),
 )
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}

@@ -64,6 +64,7 @@ def test_a_preset_is_shrunk_and_says_so(monkeypatch, capsys, tmp_path) -> None:
         (("--mesh", "tp=0"), "mesh axis tp=0 must be at least 1"),
         (("--model", "nonsense"), "nonsense"),
         (("--tokens", "3"), "--tokens 3: at least 4"),
+        (("--precision", "fp31"), "unknown precision 'fp31'; did you mean 'fp32'"),
         (("--microbatches", "0"), "--microbatches 0: at least 1"),
         (("--json", "/no/such/folder/x.json"), "--json /no/such/folder/x.json: No such file or directory; name a file"),
         (("--device", "gpu"), "unknown device 'gpu'"),
@@ -92,6 +93,24 @@ def test_schedules_stand_side_by_side(monkeypatch, capsys, tmp_path) -> None:
     rows = {row["name"] for row in reports[0]["rows"]}
     assert {"gradient layers.0.attn/qkv", "parameter layers.0.attn/norm"} < rows
     assert "gradient layers.0.attn/norm" not in rows
+
+
+def test_in_less_than_float64_it_says_what_it_compares(monkeypatch, capsys, tmp_path) -> None:
+    file = tmp_path / "report.json"
+    assert run(monkeypatch, "--model", "tiny-moe", "--mesh", "tp=2,ep=2", "--precision", "bf16", "--json", str(file)) == 0
+    assert "quantities agree with one rank, within bf16" in " ".join(capsys.readouterr().out.split())
+    (report,) = json.loads(file.read_text())["reports"]
+    assert report["precision"] == "bf16"
+    rows = {row["name"]: row for row in report["rows"]}
+    assert 1e-3 < rows["gradient layers.1.experts/down"]["tolerance"] / rows["gradient layers.1.experts/down"]["size"] <= 0.5
+    assert rows["layers.1.route/load"]["error"] == 0
+
+
+def test_a_device_without_float64_compares_less(monkeypatch) -> None:
+    monkeypatch.setattr(lf.devices.get("cpu"), "FLOAT64", False)
+    with pytest.raises(lf.config.ConfigError, match="no float64, which parity is measured in; use --device cpu, or --precision fp32"):
+        lf.parity.compare(lf.models.small.tiny(), lf.Mesh(tp=2, dp=1), steps=1)
+    assert lf.parity.compare(lf.models.small.tiny(), lf.Mesh(tp=2, dp=1), steps=1, precision="fp32").ok
 
 
 def test_without_a_device_it_says_what_is_here(monkeypatch, capsys) -> None:

@@ -68,7 +68,8 @@ def described(kept: list[str]) -> dict[str, Any]:
 
 
 def takes(name: str) -> bool:
-    """Whether a matrix on disk is written in 8 bits. The format itself goes by names (`modules_to_not_convert`)."""
+    """Whether a matrix on disk is written in 8 bits. By its name, for that is all that a reader of the format has: `modules_to_not_convert` lists
+    names, and what a reader leaves in more bits by itself (tables, routers) it knows by theirs. Nothing in the model goes by it."""
     return not KEPT.fullmatch(name)
 
 

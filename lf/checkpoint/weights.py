@@ -58,11 +58,14 @@ def inspect(
     """What the folder holds for `pieces`, the parts of all parameters; what is wrong with it goes to `problems`. dtype, master: what values are
     rounded to, and then held in."""
     files, lost = _tensors(folder, stack, problems)
-    ways = forms(family, config)
+    ways, pieces = forms(family, config), [*pieces]
+    if homeless := [piece.key for piece in pieces if any(piece.key not in at for at in ways.values())]:  # the folder's family is another
+        problems.append(f"such files have no place for {homeless[0]}" + (f" and {len(homeless) - 1} more" if homeless[1:] else ""))
+        pieces = [piece for piece in pieces if piece.key not in homeless]
     wanted = {form: _wanted(at, pieces) for form, at in ways.items()}
     form = _form(ways, wanted, files, problems)
     copies, unused = family.copies(config), getattr(family, "unused", lambda name, config: "")
-    known = dict(wanted[form])
+    known, absent = dict(wanted[form]), _absent(family, config, wanted[form], files, lost, problems)
     for name, shape in wanted[form].items():
         if name in files:
             problems += _misfit(name, files[name], shape, dtype, master, scheme)
@@ -70,12 +73,12 @@ def inspect(
                 scales = name + fp8.SCALE
                 known[scales] = fp8.scales_shape(shape, scheme.block)
                 problems += _scales(scales, files.get(scales), known[scales], lost)
-        elif not lost(name):
+        elif not lost(name) and name not in absent:
             problems.append(f"{name} {list(shape)} is missing")
     alone: dict[str, int] = {}
     for name in files.keys() - known.keys():
         if name in copies:
-            problems += _misfit(name, files[name], known[copies[name]], dtype, master, None)
+            problems += _misfit(name, files[name], known[copies[name]], dtype, master, None, copies[name])
         elif why := unused(name, config):
             alone[why] = alone.get(why, 0) + 1
         elif not family.derived(name):
@@ -87,14 +90,25 @@ def _wanted(at: Mapping[str, Place], pieces: Iterable[Piece]) -> Shapes:
     return {name: at[piece.key].shape(piece.shape) for piece in pieces for name in at[piece.key].names}
 
 
+def _absent(family: ModuleType, config: Any, wanted: Shapes, files: dict[str, Any], lost: Any, problems: list[str]) -> set[str]:
+    """The tensors of the parts of a model that files may lack as a whole, where these do: one problem for all of a part."""
+    out: set[str] = set()
+    for start, why in getattr(family, "separable", lambda config: {})(config).items():
+        part = {name for name in wanted if name.startswith(start)}
+        if part and not any(name in files or lost(name) for name in part):
+            problems.append(f"all {len(part)} tensors {start}* are missing: {why}")
+            out |= part
+    return out
+
+
 def _form(ways: dict[str, dict[str, Place]], wanted: dict[str, Shapes], files: dict[str, Any], problems: list[str]) -> str:
     """The form that the files have, or the one that they come nearest to."""
     if len(ways) == 1:
         return next(iter(ways))
     have = {name: shape_of(files[name], name) for name in {name for shapes in wanted.values() for name in shapes} & files.keys()}
-    lacks = {form: (sum(n not in have for n in shapes), sum(have.get(n, s) != s for n, s in shapes.items())) for form, shapes in wanted.items()}
-    best = min(ways, key=lambda form: lacks[form])
-    fits = [form for form, n in lacks.items() if n == (0, 0)]
+    right = {form: sum(have.get(name) == shape for name, shape in shapes.items()) for form, shapes in wanted.items()}
+    fits = [form for form, shapes in wanted.items() if right[form] == len(shapes)]
+    best = fits[0] if fits else max(ways, key=lambda form: right[form])  # what is missing says nothing: one form has fewer tensors than another
     if all(ways[form] == ways[best] for form in fits):
         return best
     tags = {tag for file in {id(f): f for f in files.values()}.values() if (tag := (file.metadata() or {}).get(TAG))}
@@ -109,7 +123,10 @@ def _form(ways: dict[str, dict[str, Place]], wanted: dict[str, Shapes], files: d
     return best
 
 
-def _misfit(name: str, file: Any, shape: tuple[int, ...], dtype: torch.dtype | None, master: torch.dtype, scheme: Scheme | None) -> list[str]:
+def _misfit(
+    name: str, file: Any, shape: tuple[int, ...], dtype: torch.dtype | None, master: torch.dtype, scheme: Scheme | None, copy_of: str = ""
+) -> list[str]:
+    """What is wrong with a tensor, of the weights or a copy of one of them, which cannot be in 8 bits."""
     out, have, code = [], shape_of(file, name), dtype_of(file, name)
     if have != shape:
         out.append(f"{name} has shape {list(have)}, the model {list(shape)}")
@@ -120,7 +137,9 @@ def _misfit(name: str, file: Any, shape: tuple[int, ...], dtype: torch.dtype | N
             out.append(f"{name} {list(have)} is {code}: in 8 bits are matrices only")
         code = "F32"  # what they are read as
     if code not in DTYPES or not DTYPES[code].is_floating_point:
-        hint = f": {code} needs a {fp8.FIELD} in config.json, with quant_method 'fp8'" if code == fp8.CODE else ""
+        needs = f"{code} needs a {fp8.FIELD} in config.json, with quant_method 'fp8'"
+        of_copy = f"a copy is not read in {code}; remove it and its scales to use {copy_of}"
+        hint = f": {of_copy if copy_of else needs}" if code == fp8.CODE else ""
         out.append(f"{name} has dtype {code}; F32, BF16, F16 and F64 can be loaded, no quantised weights{hint}")
     elif dtype is None and torch.promote_types(DTYPES[code], master) != master:
         rounded = next(k for k, v in FLOATS.items() if v == master)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lf.context import wide
 
-PIECE = {"cpu": 2**18, "cuda": 2**24}
-"""Elements that the gradient of unpermute has in float32 at once: few enough for a core's cache, enough to fill a card."""
+PIECE = {"cpu": 2**18, "cuda": 2**24, "meta": 2**24}
+"""Elements that the gradient of unpermute has in float32 at once: few enough for a core's cache, enough to fill a card. On paper those of a card."""
 
 
 def permute(x_tD: Tensor, order: Tensor, k: int) -> Tensor:

@@ -95,6 +95,9 @@ def _windowed(fused: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, win
 def _fused(scale: float, sinks_h: Tensor | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """(batch, heads, tokens, head dim), fewer heads in k and v than in q; causal where no mask is given."""
     causal, group = mask is None, q.shape[1] // k.shape[1]
+    if q.is_meta and sinks_h is None:  # what torch chooses where there is data; on paper it would take a path that keeps all scores
+        bias = None if mask is None else torch.empty_like(mask, dtype=q.dtype)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)[0]
     # asked, because torch before 2.9 takes groups by a path that keeps all scores: there each query head gets its own copy
     if group > 1 and (
         sinks_h is not None or torch._fused_sdp_choice(q, k, v, mask, 0.0, causal, enable_gqa=True) != SDPBackend.FLASH_ATTENTION.value

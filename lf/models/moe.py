@@ -109,7 +109,8 @@ def route_block(r: Router, eps: float, p: dict[str, Tensor], x_tD: Tensor, batch
 
 def dispatch_block(experts: int, p: dict[str, Tensor], c: Carry, batch: Batch, ctx: Any) -> tuple[Carry, Terms]:
     send = expert.STYLES[ctx.dispatch][0]
-    return {"x": c["x"], "h": c["h"], **send(c["h"], c["ids"], c["weights"], experts, ctx)}, {}
+    ids_tk = c["ids"].masked_fill(c["ids"] < 0, experts)  # dropped
+    return {"x": c["x"], "h": c["h"], **send(c["h"], ids_tk, c["weights"], experts, ctx)}, {}
 
 
 def experts_block(m: MoE, p: dict[str, Tensor], c: Carry, batch: Batch, ctx: Any) -> tuple[Carry, Terms]:

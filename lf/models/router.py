@@ -18,6 +18,8 @@ Each of them is summed over the layers. Only documents with a label count: paddi
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import Any
 
 import attrs
@@ -81,23 +83,31 @@ class Router:
             raise ConfigError(f"router: top={self.top} experts cannot be chosen from top_groups={self.top_groups} groups of {each}")
         if self.group_score == "top2" and self.groups > 1 and each < 2:
             raise ConfigError(f"router: group_score='top2' needs groups of at least 2 experts; {self.experts} in {self.groups} groups have {each}")
-        if self.capacity is not None and not self.capacity > 0:
-            raise ConfigError(f"router: capacity={self.capacity} must be above 0, or None for no limit")
-        if wrong := [f"{name}={getattr(self, name)}" for name in (*LOSSES, "bias_rate") if not getattr(self, name) >= 0]:
-            raise ConfigError(f"router: {', '.join(wrong)} must not be negative")
+        if self.capacity is not None and not 1e-6 <= self.capacity <= 1e6:
+            raise ConfigError(f"router: capacity={self.capacity} must be above 0, from 1e-6 to 1e6, or None for no limit")
+        if not 0 < self.scale < math.inf:
+            raise ConfigError(f"router: scale={self.scale} must be a number above 0")
+        if wrong := [f"{name}={getattr(self, name)}" for name in (*LOSSES, "bias_rate") if not 0 <= getattr(self, name) < math.inf]:
+            raise ConfigError(f"router: {', '.join(wrong)} must not be negative, nor infinite")
 
 
 def route(r: Router, p: dict[str, Tensor], h_tD: Tensor, batch: Batch, ctx: Any) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """(experts (t, k) int64, weights (t, k) in at least float32, losses, sums of load and drops). E stands for no expert: for tokens of documents
-    without a label, and where one is full. p: weight (E, D), and those of bias (E,), linear_bias (E,), fraction (E,) that there are."""
+    """(experts (t, k) int64, weights (t, k) in at least float32, losses, sums of load and drops). Of tokens of documents without a label E stands for
+    no expert, and -1 - e for expert e where it is full. p: weight (E, D), and those of bias (E,), linear_bias (E,), fraction (E,) that there are.
+    Choices that the batch has, of each token of the row, are taken instead of its own (lf/models/replay.py)."""
     dtype = wide(h_tD.dtype)
     logits_tE = F.linear(h_tD.to(dtype), p["weight"].to(dtype), p["linear_bias"].to(dtype) if r.linear_bias else None)
     score_tE = logits_tE.softmax(-1) if r.score == "softmax" else logits_tE.sigmoid()
-    ids_tk = choose(r, score_tE.detach(), p["bias"].to(dtype) if r.bias else None)
-    if r.score == "softmax" and r.normalise:
-        weights_tk = logits_tE.gather(1, ids_tk).softmax(-1)
+    given_tk = own(batch.derived["choices"], batch, ctx)[:, : r.top] if "choices" in batch.derived else None
+    if given_tk is None:
+        ids_tk = at_tk = choose(r, score_tE.detach(), p["bias"].to(dtype) if r.bias else None)
     else:
-        weights_tk = score_tE.gather(1, ids_tk)
+        ids_tk = torch.where(given_tk < 0, -1 - given_tk, given_tk)
+        at_tk = ids_tk.clamp_max(r.experts - 1)  # what goes nowhere has some weight that is not used
+    if r.score == "softmax" and r.normalise:
+        weights_tk = logits_tE.gather(1, at_tk).softmax(-1)
+    else:
+        weights_tk = score_tE.gather(1, at_tk)
         if r.normalise:
             weights_tk = weights_tk / (weights_tk.sum(-1, keepdim=True) + 1e-20)  # sigmoids may all be 0
     weights_tk = weights_tk * r.scale
@@ -108,9 +118,10 @@ def route(r: Router, p: dict[str, Tensor], h_tD: Tensor, batch: Batch, ctx: Any)
     losses = _losses(r, p, logits_tE, score_tE, ids_tk, load_E, live_t, batch, ctx) if "labels" in batch.plan else {}
     sums = {"load": load_E.to(dtype)}
     if r.capacity is not None:
-        kept_tk = within_capacity(r, ids_tk, weights_tk.detach(), batch, ctx)
-        sums["dropped"] = ((ids_tk < r.experts) & ~kept_tk).sum().to(dtype)
-        ids_tk = ids_tk.masked_fill(~kept_tk, r.experts)
+        full_tk = ~within_capacity(r, ids_tk, weights_tk.detach(), batch, ctx) if given_tk is None else given_tk < 0
+        full_tk = full_tk & (ids_tk < r.experts)
+        sums["dropped"] = full_tk.sum().to(dtype)
+        ids_tk = torch.where(full_tk, -1 - ids_tk, ids_tk)
     return ids_tk, weights_tk, losses, sums
 
 
@@ -143,7 +154,8 @@ def within_capacity(r: Router, ids_tk: Tensor, weights_tk: Tensor, batch: Batch,
     counts = tally(ids, r.experts)
     starts = F.pad(counts.cumsum(0), (1, 0))  # the last: where those without an expert begin
     place = torch.arange(len(ids), device=ids.device) - starts[ids[order]]
-    limit = torch.ceil(r.capacity * r.top * batch.derived["live"].sum() / r.experts)
+    each = Fraction(r.capacity).limit_denominator(10**6) * r.top / r.experts  # a quotient in float32 may come out above a whole number
+    limit = -(-batch.derived["live"].sum() * each.numerator // each.denominator)
     kept = torch.zeros_like(ids, dtype=torch.bool).scatter(0, order, (place < limit) & (ids[order] < r.experts))
     return kept.split(sizes)[group.index].view_as(ids_tk)
 

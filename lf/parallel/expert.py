@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lf.mesh import shares
+from lf.paper import assume
 from lf.parallel.redistribute import P, R, S, exchange, exchange_later, redistribute
 from lf.spec import Part
 
@@ -85,12 +86,14 @@ def counted(ids_tk: Tensor, experts: int, ctx: Any) -> Tensor:
     """(ep, etp, 1 + E) on the host: of each rank of the expert group its tokens, then how many rows it has for each expert."""
     group, (t, k) = ctx.axes["ep", "etp"], ids_tk.shape
     shape = (ctx.axes["ep"].size, ctx.axes["etp"].size, 1 + experts)
-    if ids_tk.is_meta:
-        return torch.tensor([t, *shares(t * k, experts)]).expand(shape)
     mine = ids_tk.new_zeros(2 + experts)  # the last: rows that go nowhere
     mine[0] = t
     mine.scatter_add_(0, ids_tk.flatten() + 1, torch.ones_like(ids_tk.flatten()))
-    return group.all_gather(mine[None, :-1], [1] * group.size).cpu().view(shape)
+    table = group.all_gather(mine[None, :-1], [1] * group.size)
+    if ids_tk.is_meta:
+        assume("every token goes to all of its experts, every expert gets equally many, and every rank has as many tokens")
+        return torch.tensor([t, *shares(t * k, experts)]).expand(shape)
+    return table.cpu().view(shape)
 
 
 def sorted_by_expert(blocks: Tensor, device: torch.device) -> Tensor:

@@ -86,5 +86,5 @@ def _exp(z: Tensor, m: Tensor) -> Tensor:
 
 
 def _runs(z: Tensor) -> list[slice]:
-    step = max(1, len(z) if z.is_meta else CHUNK // max(z.shape[1], 1))
+    step = max(1, CHUNK // max(z.shape[1], 1))
     return [slice(i, i + step) for i in range(0, max(len(z), 1), step)]

@@ -37,8 +37,9 @@ class Beside:
     than about four units of a pipeline that needs one a row, however many microbatches there are. Of `dedicated`: twice as many as needed.
     blocks: for each stage of the chain the sets of rows that a unit can stand on, as `lf.chain_layouts.Layouts.blocks`; the k-th ones of all stages
     belong together. Default: one stage; each row of the main program is a block, of `inline` each row at all, of `dedicated` one row behind all
-    others. fixed: the part of a unit's times that does not shrink where rows share it, as of `cost`: it decides whether `nested` shares units. Rows
-    are those of the whole program: the rows of dedicated chains, and the main program's in their order on those that are left.
+    others. fixed: the part of a unit's times that does not shrink where rows share it, as of `cost`: with it `nested` tries as well to share
+    fewer units, and takes what is quicker. Rows are those of the whole program: the rows of dedicated chains, and the main program's in their order
+    on those that are left.
     """
 
     kind: str

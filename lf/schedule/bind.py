@@ -12,9 +12,10 @@ from lf.layouts import Layout
 from lf.schedule.compiled import LayerFn, compiled, layer_fn
 from lf.schedule.ground import Ground, Where, ground
 from lf.schedule.ir import BACKWARD, COMPUTE, Action, Program, ProgramError, flat
-from lf.schedule.lower import gathered_layers, reduced_layers, tied_paths
+from lf.schedule.lower import reduced_layers, tied_paths
 from lf.schedule.pieces import Stage
 from lf.schedule.shapes import Brought, Shapes, key, trace
+from lf.schedule.shard import gathered_layers
 from lf.segment import Segment, path_of
 from lf.spec import Spec
 

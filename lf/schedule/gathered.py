@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lf.meter import BUFFER, mark
 from lf.parallel.reduce import moved
 from lf.spec import Spec
 
@@ -23,6 +24,7 @@ class Gathered:
     def __init__(self, specs: Mapping[str, Spec], shards: Mapping[str, Tensor], axes: Any):
         self.specs, self.shards, self.axes = specs, shards, axes
         self.leaves = {path: without_memory(spec.local_shape(axes.coords), shards[path]) for path, spec in specs.items()}
+        mark(BUFFER, self.leaves)
         self.uses: Counter[str] = Counter()
         self.waits: dict[str, Callable[[], None]] = {}
 

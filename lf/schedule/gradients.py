@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lf.meter import GRADIENT, mark
 from lf.parallel.reduce import reduce_gradients
 from lf.schedule.gathered import with_memory, without_memory
 from lf.spec import Spec
@@ -34,6 +35,7 @@ class Gradients:
         """The buffer, perhaps without memory yet: what a product is told to add to."""
         if path not in self.buffers:
             self.buffers[path] = without_memory(self.leaves[path].shape, self.leaves[path].new_empty(0, dtype=self.dtype))
+            mark(GRADIENT, self.buffers[path])
         return self.buffers[path]
 
     def opened(self, path: str) -> Tensor:
@@ -72,6 +74,7 @@ class Gradients:
             while len(self.flying) > FLYING:
                 self._land()
         shards = {s.path: self.leaves[s.path].new_empty(s.state_shape(self.axes.coords), dtype=self.dtype) for s in cut}
+        mark(GRADIENT, shards)
         wait = reduce_gradients(specs, self.buffers, shards, self.axes, self.transport)
         self.live -= shards.keys()  # who adds to one again waits first
 

@@ -126,7 +126,7 @@ class Graphs:
     def storages(self, m: int) -> frozenset[int]:
         """What never leaves the device: the parameters, and what many layers use of a batch."""
         tensors = [*self.leaves.values(), *tree_leaves([self.batches[m].plan, self.batches[m].payload, self.batches[m].derived])]
-        return frozenset(t.untyped_storage().data_ptr() for t in tensors)
+        return frozenset(t.untyped_storage()._cdata for t in tensors)
 
     def summed(self, piece: Piece) -> Values:
         """What each segment gets where B follows: a weight of a product comes with the sum that its gradient is added to."""

@@ -18,8 +18,8 @@ import attrs
 
 from lf.schedule.ground import Ground
 from lf.schedule.ir import Action
-from lf.schedule.lower import gathered_layers
 from lf.schedule.pieces import Stage
+from lf.schedule.shard import gathered_layers
 
 Key = tuple[str, int, int]  # chain, stage, unit
 Layer = tuple[str, int, str]  # chain, stage, layer

@@ -190,15 +190,6 @@ def reduced_layers(layout: Layout, rank: int) -> dict[tuple[int, str], tuple[str
     return {(stage, layer): out[stage, layer] for stage in layout.on(rank) for layer in layout.layers(stage) if (stage, layer) in out}
 
 
-def gathered_layers(layout: Layout, rank: int) -> dict[tuple[int, str], tuple[str, ...]]:
-    """The parameters of each layer of a pipeline rank that lie in shards: a GATHER of the layer makes them whole."""
-    out: dict[tuple[int, str], tuple[str, ...]] = {}
-    for path, users in users_of(layout, rank).items():
-        for user in users if layout.specs[path].cut else ():
-            out[user] = (*out.get(user, ()), path)
-    return out
-
-
 def tied_paths(layout: Layout, rank: int) -> tuple[str, ...]:
     """The parameters that train and that this pipeline rank holds with others, in the order of the model, which is the same on all."""
     return tuple(p for p in layout.specs if p not in layout.frozen and len(holders := layout.holders(p)) > 1 and rank in holders)

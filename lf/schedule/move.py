@@ -76,7 +76,7 @@ class _Walk:
         """The rows that do an action together."""
         if a.op in COMPUTE:
             return self.on.together.get((a.chain, a.stage, rank), (rank,))
-        return self.on.summed(a, rank) if a.op == "REDUCE" else (rank,)
+        return self.on.summed(a, rank) if a.op in ("REDUCE", "GATHER") else (rank,)
 
     def ready(self, rank: int) -> float | None:
         """When the rank's next action can start; None: not yet known, or there is none."""

@@ -20,6 +20,7 @@ from lf.axes_meta import MetaAxes
 from lf.batch import Batch
 from lf.devices import op_table
 from lf.layouts import Layout
+from lf.meter import quiet
 from lf.parallel.product import Seen, W
 from lf.segment import Segment, path_of
 from lf.spec import Param
@@ -67,7 +68,7 @@ def trace(layout: Layout, batch: Batch, ctx: Any, brought: Mapping[str, Brought]
     products: dict[str, dict[str, Seen]] = {}
     losses: list[frozenset[str]] = []
     x: Any = {}
-    with torch.no_grad():
+    with torch.no_grad(), quiet():  # no memory of the step, and no operation
         derived = batch.derived  # by its shapes, where there is any; else worked out here
         batch = attrs.evolve(batch, plan=_meta(batch.plan), payload=_meta(batch.payload), derived=_meta(derived))
         if not derived:

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 import attrs
 
 from lf.chain_layouts import Layouts
+from lf.layouts import Layout
 from lf.schedule.ground import Where, joined
 from lf.schedule.ir import BACKWARD, Action, Program, flat, parts
 from lf.schedule.names import USES
@@ -46,17 +47,23 @@ def gather(program: Program, where: Where) -> Program:
     if layouts is None or not any(spec.cut for spec in layouts.specs.values()):
         return program
     known = stages(program, layouts)
-    cut = {
-        (c, s, segment.layer)
-        for c, layout in layouts.chains.items()
-        for s, segments in enumerate(layout.stages)
-        for segment in segments
-        if any(layout.specs[path_of(segment, n)].cut for n in segment.params)
-    }
-    return tuple(_row(row, layouts, known, cut) for row in program)
+    return tuple(_row(row, rank, layouts, known) for rank, row in enumerate(program))
 
 
-def _row(actions: Sequence[Action], layouts: Layouts, known: Mapping[str, Sequence[Stage]], cut: set[Layer]) -> tuple[Action, ...]:
+def gathered_layers(layout: Layout, pp: int) -> dict[tuple[int, str], tuple[str, ...]]:
+    """Of each stage and layer of a pipeline rank the parameters that lie in shards, where there are any: a GATHER of the layer makes them whole."""
+    out = {}
+    for stage in layout.on(pp):
+        for layer, segments in layout.layers(stage).items():
+            paths = dict.fromkeys(path_of(segment, n) for segment in segments for n in segment.params)
+            if cut := tuple(path for path in paths if layout.specs[path].cut):
+                out[stage, layer] = cut
+    return out
+
+
+def _row(actions: Sequence[Action], rank: int, layouts: Layouts, known: Mapping[str, Sequence[Stage]]) -> tuple[Action, ...]:
+    here = {c: gathered_layers(layout, pp) for c, layout in layouts.chains.items() if (pp := layouts.pp(c, rank)) is not None}
+    cut = {(c, *at) for c, layers in here.items() if not layouts.spread(c) for at in layers}
     fine = _refined(actions, layouts, known)
     uses: list[tuple[int, Layer, Action]] = []  # place in the row, layer, the action
     for i, whole in enumerate(fine):
@@ -72,18 +79,12 @@ def _row(actions: Sequence[Action], layouts: Layouts, known: Mapping[str, Sequen
             by_layer.setdefault(at, []).append(k)
     before: dict[int, list[tuple[int, Action]]] = {}
     after: dict[int, list[Action]] = {}
-    first: list[Action] = []
-    last: list[Action] = []
     trains = any(a.op in BACKWARD for a in flat(actions))
     for at, mine in by_layer.items():
         sharding, free = layouts.chains[at[0]].sharding, 0  # `free`: from which action on the layer is not whole any more
         for spell in _spells(at, mine, uses, sharding.stage, sharding.keep and trains, sharding.ahead):
             enter = Action("GATHER", at[1], spell.begin.microbatch, at[2], (spell.begin.op,), at[0])
             leave = Action("RELEASE", at[1], spell.end.microbatch, at[2], (spell.end.op,), at[0])
-            if layouts.spread(at[0]):  # one word on all rows, whichever units they have
-                first.append(attrs.evolve(enter, microbatch=0, ops=("F",)))
-                last.append(attrs.evolve(leave, microbatch=0, ops=("F",)))
-                continue
             place = max(uses[max(spell.first - sharding.ahead, 0)][0], free)
             before.setdefault(place, []).append((spell.first, enter))
             after.setdefault(uses[spell.last][0], []).append(leave)
@@ -92,8 +93,8 @@ def _row(actions: Sequence[Action], layouts: Layouts, known: Mapping[str, Sequen
     for i, a in enumerate(fine):
         out += [g for _, g in sorted(before.get(i, ()), key=lambda pair: pair[0])]
         out += [a, *after.get(i, ())]
-    order = {at: k for k, at in enumerate((c, s, layer) for c in known for s, stage in enumerate(known[c]) for layer in dict.fromkeys(stage.layers))}
-    return (*sorted(first, key=lambda a: order[a.chain, a.stage, a.segment or ""]), *out, *last)
+    together = [Action("GATHER", stage, 0, layer, ("F",), c) for c, layers in here.items() if layouts.spread(c) for stage, layer in layers]
+    return (*together, *out, *(attrs.evolve(a, op="RELEASE") for a in together))
 
 
 def _refined(actions: Sequence[Action], layouts: Layouts, known: Mapping[str, Sequence[Stage]]) -> list[Action]:

@@ -129,7 +129,7 @@ class _Output:
 
 
 class Slots:
-    """What the forward of one layer, stage or segment keeps. `keep`: data pointers of the storages that are never filed: parameters, the batch's
+    """What the forward of one layer, stage or segment keeps. `keep`: the storages (`_cdata`) that are never filed: parameters, the batch's
     plan and what is derived from it · `ops`: names of ops that are run again.
 
     `streams`, of `offload` and `fetch`, come from `device.copy_streams()`: made once by whoever runs the program and given to every call, so
@@ -220,7 +220,7 @@ class Slots:
                 value.data = value.new_empty(0)
                 return _Output(recipe, at, value, version, place)
         slot = _Slot(value, version, place)
-        if storage.data_ptr() not in self.keep:
+        if storage._cdata not in self.keep:
             self._slots.append(weakref.ref(slot))
         return slot
 

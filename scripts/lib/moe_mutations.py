@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from mutation import words
 
-from lf import train
-from lf.models import moe, mtp, router
+from lf import agreement, train
+from lf.models import moe, mtp, replay, router
 from lf.parallel import expert, redistribute
 from lf.schedule.graphs import Graphs
 from lf.spec import Param, Spec
@@ -17,6 +17,7 @@ NOTHING = "tests/test_moe.py::test_a_step_that_is_not_finite_moves_nothing"
 WIDE = "tests/test_moe.py::test_the_bias_stays_wide_in_bf16"
 ROUTER = "tests/models/test_router.py"
 MTP = "tests/models/test_mtp.py"
+REPLAY = "tests/models/test_replay.py"
 
 SUM_AXES = Spec.__dict__["sum_axes"].fget
 
@@ -52,7 +53,7 @@ MIXTURES = [
     words("global balance: of this step", LAW, (router._losses, 'p["fraction"].to(dtype)', "(load_E / load_E.sum().clamp_min(1)).to(dtype)")),
     words("z: logits, not their squares", ROUTER, (router._losses, "logits_tE.logsumexp(-1).square()", "logits_tE.logsumexp(-1)")),
     words("router: padding counts", (LAW, ROUTER), (router._labelled, "> 0", ">= 0")),
-    words("router: weights with the bias", ROUTER, (router.route, "= score_tE.gather(1, ids_tk)", "= (score_tE + p['bias']).gather(1, ids_tk)")),
+    words("router: weights with the bias", ROUTER, (router.route, "= score_tE.gather(1, at_tk)", "= (score_tE + p['bias']).gather(1, at_tk)")),
     words("router: a choice without the bias", ROUTER, (router.choose, "score_tE + bias_E", "score_tE")),
     words("router: a group scores as its best expert", ROUTER, (router.choose, "by_tgm.topk(2, -1).values.sum(-1)", "by_tgm.amax(-1)")),
     words("router: the worst groups", ROUTER, (router.choose, "best_tg.topk(r.top_groups, -1)", "best_tg.topk(r.top_groups, -1, largest=False)")),
@@ -66,6 +67,11 @@ MIXTURES = [
     words("bias: moves in a step that is not made", NOTHING, (train._after_step, "torch.where(ok, new, mine[path])", "new")),
     words("sums: twice as many", "tests/test_experts.py", (train._world_sums, "(x.view(shape) for x", "(x.view(shape) * 2 for x")),
     words("bias: in the compute dtype", WIDE, (Param.used_in, "compute if self.learned else torch.promote_types(compute, torch.float32)", "compute")),
+    words("replay: the choices of another layer", REPLAY, (replay._chosen, "[:, i]", "[:, i - 1]")),
+    words("replay: its own choices", REPLAY, (router.route, 'if "choices" in batch.derived else None', "if False else None")),
+    words("replay: nobody is dropped", REPLAY, (router.route, "else given_tk < 0\n", "else given_tk < -99\n")),
+    words("agreement: counts may differ", "tests/test_agreement.py", (agreement.rounded, "q if q.name in exact else attrs", "attrs")),
+    words("agreement: any tolerance", REPLAY, (agreement.rounded, "min(TIMES * worst[kind(q)], MOST)", "2.0")),
     words("mtp: the next token", MTP, (mtp.enter_block, "k + 1, batch, 0", "k, batch, 0")),
     words("mtp: the label of the next token", MTP, (mtp.leave_block, "k + 1, batch, IGNORE", "k, batch, IGNORE")),
     words("mtp: tokens of the next document", MTP, (mtp.ahead, "later.where(there == document, fill)", "later")),

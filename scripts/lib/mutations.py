@@ -286,7 +286,7 @@ RUNS = [
     words("drift: constants may be even", DRIFT, (drift._odd, "c | 1", "c & -2")),
     words("drift: one constant for all places", DRIFT, (drift._odd, "c | 1", "c * 0 + 1")),
     words("drift: the top bit is lost", DRIFT, (drift.digest, "(total ^ (total >> 31))", "total")),
-    words("drift: shared units are not looked at", DRIFT, (drift._atoms, "if i in spec.shared():", "if False:")),
+    words("drift: shared units are not looked at", DRIFT, (drift._atoms, "if shared:", "if False:")),
     words("drift: the largest hash alone", DRIFT, (drift.check, "most != -least", "most < -least")),
     words("ramp: a stage begins a step late", RAMP, (ramp._stages, "-(-(done + 1) * ramp.rows // k)", "(done + 1) * ramp.rows // k + 1")),
     words("wsd: falls a step early", LR, (lr.warmup_stable_decay, "steps - falling - 1", "steps - falling - 2")),

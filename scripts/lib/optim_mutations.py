@@ -28,7 +28,7 @@ ROUNDING = "tests/ops/test_rounding.py"
 OPTIMIZERS = [
     words("muon: boxes at the corner", MUON, (gathered._finish, "whole[:, r0:r1, c0:c1] = ", "whole[:, : r1 - r0, : c1 - c0] = ")),
     words("muon: the next rank's shards", MUON, (gathered._bunches, "at = next(j for", "at = (len(there) > 1) and next(len(there) - 1 - j for")),
-    words("muon: a share is all of a matrix", MUON, (matrices.split_by, "if a in names and spec.mesh[a] > 1", "if a in names and spec.mesh[a] > 9")),
+    words("muon: a share is the whole", MUON, (matrices.split_by, "if a in names and spec.mesh[a] > 1", "if a in names and spec.mesh[a] > 9")),
     words("muon: the experts of another", MUON, (owners._run, "unit.e - stack(piece)[0]", "stack(piece)[1] - 1 - unit.e")),
     words("muon: boxes of the owner", MUON, (owners._run, "done[id(unit)][r0:r1, c0:c1]", "done[id(unit)][: r1 - r0, : c1 - c0]")),
     words("muon: one rank makes all", OWNED, (owners._dealt, "key=lambda place: (load[place], place)", "key=lambda place: place")),

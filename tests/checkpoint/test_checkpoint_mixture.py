@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,13 @@ import pytest
 import torch
 from helpers import SEED, context, processes
 from moe_models import mixture
+from safetensors.torch import load_file, save_file
 
 import lf
 from lf import box, drift, parity, tree
+from lf.models.decoder import decoder
+from lf.models.presets import PRESETS
+from lf.models.small import shrunk
 from lf.runs import RunError
 
 MODEL = mixture(heads=1, skew=0.2)
@@ -142,3 +148,55 @@ def checked(axes: Any, leaf: str, rank: int) -> str:
     except RunError as error:
         return str(error)
     return ""
+
+
+def folder_of(name: str, folder: Path, **changes: Any) -> Any:
+    """The config of a preset shrunk, changed; and a folder with its weights."""
+    config = attrs.evolve(shrunk(PRESETS[name]), **changes)
+    ctx = lf.Context(lf.solo(), lf.devices.get("cpu"), "fp32")
+    layout = lf.layout(decoder(config), ctx.axes.mesh)
+    lf.hf.save(folder, layout, lf.init(layout, ctx, 0), ctx)
+    return config
+
+
+def load_into(config: Any, folder: Path) -> lf.tree.Tree:
+    ctx = lf.Context(lf.solo(), lf.devices.get("cpu"), "fp32")
+    return lf.hf.load(folder, lf.layout(decoder(config), ctx.axes.mesh), ctx)
+
+
+@pytest.mark.parametrize(("there", "here"), [("qwen3-0.6b", "qwen3-30b-a3b"), ("mixtral-8x7b", "gpt-oss-20b"), ("gpt-oss-20b", "glm-4.5-air")])
+def test_the_files_of_another_family_are_one_clear_error(tmp_path: Path, there: str, here: str) -> None:
+    """Whose names have no place for some parameters of the model."""
+    folder_of(there, tmp_path)
+    with pytest.raises(lf.hf.CheckpointError, match=r"problems\n  config\.json has .*; build it with lf\.hf\.model"):
+        load_into(shrunk(PRESETS[here]), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "glm-4.5-air"])
+def test_files_without_the_heads_that_their_config_speaks_of(tmp_path: Path, name: str) -> None:
+    """As transformers saves these models. The error's way out works, and one missing tensor of a head is told as such."""
+    trunk = folder_of(name, tmp_path, mtp=None)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "num_nextn_predict_layers": 1}))
+    with pytest.raises(lf.hf.CheckpointError, match=r"all \d\d tensors model\.layers\.\d\.\* are missing: num_nextn_.*=1 .*; say 0") as caught:
+        load_into(shrunk(PRESETS[name]), tmp_path)
+    assert len(str(caught.value).splitlines()) == 2
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    load_into(lf.hf.model(tmp_path).config, tmp_path)
+    load_into(trunk, tmp_path)
+
+    whole = folder_of(name, tmp_path / "whole")
+    held = load_file(tmp_path / "whole" / "model.safetensors")
+    gone = f"model.layers.{len(whole.layers)}.enorm.weight"
+    save_file({k: x for k, x in held.items() if k != gone}, tmp_path / "whole" / "model.safetensors", {"lf": "each"})
+    with pytest.raises(lf.hf.CheckpointError, match=rf"{re.escape(gone)} \[\d+\] is missing"):
+        load_into(whole, tmp_path / "whole")
+
+
+def test_a_copy_in_8_bits_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    config = folder_of("qwen3-0.6b", tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+    held["lm_head.weight"] = held["model.embed_tokens.weight"].to(torch.float8_e4m3fn)
+    save_file(held, tmp_path / "model.safetensors")
+    with pytest.raises(lf.hf.CheckpointError, match=r"lm_head\.weight has dtype F8_E4M3.* remove it and its scales to use model\.embed"):
+        load_into(config, tmp_path)

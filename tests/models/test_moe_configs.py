@@ -41,6 +41,8 @@ REFUSED = {
     "scoring_func='softmax' is not supported; only 'sigmoid' is": ("deepseek_v3", {"scoring_func": "softmax"}),
     "topk_method='greedy' is not supported; only 'noaux_tc' is": ("deepseek_v3", {"topk_method": "greedy"}),
     "moe_layer_freq=2 is not supported": ("deepseek_v3", {"moe_layer_freq": 2}),
+    "none of its 3 layers has experts": ("deepseek_v3", {"num_hidden_layers": 3, "first_k_dense_replace": 3}),
+    "none of its 2 layers has experts": ("qwen3_moe", {"num_hidden_layers": 2, "mlp_only_layers": [0, 1]}),
     "num_key_value_heads=2 is not supported; keys are made for each of num_attention_heads=4": ("deepseek_v3", {"num_key_value_heads": 2}),
     "q_lora_rank=0 should be a whole number above 0": ("deepseek_v3", {"q_lora_rank": 0}),
     "first_k_dense_replace=-1 should be a whole number from 0": ("deepseek_v3", {"first_k_dense_replace": -1}),

@@ -19,7 +19,7 @@ from lf.data.stream import Row
 from lf.models import router
 from lf.models.decoder import Attention, DecoderConfig, GatedMLP, Layer, MoE, decoder
 from lf.models.moe import moe_report
-from lf.models.router import Router, choose, documents, route
+from lf.models.router import Router, choose, documents, route, within_capacity
 
 E, D = 6, 5
 STARTS, LENGTH, PADDING = (0, 4, 5, 11), 17, 3
@@ -172,7 +172,19 @@ def test_an_expert_takes_no_more_than_its_capacity(drop: str) -> None:
         asked = [(t, float(weights[t, k])) for t in LIVE for k in range(2) if free[t, k] == e]
         want = sorted(asked, key=(lambda x: -x[1]) if drop == "probability" else (lambda x: x[0]))[:limit]
         assert {t for t in LIVE for k in range(2) if ids[t, k] == e} == {t for t, _ in want}
-    assert sums["dropped"] == (free[LIVE] < E).sum() - (ids[LIVE] < E).sum() > 0
+    assert torch.equal(torch.where(ids < 0, -1 - ids, ids), free), "what is dropped is known still"
+    assert sums["dropped"] == (ids < 0).sum() > 0
+
+
+def test_a_capacity_that_comes_out_whole_is_not_rounded_up() -> None:
+    """1.2 · 25 / 5 is 6, and in float32 more."""
+    ctx = lf.Context(lf.solo(), lf.devices.get("cpu"), "fp32")
+    for capacity, top, n in ((1.2, 1, 25), (1.2, 2, 100), (0.7, 2, 50), (1.1, 1, 150)):
+        limit = round(capacity * top * n / 5)
+        assert limit == pytest.approx(capacity * top * n / 5, abs=1e-9)
+        made = lf.Batch({"tokens": torch.zeros(n)}, derived={"live": torch.ones(n, dtype=torch.bool)})
+        ids = torch.zeros(n, top, dtype=torch.int64)
+        assert within_capacity(Router(5, top, capacity=capacity), ids, torch.rand(n, top), made, ctx).sum() == limit
 
 
 def test_scores_are_worked_out_in_float32_at_least() -> None:
@@ -192,6 +204,10 @@ def test_scores_are_worked_out_in_float32_at_least() -> None:
         ({"groups": 6, "top_groups": 1}, "top=2 experts cannot be chosen from top_groups=1 groups of 1"),
         ({"groups": 6, "top_groups": 3, "group_score": "top2"}, "needs groups of at least 2 experts"),
         ({"capacity": 0.0}, "capacity=0.0 must be above 0"),
+        ({"scale": 0.0}, "scale=0.0 must be a number above 0"),
+        ({"scale": math.nan}, "scale=nan must be a number above 0"),
+        ({"z": math.inf}, "z=inf must not be negative, nor infinite"),
+        ({"capacity": math.inf}, "capacity=inf must be .*None for no limit"),
         ({"balance": -0.1}, "balance=-0.1 must not be negative"),
         ({"z": math.nan}, "z=nan must not be negative"),
         ({"drop": "last"}, "unknown router drop 'last'"),

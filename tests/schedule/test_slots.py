@@ -43,7 +43,7 @@ def case() -> Case:
     (batch,) = parity.random_batches(model, 3, 0, 1, 33)
     batch = lf.shard_batch(batch, model, ctx)
     fixed = [*leaves.values(), *batch.plan.values(), *(t for pair in batch.derived.values() for t in pair)]
-    return Case(ctx, layout, leaves, batch, frozenset(t.untyped_storage().data_ptr() for t in fixed))
+    return Case(ctx, layout, leaves, batch, frozenset(t.untyped_storage()._cdata for t in fixed))
 
 
 @attrs.define
@@ -107,7 +107,7 @@ def test_after_an_offload_the_graph_holds_none_of_what_was_filed(case: Case, ops
 
     def look(x: torch.Tensor) -> torch.Tensor:
         storage = x.untyped_storage()
-        if storage.nbytes() >= SMALL and storage.data_ptr() not in case.keep:
+        if storage.nbytes() >= SMALL and storage._cdata not in case.keep:
             made.append(StorageWeakRef(storage))
         return x
 
@@ -292,7 +292,7 @@ def test_under_tensor_parallelism_ops_that_run_again_do_not_communicate(case: Ca
         leaves = {path: w.detach().requires_grad_() for path, w in tree.items(parity.randomised(layout, ctx, seed=3))}
         batch = lf.shard_batch(case.batch, layout.model, ctx)
         tokens = 16 + axes["tp"].index
-        slots = None if ops is None else Slots({t.untyped_storage().data_ptr() for t in leaves.values()}, ops)
+        slots = None if ops is None else Slots({t.untyped_storage()._cdata for t in leaves.values()}, ops)
         one = Case(ctx, layout, leaves, batch, frozenset())
         kept = forward(one, slots, [s for s in layout.model.segments if s.layer == "layers.0"], tokens)
         if slots is not None:
@@ -325,7 +325,7 @@ def test_a_compiled_segment(backend: str) -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
     compiled, ops = torch.compile(f, backend=counter, fullgraph=True), SimpleNamespace(rms_norm=rms_norm, swiglu=swiglu)
     results = []
-    for slots in (None, Slots({t.untyped_storage().data_ptr() for t in (w, n, d)}), Slots()):
+    for slots in (None, Slots({t.untyped_storage()._cdata for t in (w, n, d)}), Slots()):
         leaf, x = entry(draw("x", shape=(33, 16)))
         with contextlib.nullcontext() if slots is None else slots.filing():
             held = ends([compiled(x, ops)])

@@ -7,6 +7,7 @@
     copies(config) -> dict          {name of a tensor that may be on disk as well: name of the one that it must equal}, as a tied head
     derived(name) -> bool           whether a tensor on disk follows from the config and is not read
     unused(name, config) -> str     why lf leaves a tensor on disk alone on purpose, or ''; load says so. A module without it leaves none
+    separable(config) -> dict       {how names of tensors begin: the way out where files have none of these}; not in every module
 """
 
 from __future__ import annotations

@@ -291,6 +291,14 @@ def derived(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq")
 
 
+def separable(config: DecoderConfig) -> dict[str, str]:
+    """{how names of tensors begin: what to do where files have none of these}, of each head that predicts further ahead."""
+    heads = len(config.mtp.layers) if config.mtp else 0
+    field = f"num_nextn_predict_layers={heads} in config.json"
+    why = f"{field} speaks of heads that predict further ahead, which transformers drops as it saves; say 0 there"
+    return {f"model.layers.{len(config.layers) + k}.": why for k in range(heads)}
+
+
 def further_heads(name: str, config: DecoderConfig) -> str:
     """Why a tensor of a layer after the last is left alone: the model has been built without the heads that the files have."""
     layer = re.match(r"model\.layers\.(\d+)\.", name)

@@ -2,7 +2,7 @@
 
 Kimi's model_type `kimi_k2` is read, and written as `deepseek_v3`, which tools open without code of the release. The head that predicts further ahead
 is a layer after the last. `aux_loss_alpha` is the weight of the routers' loss, by document where `seq_aux`; 0 where the file has none. transformers
-writes `num_nextn_predict_layers: 1` for models whose files hold no such head: say 0 there.
+writes `num_nextn_predict_layers: 1` for models whose files hold no such head: load refuses these, and says to write 0 there.
 """
 
 from __future__ import annotations
@@ -25,4 +25,4 @@ DIALECT = common.Dialect(
 read, write = partial(common.read, DIALECT), partial(common.write, DIALECT)
 names, copies, derived = partial(common.names, mixture=ffn.experts), common.copies, common.derived
 forms = partial(common.forms, mixture=ffn.experts)
-unused = common.further_heads
+unused, separable = common.further_heads, common.separable

@@ -45,6 +45,8 @@ def write_dense(ffns: FFNs) -> dict[str, Any]:
 def mixed(values: dict[str, Any], sparse: list[bool], make: Callable[[], MoE], bad: list[str]) -> FFNs:
     """make() in the layers that are `sparse`, a gated MLP in the others; none where something is bad."""
     inner = 0 if all(sparse) else number(values, "intermediate_size", int, bad)
+    if sparse and not any(sparse):  # it could be trained, and then not be written again
+        bad.append(f"none of its {len(sparse)} layers has experts; give a config of a family without them")
     try:
         m = None if bad else make()
     except ConfigError as error:

@@ -51,4 +51,4 @@ def write(config: DecoderConfig) -> dict[str, Any]:
 
 names, copies, derived = partial(common.names, mixture=ffn.experts), common.copies, common.derived
 forms = partial(common.forms, mixture=ffn.experts)
-unused = common.further_heads
+unused, separable = common.further_heads, common.separable
