@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import attrs
@@ -36,6 +37,7 @@ class Case:
     dispatch: str = "exchange"
     recompute: Recompute = attrs.field(factory=Recompute)
     layout: dict[str, Any] = attrs.field(factory=dict)
+    optimizer: Any = lf.optim.adamw
 
 
 def even(dim: int = 32) -> lf.models.decoder.Model:
@@ -69,6 +71,9 @@ CASES = {
     "hybrid": Case("dp=4", precision="bf16", layout={"sharding": "3,ranks=2,reduce=step,transport=bf16"}),
     "experts in shards": Case("ep=2,dp=4", model=even, layout={"sharding": "2"}),
     "experts": Case("ep=2,dp=2", model=even),
+    "muon by owners": Case("dp=2,tp=2", model=regular, layout={"sharding": "2"}, optimizer=lf.optim.muon),
+    "muon gathered": Case("dp=2,tp=2", model=regular, layout={"sharding": "1"}, optimizer=partial(lf.optim.muon, way="gathered")),
+    "moments in bf16, an average": Case("dp=2", optimizer=lambda lr: lf.optim.ema(lf.optim.adamw(lr, moments="bf16"), 0.9)),
     "experts by gathering": Case("ep=2,etp=2,tp=2,dp=2", model=even, dispatch="gather"),
 }
 
@@ -82,7 +87,7 @@ def batches(count: int) -> list[lf.Batch]:
 def step(axes: Any, device: Any, case: Case, layout: Any, program: Any) -> None:
     """All of a run's first step."""
     ctx = lf.Context(axes, device, case.precision, dispatch=case.dispatch)
-    init, step = lf.train.make(layout, lf.optim.adamw(1e-2), program, ctx)
+    init, step = lf.train.make(layout, case.optimizer(1e-2), program, ctx)
     d, dp = axes["dp"].index, min(axes["dp"].size, 4)
     state, _ = step(init(lf.init(layout, ctx, SEED)), batches(case.microbatches * dp)[d % dp :: dp])
     assert state.step.shape == ()

@@ -107,12 +107,20 @@ def _kept(own: Tree) -> dict[tuple[str, str], Tensor]:
 
 def _moved(branch: Tree, layouts: Layouts) -> Tree:
     """A tree of state in the host's memory, its scalars where they are."""
-    return tree.build([(path, _home(x).copy_(x) if path in layouts.specs and x.numel() else x) for path, x in tree.items(branch)])
+    out = []
+    for path, x in tree.items(branch):
+        home = _home(x) if path in layouts.specs and x.numel() else x
+        if not x.is_meta:  # else there is nothing to copy
+            home.copy_(x)
+        out.append((path, home))
+    return tree.build(out)
 
 
 def _home(x: Tensor) -> Tensor:
-    """A place for a tensor in the host's memory: where it is, or a new one."""
-    return x if x.device.type in ("cpu", "meta") else torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+    """A place for a tensor in the host's memory: where it is, or a new one; of one without data one that takes up nothing."""
+    if x.is_meta:
+        return torch.empty((), dtype=x.dtype).expand(x.shape)
+    return x if x.device.type == "cpu" else torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
 
 
 def _bytes(leaves: dict[tuple[str, str], Tensor]) -> int:
