@@ -7,11 +7,14 @@ from functools import partial
 from typing import Any
 
 import attrs
+import chain_steps
 import numpy as np
 import pytest
 from helpers import SEED, processes
 
 import lf
+from lf.chain_context import chain_context
+from lf.chain_layouts import chain_layouts
 from lf.data.batches import pack
 from lf.devices import cpu, paper
 from lf.mesh import Mesh
@@ -130,6 +133,19 @@ def test_on_paper_as_over_processes(name) -> None:
     mesh, args = ways(name)
     for rank, want in enumerate(processes(mesh, measured, step, cpu, *args)):
         agree(trace(mesh, rank, step, paper, *args), want, name)
+
+
+def step_of_chains(axes: Any, device: Any, layouts: Any, program: Any, data: Any) -> None:
+    ctx = chain_context(layouts, axes, device, "fp32")
+    init, step = lf.train.make(layouts, lf.optim.adamw(1e-2), program, ctx)
+    step(init(lf.init(layouts, ctx, SEED)), data)
+
+
+def test_several_chains() -> None:
+    layouts = chain_layouts(chain_steps.MODEL, chain_steps.PLACES)
+    args = paper, layouts, chain_steps.program_of(layouts, 2), chain_steps.data(2)
+    for rank, want in enumerate(spmd(Mesh(dp=layouts.world), measured, step_of_chains, cpu, *args[1:])):
+        agree(trace(Mesh(dp=layouts.world), rank, step_of_chains, *args), want, "chains")
 
 
 def test_what_goes_to_the_host_is_gone() -> None:
