@@ -89,8 +89,9 @@ def test_adamw_and_twin() -> None:
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
 def test_adamw_in_bf16_and_twin(rounding: str) -> None:
     """Boxes of fused parameters, of stacks, along columns, of vectors and scalars; moments are the same but where the last bit of float32 was not."""
-    from lf.kernels import adamw_bf16 as kernel
+    from lf.kernels import bf16_moments as kernel
     from lf.ops import adamw as twin
+    from lf.ops import muon
     from lf.ops.rounding import Noise
     from lf.spec import Piece
 
@@ -123,6 +124,19 @@ def test_adamw_in_bf16_and_twin(rounding: str) -> None:
         for a, b in zip(results[0][kind], results[1][kind]):
             torch.testing.assert_close(a, b, rtol=1 / 64, atol=1e-3)
             assert (a != b).double().mean() < 1e-2
+    sums = []
+    for f in (kernel.momentum_update, muon.momentum_update):
+        m, grad = (draw(kind, shape=(340, 130)).to(CUDA, torch.float32) for kind in "mg")
+        m, noise = m.bfloat16(), Noise(5, pieces[0], torch.tensor(3, device=CUDA)) if rounding == "stochastic" else None
+        args = (torch.tensor(0.3, device=CUDA), torch.tensor(True, device=CUDA), 0.9)
+        sums.append([f(m, grad, *args, True, torch.float32, noise), f(m, grad, *args, False, torch.bfloat16, noise), m])
+        held, gone = m.clone(), f(m, grad * torch.nan, args[0] * torch.nan, torch.tensor(False, device=CUDA), 0.9, True, torch.float32, noise)
+        assert torch.equal(m, held)
+        assert torch.isfinite(gone).all()
+    for a, b in zip(*sums):
+        assert a.dtype == b.dtype
+        assert a.dtype == torch.float32 or (a != b).double().mean() < 1e-2
+        torch.testing.assert_close(a, b, rtol=1 / 64, atol=2e-3)
 
 
 @pytest.mark.parametrize("mesh", ["tp=2,dp=2", "tp=5", "dp=3"])
