@@ -30,7 +30,9 @@ from torch.utils._pytree import tree_leaves
 import lf.parallel.product  # noqa: F401  it defines the operator that is counted below
 
 KINDS = PARAMETER, GRADIENT, OPTIMIZER, BATCH, BUFFER, ACTIVATION = "parameter", "gradient", "optimizer", "batch", "buffer", "activation"
-"""Kinds that lf uses. "buffer": what a collective gathers into or sends from, apart from activations."""
+"""Kinds that lf uses. "buffer": parameters that are whole only while they are used."""
+HOST = "host"
+"""What lies in the host's memory although it looks as if it were on the device, as tensors on paper do: it does not count."""
 
 
 @attrs.define
@@ -76,6 +78,9 @@ class Meter(TorchDispatchMode):
             known = self._stored.get(storage._cdata)
             if known is None:
                 self._take(storage, kind)
+            elif known.kind == ACTIVATION and kind == HOST:
+                self._change(ACTIVATION, -known.bytes)
+                known.kind = HOST
             elif known.kind == ACTIVATION:
                 tables = [self.now_by_kind, *([self.peak_by_kind] if known.since <= self._peak_moment else [])]
                 for table in tables:
@@ -135,6 +140,8 @@ class Meter(TorchDispatchMode):
         self._change(known.kind, change)
 
     def _change(self, kind: str, bytes: int) -> None:
+        if kind == HOST:
+            return
         self.now += bytes
         _add(self.now_by_kind, kind, bytes)
         if self.now > self.peak:

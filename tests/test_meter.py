@@ -124,6 +124,19 @@ def test_the_device_that_counts_and_what_does_not_count() -> None:
     assert host.numel() + paper.numel() + hidden.numel() == 115  # all of it lived until here
 
 
+def test_what_lies_on_the_host_does_not_count() -> None:
+    with Meter() as meter:
+        with meters.quiet():
+            home = torch.empty(10, device="meta")
+        meters.mark("host", home)
+        meters.mark("optimizer", home)
+        late = torch.empty(5, device="meta")
+        meters.mark("host", late)
+    assert (meter.now, meter.peak, meter.now_by_kind) == (0, 20, {})
+    del home, late
+    assert meter.now == 0
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_operations_of_lf(device) -> None:
     x, w, acc = torch.ones(6, 4, device=device), torch.ones(8, 4, device=device), torch.zeros(8, 4, device=device)

@@ -20,6 +20,7 @@ from torch import Tensor
 from lf import tree
 from lf.chain_layouts import Layouts
 from lf.config import ConfigError
+from lf.meter import HOST, mark, quiet
 from lf.optim.base import Optimizer, at, leaves_of, merged, replaced, scalars
 from lf.spec import Param
 from lf.tree import Tree
@@ -117,9 +118,12 @@ def _moved(branch: Tree, layouts: Layouts) -> Tree:
 
 
 def _home(x: Tensor) -> Tensor:
-    """A place for a tensor in the host's memory: where it is, or a new one; of one without data one that takes up nothing."""
+    """A place for a tensor in the host's memory: where it is, or a new one."""
     if x.is_meta:
-        return torch.empty((), dtype=x.dtype).expand(x.shape)
+        with quiet():
+            home = torch.empty_like(x)
+        mark(HOST, home)
+        return home
     return x if x.device.type == "cpu" else torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
 
 
