@@ -68,7 +68,7 @@ def main(config: Config) -> None:
     ctx = lf.Context(lf.connect(mesh, device), device, config.precision)
     screen = lf.console.console(ctx.axes.rank)
     for make in (lambda: lf_side(Sharding(), config, ctx), lambda: PEERS[0][1](task(config, ctx))):
-        make().step()  # what libraries take when they are first used is no side's
+        peak(make().step, device.NAME)  # what libraries take when they are first used is no side's
     found = {text: compared(sharding, config, ctx) for text, sharding in shard.items()}
     tokens = config.seq_len * config.micro_batch * config.microbatches
     what = f"a step of {config.model}: {tokens} tokens a rank in {config.microbatches} microbatches, {config.precision}, {mesh}, {device.NAME}"

@@ -29,8 +29,7 @@ from lf.schedule.zero_bubble import zb_h1, zb_v
 from lf.sim import Trace, measured, spmd, trace
 
 TOKENS = 24
-ADAMW = partial(lf.optim.adamw, 1e-2)
-NARROW = partial(ADAMW, moments="bf16")
+NARROW = partial(lf.optim.adamw, moments="bf16")
 
 
 @attrs.frozen
@@ -43,7 +42,7 @@ class Case:
     dispatch: str = "exchange"
     recompute: Recompute = attrs.field(factory=Recompute)
     layout: dict[str, Any] = attrs.field(factory=dict)
-    optimizer: Any = ADAMW
+    optimizer: Any = lf.optim.adamw
 
 
 def even(dim: int = 32) -> lf.models.decoder.Model:
@@ -71,12 +70,15 @@ CASES = {
     "layers run again": Case("dp=2", recompute=Recompute(EVERY)),
     "operations run again": Case("tp=2", recompute=Recompute(ops=("swiglu", "rms_norm", "attention"))),
     "stage 1": Case("dp=2", model=regular, layout={"sharding": "1"}),
-    "stage 2, tp, muon": Case("dp=2,tp=2", precision="bf16", model=regular, layout={"sharding": "2"}, optimizer=partial(lf.optim.muon, 1e-2)),
+    "stage 2, tp, muon": Case("dp=2,tp=2", precision="bf16", model=regular, layout={"sharding": "2"}, optimizer=lf.optim.muon),
     "stage 3": Case("dp=2", model=regular, layout={"sharding": "3"}),
     "stage 3, kept, pp": Case("pp=2,dp=2", microbatches=3, model=regular, layout={"sharding": "3,keep,ahead=2"}),
     "hybrid": Case("dp=4", precision="bf16", layout={"sharding": "3,ranks=2,reduce=step,transport=bf16"}, optimizer=NARROW),
     "experts in shards": Case("ep=2,dp=4", model=even, layout={"sharding": "2"}),
     "experts": Case("ep=2,dp=2", model=even),
+    "muon by owners": Case("dp=2,tp=2", model=regular, layout={"sharding": "2"}, optimizer=lf.optim.muon),
+    "muon gathered": Case("dp=2,tp=2", model=regular, layout={"sharding": "1"}, optimizer=partial(lf.optim.muon, way="gathered")),
+    "moments in bf16, an average": Case("dp=2", optimizer=lambda lr: lf.optim.ema(lf.optim.adamw(lr, moments="bf16"), 0.9)),
     "experts by gathering": Case("ep=2,etp=2,tp=2,dp=2", model=even, dispatch="gather"),
 }
 
@@ -90,7 +92,7 @@ def batches(count: int) -> list[lf.Batch]:
 def step(axes: Any, device: Any, case: Case, layout: Any, program: Any) -> None:
     """All of a run's first step."""
     ctx = lf.Context(axes, device, case.precision, dispatch=case.dispatch)
-    init, step = lf.train.make(layout, case.optimizer(), program, ctx)
+    init, step = lf.train.make(layout, case.optimizer(1e-2), program, ctx)
     d, dp = axes["dp"].index, min(axes["dp"].size, 4)
     state, _ = step(init(lf.init(layout, ctx, SEED)), batches(case.microbatches * dp)[d % dp :: dp])
     assert state.step.shape == ()
@@ -155,7 +157,7 @@ def test_what_goes_to_the_host_is_gone() -> None:
     layout = lf.layout(deep, mesh)
     found = {}
     for where, optimizer in (("device", lf.optim.adamw(1e-2)), ("host", lf.optim.on_host(lf.optim.adamw(1e-2)))):
-        args = attrs.evolve(case, optimizer=lambda o=optimizer: o), layout, build(layout, case.microbatches)
+        args = attrs.evolve(case, optimizer=lambda lr, o=optimizer: o), layout, build(layout, case.microbatches)
         found[where] = trace(mesh, 0, step, paper, *args)
     moments = 2 * 4 * sum(math.prod(param.shape) for param in deep.params().values())
     assert found["device"].peak - found["host"].peak == moments

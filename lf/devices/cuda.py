@@ -13,7 +13,7 @@ NAME = "cuda"
 BACKEND = "cpu:gloo,cuda:nccl"
 FLOAT64 = True
 OPS = {
-    "adamw_update": "lf.kernels.adamw.adamw_update",
+    "adamw_update": "lf.kernels.adamw_bf16.adamw_update",
     "attention": "lf.kernels.varlen.attention",
     "grouped_linear": "lf.kernels.grouped.grouped_linear",
     "permute": "lf.kernels.permute.permute",

@@ -108,7 +108,13 @@ def _kept(own: Tree) -> dict[tuple[str, str], Tensor]:
 
 def _moved(branch: Tree, layouts: Layouts) -> Tree:
     """A tree of state in the host's memory, its scalars where they are."""
-    return tree.build([(path, _home(x).copy_(x) if path in layouts.specs and x.numel() else x) for path, x in tree.items(branch)])
+    out = []
+    for path, x in tree.items(branch):
+        home = _home(x) if path in layouts.specs and x.numel() else x
+        if not x.is_meta:  # else there is nothing to copy
+            home.copy_(x)
+        out.append((path, home))
+    return tree.build(out)
 
 
 def _home(x: Tensor) -> Tensor:
