@@ -63,6 +63,12 @@ class MetaAxis(Axis):
     def barrier(self) -> None:
         pass
 
+    def _pack(self, x: Tensor, packed: Tensor, sizes: Sequence[int], dim: int) -> None:
+        """Nothing to copy; there may be thousands of ranks."""
+
+    def _unpack(self, packed: Tensor, out: Tensor, sizes: Sequence[int], dim: int) -> None:
+        """The same."""
+
     def _start(self, collective: Callable[..., Any], *args: Any) -> Any:
         self._meta(args[0])
         return _Done()

@@ -135,8 +135,7 @@ class Axis:
         def wait() -> None:
             work()
             for out, whole, each, dim in odd:
-                for target, flat in zip(out.split(list(each), dim), self._by_place(whole.chunk(self.size))):
-                    target.copy_(flat[: target.numel()].view(target.shape))
+                self._unpack(whole, out, each, dim)
 
         return wait if later else wait()
 
@@ -160,8 +159,7 @@ class Axis:
                 continue
             n = max(each) * (x.numel() // sum(each))
             packed = x.new_zeros(self.size, n)
-            for row, piece in zip(self._by_place(packed), x.detach().split(list(each), dim)):
-                row[: piece.numel()].view(piece.shape).copy_(piece)
+            self._pack(x.detach(), packed, each, dim)
             into.append(x.new_empty(n))
             given.append(packed.view(-1))
             odd.append((out, into[-1]))
@@ -183,6 +181,16 @@ class Axis:
         for each in _by_dtype(xs):
             works.append(group.allreduce_coalesced(each, dist.AllreduceCoalescedOptions()))
         return _all(works) if later else _all(works)()
+
+    def _pack(self, x: Tensor, packed: Tensor, sizes: Sequence[int], dim: int) -> None:
+        """packed (ranks, n): a row for what of x goes to each rank, which may be longer."""
+        for row, piece in zip(self._by_place(packed), x.split(list(sizes), dim)):
+            row[: piece.numel()].view(piece.shape).copy_(piece)
+
+    def _unpack(self, packed: Tensor, out: Tensor, sizes: Sequence[int], dim: int) -> None:
+        """packed (ranks · n,): what has come from each rank, as `_pack` puts it."""
+        for piece, row in zip(out.split(list(sizes), dim), self._by_place(packed.chunk(self.size))):
+            piece.copy_(row[: piece.numel()].view(piece.shape))
 
     def _as_it_lies(self, whole: Tensor, x: Tensor, sizes: Sequence[int], dim: int) -> bool:
         """Whether shards of a tensor are even and each a range of its memory, in the order of the group."""

@@ -13,6 +13,7 @@ from lf import rng, tree
 from lf.batch import Batch
 from lf.chain_layouts import Layouts, joined
 from lf.layouts import Layout
+from lf.meter import BATCH, mark
 from lf.schedule.gathered import Gathered
 from lf.schedule.run import run_forward
 from lf.segment import Model, Terms
@@ -55,7 +56,9 @@ def init(layout: Layout | Layouts, ctx: Any, seed: int) -> Tree:
 def shard_batch(batch: Batch, model: Model, ctx: Any) -> Batch:
     """This rank's view of a batch, on its device, with what the model derives from it."""
     device = device_of(ctx)
-    return model.prepare(Batch({k: v.to(device, non_blocking=True) for k, v in batch.plan.items()}, batch.payload), ctx)
+    out = model.prepare(Batch({k: v.to(device, non_blocking=True) for k, v in batch.plan.items()}, batch.payload), ctx)
+    mark(BATCH, out.plan, out.payload, out.derived)
+    return out
 
 
 def compute_copy(layout: Layout | Layouts, master: Tree, ctx: Any, old: Tree | None = None) -> Tree:

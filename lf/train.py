@@ -22,7 +22,7 @@ from lf.config import ConfigError
 from lf.layouts import Layout
 from lf.memory import refuse_what_cannot_fit
 from lf.mesh import MeshError
-from lf.meter import BATCH, OPTIMIZER, PARAMETER, mark
+from lf.meter import OPTIMIZER, PARAMETER, mark
 from lf.optim import Optimizer
 from lf.parallel.reduce import owned_square_sum
 from lf.schedule import Action, Program, ProgramError, draw
@@ -88,7 +88,8 @@ def gradients(
         losses = terms.get("losses", {})
         if single is None and not agreed:
             given = ctx.axes.world.sum(torch.tensor([k in losses for k in objectives], device=feed.device, dtype=counts.dtype))
-            _losses_agree([k for k, n in zip(objectives, given.tolist()) if n], objectives)
+            if not given.is_meta:  # on paper nobody knows of the other ranks
+                _losses_agree([k for k, n in zip(objectives, given.tolist()) if n], objectives)
             agreed = True
         elif single and single.layout.mesh.pp == 1:
             _losses_agree(losses, objectives)
@@ -131,9 +132,7 @@ def _single(layouts: Layouts, batches: Sequence[Batch], ctx: Any) -> Feed:
     model = layouts.chains[""].model
     for batch in batches:
         model.accepts(batch)
-    mine = [shard_batch(b, model, ctx) for b in batches]
-    mark(BATCH, [(b.plan, b.payload, b.derived) for b in mine])
-    return Feed.of(mine)
+    return Feed.of([shard_batch(b, model, ctx) for b in batches])
 
 
 def _counts(layouts: Layouts, feed: Feed, ctx: Any) -> Tensor:

@@ -21,12 +21,12 @@ from lf.context import PRECISIONS, Precision
 NAMES = ("NAME", "BACKEND", "FLOAT64", "OPS")
 FUNCTIONS = (
     *("found", "missing", "no_compiler", "torch_device", "select", "peak_flops", "memory_peak", "memory_total"),
-    *("memory_now", "moment", "seconds", "copy_streams", "copy_out", "copy_in"),
+    *("memory_now", "moment", "seconds", "copy_streams", "copy_out", "copy_in", "copy_beside"),
 )
 
 
 def test_every_device_has_the_same_names() -> None:
-    for name in lf.devices.KNOWN:
+    for name in (*lf.devices.KNOWN, "paper"):
         device = importlib.import_module(f"lf.devices.{name}")
         assert name == device.NAME
         assert all(hasattr(device, n) for n in NAMES)
@@ -34,7 +34,7 @@ def test_every_device_has_the_same_names() -> None:
 
 
 def test_the_twins_are_a_table_like_a_devices() -> None:
-    for name in lf.devices.KNOWN:
+    for name in (*lf.devices.KNOWN, "paper"):
         assert importlib.import_module(f"lf.devices.{name}").OPS.keys() == lf.ops.OPS.keys()
     assert lf.devices.op_table(lf.ops).rope is importlib.import_module("lf.ops.rope").rope
 

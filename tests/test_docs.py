@@ -33,7 +33,7 @@ from lf.models import presets
 from lf.models.small import shrunk
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-TASKS = ("pretrain", "continue", "evaluate", "export", "pipeline", "chains", "moe", "optim", "plan")
+TASKS = ("pretrain", "continue", "evaluate", "export", "pipeline", "chains", "moe", "optim", "sharding", "plan")
 SAID = "to be or not to be that is the question whether tis nobler in the mind to suffer the slings and arrows of outrageous fortune"
 
 
@@ -191,7 +191,8 @@ def test_the_commands_of_a_page_run_one_after_another(page: str, here: Path, cap
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_what_a_page_mentions_exists(page: Path) -> None:
     prose = re.sub(r"^```\w*\n.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
-    ours = set().union(*(flags(name) for name in ("pretrain", "tokenize", "evaluate", "export", "schedule", "parity", "bench_chains", "plan"))) | {"--config"}
+    spoken = ("pretrain", "tokenize", "evaluate", "export", "schedule", "parity", "bench_chains", "bench_zero", "plan")
+    ours = set().union(*(flags(name) for name in spoken)) | {"--config"}
     for words in re.findall(r"`([^`\n]+)`", prose):
         first = words.split()[0]
         if re.fullmatch(r"lf(\.\w+)+", first):

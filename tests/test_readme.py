@@ -243,7 +243,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "Kunlun": (lambda folder: lf.devices.get("kunlun"), "device 'kunlun' is not built yet"),
     "FP8": (lambda folder: lf.Context(lf.solo(), lf.devices.get("cpu"), "fp8"), "unknown precision 'fp8'"),
 }
-NO_FLAG = {"sharded optimizer state", "data sets from a hub", "chat templates", "checkpoints of others"}  # there is no way to ask for it
+NO_FLAG = {"data sets from a hub", "chat templates", "checkpoints of others"}  # there is no way to ask for it
 NOT_YET = [item for works, later in table(README, "part").values() for item in later.split(", ") if item]
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Any
 
 import attrs
+import chain_steps
 import numpy as np
 import pytest
 from helpers import SEED, processes
 
 import lf
+from lf.chain_context import chain_context
+from lf.chain_layouts import chain_layouts
 from lf.data.batches import pack
 from lf.devices import cpu, paper
 from lf.mesh import Mesh
@@ -19,11 +24,12 @@ from lf.models.router import Router
 from lf.models.small import tiny
 from lf.schedule import build
 from lf.schedule.generate import interleaved, one_f_one_b
-from lf.schedule.recompute import EVERY, Recompute
+from lf.schedule.recompute import EVERY, Offload, Recompute
 from lf.schedule.zero_bubble import zb_h1, zb_v
 from lf.sim import Trace, measured, spmd, trace
 
 TOKENS = 24
+NARROW = partial(lf.optim.adamw, moments="bf16")
 
 
 @attrs.frozen
@@ -36,6 +42,7 @@ class Case:
     dispatch: str = "exchange"
     recompute: Recompute = attrs.field(factory=Recompute)
     layout: dict[str, Any] = attrs.field(factory=dict)
+    optimizer: Any = lf.optim.adamw
 
 
 def even(dim: int = 32) -> lf.models.decoder.Model:
@@ -63,12 +70,15 @@ CASES = {
     "layers run again": Case("dp=2", recompute=Recompute(EVERY)),
     "operations run again": Case("tp=2", recompute=Recompute(ops=("swiglu", "rms_norm", "attention"))),
     "stage 1": Case("dp=2", model=regular, layout={"sharding": "1"}),
-    "stage 2, tp": Case("dp=2,tp=2", precision="bf16", model=regular, layout={"sharding": "2"}),
+    "stage 2, tp, muon": Case("dp=2,tp=2", precision="bf16", model=regular, layout={"sharding": "2"}, optimizer=lf.optim.muon),
     "stage 3": Case("dp=2", model=regular, layout={"sharding": "3"}),
     "stage 3, kept, pp": Case("pp=2,dp=2", microbatches=3, model=regular, layout={"sharding": "3,keep,ahead=2"}),
-    "hybrid": Case("dp=4", precision="bf16", layout={"sharding": "3,ranks=2,reduce=step,transport=bf16"}),
+    "hybrid": Case("dp=4", precision="bf16", layout={"sharding": "3,ranks=2,reduce=step,transport=bf16"}, optimizer=NARROW),
     "experts in shards": Case("ep=2,dp=4", model=even, layout={"sharding": "2"}),
     "experts": Case("ep=2,dp=2", model=even),
+    "muon by owners": Case("dp=2,tp=2", model=regular, layout={"sharding": "2"}, optimizer=lf.optim.muon),
+    "muon gathered": Case("dp=2,tp=2", model=regular, layout={"sharding": "1"}, optimizer=partial(lf.optim.muon, way="gathered")),
+    "moments in bf16, an average": Case("dp=2", optimizer=lambda lr: lf.optim.ema(lf.optim.adamw(lr, moments="bf16"), 0.9)),
     "experts by gathering": Case("ep=2,etp=2,tp=2,dp=2", model=even, dispatch="gather"),
 }
 
@@ -82,7 +92,7 @@ def batches(count: int) -> list[lf.Batch]:
 def step(axes: Any, device: Any, case: Case, layout: Any, program: Any) -> None:
     """All of a run's first step."""
     ctx = lf.Context(axes, device, case.precision, dispatch=case.dispatch)
-    init, step = lf.train.make(layout, lf.optim.adamw(1e-2), program, ctx)
+    init, step = lf.train.make(layout, case.optimizer(1e-2), program, ctx)
     d, dp = axes["dp"].index, min(axes["dp"].size, 4)
     state, _ = step(init(lf.init(layout, ctx, SEED)), batches(case.microbatches * dp)[d % dp :: dp])
     assert state.step.shape == ()
@@ -125,6 +135,34 @@ def test_on_paper_as_over_processes(name) -> None:
     mesh, args = ways(name)
     for rank, want in enumerate(processes(mesh, measured, step, cpu, *args)):
         agree(trace(mesh, rank, step, paper, *args), want, name)
+
+
+def step_of_chains(axes: Any, device: Any, layouts: Any, program: Any, data: Any) -> None:
+    ctx = chain_context(layouts, axes, device, "fp32")
+    init, step = lf.train.make(layouts, lf.optim.adamw(1e-2), program, ctx)
+    step(init(lf.init(layouts, ctx, SEED)), data)
+
+
+def test_several_chains() -> None:
+    layouts = chain_layouts(chain_steps.MODEL, chain_steps.PLACES)
+    args = paper, layouts, chain_steps.program_of(layouts, 2), chain_steps.data(2)
+    for rank, want in enumerate(spmd(Mesh(dp=layouts.world), measured, step_of_chains, cpu, *args[1:])):
+        agree(trace(Mesh(dp=layouts.world), rank, step_of_chains, *args), want, "chains")
+
+
+def test_what_goes_to_the_host_is_gone() -> None:
+    """The moments, of which two layers' are back at a time in the update, when the forwards' memory is free; and what a forward keeps."""
+    mesh, (case, layout, _) = ways("one rank, four microbatches")
+    deep = decoder(attrs.evolve(layout.model.config, layers=layout.model.config.layers * 4))
+    layout = lf.layout(deep, mesh)
+    found = {}
+    for where, optimizer in (("device", lf.optim.adamw(1e-2)), ("host", lf.optim.on_host(lf.optim.adamw(1e-2)))):
+        args = attrs.evolve(case, optimizer=lambda lr, o=optimizer: o), layout, build(layout, case.microbatches)
+        found[where] = trace(mesh, 0, step, paper, *args)
+    moments = 2 * 4 * sum(math.prod(param.shape) for param in deep.params().values())
+    assert found["device"].peak - found["host"].peak == moments
+    kept = trace(mesh, 0, step, paper, case, layout, build(layout, case.microbatches, offloaded=Offload(EVERY)))
+    assert kept.peak < found["device"].peak - 8 * TOKENS * deep.config.dim * 4
 
 
 def test_one_rank_of_thirty_thousand() -> None:

@@ -227,6 +227,7 @@ class _Rank:
             if kept.piece.name in covered:
                 self.doing = "the second forward of", kept.piece.name, 1.0
                 if a.ops and kept.slots is not None:
+                    self.graphs[a.chain].whole.ready(kept.piece.gathered)
                     kept.slots.remat()
                 else:
                     pieces[i], _, _ = self.graphs[a.chain].make(kept.piece, {k: got(v) for k, v in kept.x.items()}, at[2])

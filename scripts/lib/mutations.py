@@ -12,6 +12,7 @@ from moe_mutations import MIXTURES
 from mutation import Mutation, rewritten, stale, words
 from optim_mutations import OPTIMIZERS
 from schedule_mutations import SCHEDULE
+from sharding_mutations import SHARDING
 
 from lf import axes, axes_sim, chain_layouts, drift, evaluate, layouts, loop, ramp, record, rng, split, state, train
 from lf.checkpoint import native, shards
@@ -274,7 +275,7 @@ AXES = [
         (axes_sim.SimAxis.reduce_scatter, "[self.index] for t in full", "[-1 - self.index] for t in full"),
     ),
     words("mesh: the first axis is the fastest", "tests/test_mesh.py", (Mesh.coords, "for axis in reversed(grid):", "for axis in grid:")),
-    words("simulator: ranks may differ", "tests/test_sim.py", (axes_sim.World.meet, "if theirs != tag:", "if False:")),
+    words("simulator: ranks may differ", "tests/test_sim.py", (axes_sim.World.post, "if theirs != tag:", "if False:")),
 ]
 
 EVALUATE, DRIFT, LOOP, RAMP, LR = (f"tests/{name}.py" for name in ("test_evaluate", "test_drift", "test_loop", "test_ramp", "optim/test_lr"))
@@ -326,7 +327,7 @@ STAGES = [
 ]
 
 ALL: list[Mutation] = [
-    *edges(), *MOVES, *SPECS, *NORMALISER, *MODEL, *STEPS, *SCHEDULE, *AXES, *RUNS, *STAGES, *CHAIN, *MIXTURES, *MIXERS, *OPTIMIZERS,
+    *edges(), *MOVES, *SPECS, *NORMALISER, *MODEL, *STEPS, *SCHEDULE, *AXES, *RUNS, *STAGES, *CHAIN, *MIXTURES, *MIXERS, *OPTIMIZERS, *SHARDING,
 ]  # fmt: skip
 __all__ = ["ALL", "Mutation", "rewritten", "stale"]
 assert len({m.name for m in ALL}) == len(ALL)

@@ -12,7 +12,7 @@ from lf.schedule.gradients import Gradients
 from lf.schedule.graphs import Graphs
 from lf.schedule.holds import Holds
 from lf.schedule.keep import _moved, recompute
-from lf.schedule.lower import _by_layers, _with_reductions, reduced_layers, tied_paths, trainable
+from lf.schedule.lower import _by_layers, _last_of, _with_reductions, reduced_layers, tied_paths, trainable
 from lf.schedule.move import _Walk, free
 from lf.schedule.names import check_names
 from lf.schedule.pieces import Stage, _walked
@@ -29,7 +29,7 @@ PASSES = [
         (_with_reductions, "reversed(reduced_layers(layout, pp).items())", "[*reversed(reduced_layers(layout, pp).items())][1:]"),
     ),
     words("reduce: a tied table is not summed over its stages", CHECK, (_with_reductions, "for path in tied_paths(layout, pp)]", "for path in ()]")),
-    words("reduce: before the gradients of other layers", CHECK, (_with_reductions, "for user in users[path]", "for user in [(stage, layer)]")),
+    words("reduce: before the gradients of other layers", CHECK, (_last_of, "out[m] = max(at, out.get(m, -1))", "out[m] = at")),
     words("reduce: what is frozen, too", CHECK, (reduced_layers, "if path not in layout.frozen:", "if True:")),
     words("reduce: tied and frozen, too", CHECK, (tied_paths, "p not in layout.frozen and", "")),
     words("reduce: the last backward stays whole", CHECK, (_by_layers, 'layers.get(at) if a.op == "B" else None', "None")),

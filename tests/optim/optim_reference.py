@@ -36,19 +36,23 @@ def cut(layouts: Layouts, rank: int, pieces: Pieces, dtype: torch.dtype = torch.
 
 
 def updated(
-    axes: Any, layout: lf.layouts.Layout | Layouts, optimizer: lf.optim.Optimizer, steps: int, scale: float = 0.5, precision: str = "fp64"
+    axes: Any,
+    layout: lf.layouts.Layout | Layouts,
+    optimizer: lf.optim.Optimizer,
+    steps: int,
+    scale: float = 0.5,
+    precision: str = "fp64",
+    start: tuple[int, tree.Tree] | None = None,
 ) -> tree.Tree:
-    """The state of a rank after some updates."""
-    several = isinstance(layout, Layouts)
-    layouts = joined(layout)
-    ctx = chain_context(layouts, axes, lf.devices.get("cpu"), precision) if several else context(axes, precision)
-    dtype, rank = ctx.precision.master, axes.rank
-    params = {path: spec.param for path, spec in layouts.trained(rank).items()}
-    state = optimizer.init(cut(layouts, rank, wholes(layouts, "w"), dtype), torch.device("cpu"), layouts)
-    for i in range(steps):
+    """The state of a rank after so many updates, from (updates made, state) where it starts from there."""
+    layouts, rank = joined(layout), axes.rank
+    ctx = chain_context(layouts, axes, lf.devices.get("cpu"), precision) if isinstance(layout, Layouts) else context(axes, precision)
+    dtype, params = ctx.precision.master, {path: spec.param for path, spec in layouts.trained(rank).items()}
+    done, state = start or (0, optimizer.init(cut(layouts, rank, wholes(layouts, "w"), dtype), torch.device("cpu"), layouts))
+    for i in range(done, steps):
         step, ok = torch.tensor(i), torch.tensor(i != 1)  # the second is skipped
-        grads = cut(layouts, rank, wholes(layouts, "g", i), dtype)
-        state = optimizer.update(state, grads, params, optimizer.lr(step).to(dtype), torch.tensor(scale, dtype=dtype), step, ok, ctx, layouts)
+        grads, factor = cut(layouts, rank, wholes(layouts, "g", i), dtype), torch.tensor(scale, dtype=dtype)
+        state = optimizer.update(state, grads, params, optimizer.lr(step).to(dtype), factor, step, ok, ctx, layouts)
     return state
 
 

@@ -51,10 +51,12 @@ def test_muon_over_real_processes(way: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_law_1_holds_under_muon(way: str) -> None:
+@pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
+def test_law_1_holds_under_muon(stage: str, way: str) -> None:
     """Of the whole step: losses, gradients, norms and parameters after updates that are no function of one element."""
-    mesh = random.Random(f"{SEED} {way}").choice(["tp=2,dp=2", "tp=3,dp=2", "pp=2,tp=2", "dp=3"])
-    report = parity.compare(tiny(), lf.Mesh.parse(mesh), seed=SEED, steps=2, optimizer=lambda lr: optim.muon(lr, way=way, rest=optim.sgd(lr)))
+    mesh = random.Random(f"{SEED} {stage} {way}").choice(["tp=2,dp=2", "tp=3,dp=2", "pp=2,dp=2", "dp=3"])
+    asked = {"seed": SEED, "steps": 2, "sharding": stage}
+    report = parity.compare(tiny(), lf.Mesh.parse(mesh), **asked, optimizer=lambda lr: optim.muon(lr, way=way, rest=optim.sgd(lr)))
     assert report.ok, str(report)
 
 

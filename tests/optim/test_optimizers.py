@@ -216,6 +216,71 @@ def test_at_most_two_layers_are_on_the_device_and_each_copy_waits_for_its_buffer
 
 
 
+@pytest.mark.parametrize("other", [("ep=2,dp=4", "2,ranks=2"), ("pp=2,tp=2", "0")], ids=str)
+def test_state_goes_on_under_another_layout(other: tuple[str, str], tmp_path: Path) -> None:
+    """And the average of the weights can be read by itself."""
+    make = partial(optim.ema, optim.muon(LR, way="gathered"), 0.75)
+    (one,) = lf.sim.spmd(lf.Mesh(dp=1), updated, whole(), make(), 4)
+    (half,) = lf.sim.spmd(lf.Mesh(dp=1), updated, whole(), make(), 2)
+
+    def save(axes: Any, layout: lf.layouts.Layout) -> None:
+        state, fresh = updated(axes, layout, make(), 2), lf.init(layout, context(axes), 0)  # of what is not trained there are masters, too
+        state["master"] = tree.build([*{**dict(tree.items(fresh)), **dict(tree.items(state["master"]))}.items()])
+        lf.checkpoint.save(tmp_path / "c", layout, lf.State({}, state, torch.tensor(2)), context(axes), {})
+
+    def go_on(axes: Any, layout: lf.layouts.Layout) -> tree.Tree:
+        state, _ = lf.checkpoint.load(tmp_path / "c", layout, context(axes))
+        for averaged, kind in ((False, "master"), (True, "ema")):
+            with lf.checkpoint.masters(tmp_path / "c", layout, context(axes), averaged) as read:
+                for path in joined(layout).trained(axes.rank):
+                    assert torch.equal(read(path), tree.get(state.optimizer[kind], path))
+        return updated(axes, layout, make(), 4, start=(2, state.optimizer))
+
+    first = lf.layout(tiny_moe(), lf.Mesh.parse("tp=2,dp=2"), sharding="1")
+    lf.sim.spmd(first.mesh, save, first)
+    layout = lf.layout(tiny_moe(), lf.Mesh.parse(other[0]), sharding=other[1])
+    states = lf.sim.spmd(layout.mesh, go_on, layout)
+    for kind in ("master", "momentum", "ema", "m"):
+        held = {path: x for path, x in tree.items(one[kind]) if path not in layout.frozen}
+        want = pieces_of(whole(), {kind: tree.build([*held.items()])}, kind)
+        mine = [{kind: tree.build([(p, x) for p, x in tree.items(state[kind]) if p not in layout.frozen])} for state in states]
+        agree(layout, mine, kind, want, 1e-11)
+    assert not torch.equal(one["ema"]["head"]["norm"], half["ema"]["head"]["norm"])
+
+
+def test_a_checkpoint_without_an_average_says_so(tmp_path: Path) -> None:
+    layout, ctx = lf.layout(tiny(), lf.Mesh(dp=1)), context(lf.solo())
+    lf.checkpoint.save(tmp_path / "c", layout, lf.State({}, updated(lf.solo(), layout, optim.sgd(LR), 1), torch.tensor(1)), ctx, {})
+    with (
+        pytest.raises(lf.checkpoint.CheckpointError, match="has no average of the weights: its run was made without --ema"),
+        lf.checkpoint.masters(tmp_path / "c", layout, ctx, averaged=True),
+    ):
+        pass
+
+
+def test_words_of_the_scripts() -> None:
+    rate = optim.constant(LR)
+    layout = lf.layout(tiny(), lf.Mesh(dp=1))
+    for asked, kinds in (
+        ({"name": "adamw"}, {"master", "m", "v", "t"}),
+        ({"name": "sgd", "ema": 0.9, "offload": 1.0}, {"master", "ema"}),
+        ({"name": "muon", "moments": "bf16", "muon_way": "gathered"}, {"master", "momentum", "m", "v", "t.1"}),
+    ):
+        state = updated(lf.solo(), layout, optim.named(rate=rate, **asked), 1, 0.5, "fp32")  # type: ignore[arg-type]
+        assert state.keys() == kinds
+        if "moments" in asked:
+            assert {x.dtype for kind in ("momentum", "m", "v") for x in tree.leaves(state[kind])} == {torch.bfloat16}
+    for wrong, words in (
+        ({"name": "adam"}, "unknown optimizer 'adam'; did you mean 'adamw'"),
+        ({"name": "adamw", "muon_way": "owner"}, "muon_way='owner' is of Muon, and the optimizer is adamw"),
+        ({"name": "sgd", "moments": "bf16"}, "moments='bf16': sgd has none"),
+        ({"name": "sgd", "offload": 1.0}, r"offload=1\.0: sgd keeps nothing but the weights"),
+        ({"name": "adamw", "ema": 1.5}, r"decay=1\.5 of an average of the weights must lie between 0 and 1"),
+    ):
+        with pytest.raises(lf.config.ConfigError, match=words):
+            optim.named(rate=rate, **wrong)  # type: ignore[arg-type]
+
+
 def test_what_lies_in_the_host_s_memory_does_not_count_against_the_device_and_is_loaded_there(tmp_path: Path) -> None:
     layout, cpu = lf.layout(tiny(), lf.Mesh(dp=1)), lf.devices.get("cpu")
     trained = [*layout.specs]
