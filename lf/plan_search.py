@@ -45,8 +45,10 @@ RECOMPUTE = {"none": 0.0, "half": 0.5, "full": 1.0}
 """Which share of the layers is run again."""
 SHARDS = ("1", "2", "3")
 MICRO = (1, 2, 4, 8)
-SLACK = 1.0
+SLACK = 1.05
 """What the formulas may say too much."""
+SLOW = 1.6
+"""Times what the formulas say of the fastest, from where on a choice is not planned any more."""
 HIDDEN = 0.7
 """Of the time of a microbatch, what sums of gradients can go on beside: about its backward."""
 FLYING = 3
@@ -244,10 +246,10 @@ def search(
         least = f"the least is about {guess.peak / 2**30:.1f} GiB, with {c}"
         raise ConfigError(f"nothing fits into {limit / 2**30:.1f} GiB a device: {least}; take more ranks than {ranks}, or another device")
     best, refused, made, most = dict[Mesh, tuple[Choice, Plan]](), list[tuple[Choice, str]](), 0, 2 * top
-    for _, c in fitting:
+    for guess, c in fitting:
         if c.mesh in best or [other.mesh for other, _ in refused].count(c.mesh) >= 2:
             continue
-        if len(best) >= top or made >= most:
+        if len(best) >= top or made >= most or (best and guess.seconds > SLOW * fitting[0][0].seconds):
             break
         tell(f"plan {made + 1}: {c}")
         made += 1
@@ -296,7 +298,7 @@ def planned(
     pipeline = c.pipeline(len(model.layers()))
     where = pipeline.layout(model, c.mesh, seq_len)
     count = microbatches(global_batch, c.micro_batch, where.mesh["dp"])
-    enough = 2 * c.mesh.pp if c.schedule == "interleaved" or c.mesh.pp == 1 else c.mesh.pp + 2  # for a rank to hold the most that it will
+    enough = c.mesh.pp + 2 if c.schedule == "1f1b" and c.mesh.pp > 1 else 2 * c.mesh.pp  # for a rank to hold the most that it will
     program = pipeline.program(where, min(count, enough))
     return plan(
         where, program, optimizer, device, seq_len=seq_len, micro_batch=c.micro_batch, precision=precision, achieved=achieved, rows=rows,
