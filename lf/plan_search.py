@@ -161,8 +161,11 @@ class Rough:
                 grads = cut + FLYING * one.max() if shard in ("2", "3") else whole + (cut if shard == "1" else 0)
                 sent = float(sums.max()) * {"0": 8, "1": 4 + size, "2": 4 * count + size, "3": (4 + 2 * size) * count}[shard]
                 hidden = HIDDEN * busy * (count if shard in ("2", "3") else 1)
-                peak = (size * copy + 4 * grads + self.state * mine + held).max()
-                yield Guess(busy * count + bubble + max(0.0, sent - hidden), float(peak)), attrs.evolve(c, recompute=again, shard=shard)
+                lasts = size * copy + self.state * mine
+                peak = float((lasts + 4 * grads + held).max())
+                if 1 < count < 2 * mesh.pp:  # when the most is held few sums have been begun, when all have been less is held
+                    peak = float(np.maximum(lasts + 4 * grads / c.chunks + held, lasts + 4 * grads + held / 2).max())
+                yield Guess(busy * count + bubble + max(0.0, sent - hidden), peak), attrs.evolve(c, recompute=again, shard=shard)
 
     def stages(self, n: int) -> np.ndarray:
         """(stage, FIELDS): the sums over the layers of each of n stages, balanced by their time."""
