@@ -67,9 +67,10 @@ def main(config: Config) -> None:
         raise ConfigError(f"mesh {mesh}: this compares sharding over data ranks alone; give dp=N, of 2 or more, and no other axis")
     ctx = lf.Context(lf.connect(mesh, device), device, config.precision)
     screen = lf.console.console(ctx.axes.rank)
-    for make in (lambda: lf_side(Sharding(), config, ctx), lambda: PEERS[0][1](task(config, ctx))):
+    given = first_weights(config, ctx)
+    for make in (lambda: lf_side(Sharding(), config, ctx), lambda: PEERS[0][1](task(given, config, ctx))):
         peak(make().step, device.NAME)  # what libraries take when they are first used is no side's
-    found = {text: compared(sharding, config, ctx) for text, sharding in shard.items()}
+    found = {text: compared(sharding, given, config, ctx) for text, sharding in shard.items()}
     tokens = config.seq_len * config.micro_batch * config.microbatches
     what = f"a step of {config.model}: {tokens} tokens a rank in {config.microbatches} microbatches, {config.precision}, {mesh}, {device.NAME}"
     columns = ("--shard", "next to", "lf, ms", "its ms", "lf / peer, time", "lf, MiB", "its MiB", "lf / peer, memory", "differs by")
@@ -95,14 +96,14 @@ def shown(text: str, x: Mapping[str, Any]) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-def compared(sharding: Any, config: Config, ctx: Any) -> dict[str, Any]:
+def compared(sharding: Any, given: Mapping[str, Tensor], config: Config, ctx: Any) -> dict[str, Any]:
     """{"peer": its name, "lf", "peer_seconds": medians of a step, "ratio": median of those of the rounds, "lf_bytes", "peer_bytes": the most on any
     rank, "errors": by what is compared}, or "peer" and "error": why it is not timed, with "differs" where that is the reason."""
     name, make = PEERS[sharding.stage]
     out: dict[str, Any] = {"peer": name}
     mine, ours = measured(lambda: lf_side(sharding, config, ctx), ctx)
     try:
-        other, its = measured(lambda: make(task(config, ctx)), ctx)
+        other, its = measured(lambda: make(task(given, config, ctx)), ctx)
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as reason:  # its own conditions, the same on every rank
         return out | {"error": in_words(reason)}
     errors = differences(ours["seen"], its["seen"])
@@ -205,17 +206,22 @@ def gathered(layout: Any, trees: Any, kinds: tuple[str, ...], ctx: Any) -> dict[
     return out
 
 
-def task(config: Config, ctx: Any) -> Task:
+def first_weights(config: Config, ctx: Any) -> dict[str, Tensor]:
+    """Those that lf begins with, whole, by their names in the files of transformers, on the CPU."""
+    model = lf.hf.model(config.model)
+    alone, names = lf.layout(model, lf.Mesh(dp=1)), lf.models.families.of(model.config).names(model.config)
+    one = lf.Context(lf.solo(), lf.devices.get("cpu"), "fp32")
+    params = lf.init(alone, one, seed=0)
+    return {names[p.key]: p.view(tree.get(params, path)) for path, spec in alone.specs.items() for p in spec.pieces(one.axes.coords)}
+
+
+def task(given: Mapping[str, Tensor], config: Config, ctx: Any) -> Task:
     """What a peer does, from lf's own first weights."""
     model, dp, where = lf.hf.model(config.model), ctx.axes["dp"], lf.state.device_of(ctx)
-    alone = lf.layout(model, lf.Mesh(dp=1))
-    one, names = lf.Context(lf.solo(), ctx.device, "fp32"), lf.models.families.of(model.config).names(model.config)
-    params = lf.init(alone, one, seed=0)
-    weights = {names[p.key]: p.view(tree.get(params, path)) for path, spec in alone.specs.items() for p in spec.pieces(one.axes.coords)}
     words, n = rows_of(config, model.config.vocab), config.micro_batch
     parts = [torch.from_numpy(words[(i * dp.size + dp.index) * n :][:n]) for i in range(config.microbatches)]
     labels = len(words) * (config.seq_len - 1)
-    return Task(theirs(model.config), weights, parts, labels, config.precision == "bf16", where, LR, BETAS, DECAY, CLIP)
+    return Task(theirs(model.config), given, parts, labels, config.precision == "bf16", where, LR, BETAS, DECAY, CLIP)
 
 
 if __name__ == "__main__":

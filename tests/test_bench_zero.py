@@ -71,7 +71,7 @@ def spoiled(axes: Any, config: script.Config, sharding: str) -> dict[str, Any]:
         return made._replace(labels=made.labels / 1.01)
 
     script.task = less
-    return script.compared(Sharding.parse(sharding), config, ctx)
+    return script.compared(Sharding.parse(sharding), script.first_weights(config, ctx), config, ctx)
 
 
 @pytest.mark.parametrize("sharding", ["1", pytest.param("3", marks=pytest.mark.slow)])

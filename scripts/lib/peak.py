@@ -43,6 +43,11 @@ def live(device: str) -> int:
 class _Watch(TorchDispatchMode):
     """Looks before and after every operation, those of backwards too. What one takes and gives back inside itself is not seen."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Else torch loads its compiler at the first operation, which takes seconds."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()
         self.most = live("cpu")
