@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # for editors and type checkers; the table below is what runs
         parity,
         pictures,
         pipeline,
+        plan,
         ramp,
         record,
         runs,
@@ -52,7 +53,7 @@ if TYPE_CHECKING:  # for editors and type checkers; the table below is what runs
 
 _MODULES = (
     *("checkpoint", "cli", "config", "console", "context", "data", "devices", "drift", "evaluate", "expert_picture", "log", "loop", "memory"),
-    *("models", "optim", "parity", "pictures", "pipeline", "ramp", "record", "runs", "schedule", "signals", "sim", "split", "train", "tree"),
+    *("models", "optim", "parity", "pictures", "pipeline", "plan", "ramp", "record", "runs", "schedule", "signals", "sim", "split", "train", "tree"),
 )
 _NAMES = {
     "lf.axes": ("connect", "solo"),

@@ -7,7 +7,7 @@ whose forward had begun, and to grow with the tokens of a microbatch. So the way
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -18,7 +18,9 @@ from lf.batch import Batch
 from lf.chain_layouts import Layouts, joined
 from lf.layouts import Layout
 from lf.optim import Optimizer
+from lf.plan_state import asked, held, lasting
 from lf.schedule.memory import OutOfMemory
+from lf.sharding import STAGES
 from lf.state import State, device_of
 from lf.tree import Tree
 
@@ -65,6 +67,7 @@ class Setting:
     ep: int = 1
     edp: int = 1
     experts: int = 0
+    shards: Mapping[str, int] = attrs.field(factory=dict)
 
 
 def explained(
@@ -104,28 +107,23 @@ def refuse_what_cannot_fit(layout: Layout | Layouts, optimizer: Optimizer, ctx: 
     """Raises OutOfMemory, before anything is allocated, when what lasts through a step (parameters, gradients, the optimizer's `init` of them)
     is more than this rank's device has. The optimizer is asked with one element for each parameter: its trees are shaped like them, or scalars."""
     layouts, master, rank, there = joined(layout), ctx.precision.master, ctx.axes.rank, ctx.device.memory_total()
-    sizes = {path: math.prod(layouts.local_shape(path, rank)) for path in layouts.held(rank)}
-    trained = [path for path in sizes if path not in layouts.frozen]
-    one = {path: torch.zeros(1, dtype=master) for path in sizes}
-    small = optimizer.init(tree.build([(path, one[path]) for path in trained]), torch.device("cpu"), layouts)
-    away = frozenset() if device_of(ctx).type == "cpu" else optimizer.hosted(trained, layouts)
-    small = {kind: tree.build([(path, x) for path, x in tree.items(branch) if path not in away]) for kind, branch in small.items()}
-    small["master"] = tree.build([*one.items()])
-    kinds = {"compute copy of the parameters": sum(n * _copied(layouts, path, ctx) for path, n in sizes.items())}
-    kinds |= {f"optimizer: {name}": sum(_size(x) * sizes.get(path, 1) for path, x in tree.items(branch)) for name, branch in small.items()}
-    kinds["gradients"] = sum(sizes[path] for path in trained) * master.itemsize
-    if (lasting := sum(kinds.values())) <= there:
+    small, of = asked(layouts, optimizer, ctx, device_of(ctx).type == "cpu"), held(layouts, ctx)
+    kinds = lasting(of, small, master)
+    if (total := sum(kinds.values())) <= there:
         return
-    lines = [f"out of memory before the first step: rank {rank} needs {_bytes(lasting)} besides activations, its device has {_bytes(there)}"]
-    lines += [f"  {_bytes(n):>10}  {kind}" for kind, n in kinds.items() if n]
-    setting = _setting(layouts, 1, SHORTEST, ctx, True, _each(layouts, small, sizes, ctx))  # there is nothing to be run again yet
-    lines += [f"The smallest change that should fit, without activations: {way_out(Usage(kinds, lasting, 0, there), setting)}"]
+    lines = [f"out of memory before the first step: rank {rank} needs {_bytes(total)} besides activations, its device has {_bytes(there)}"]
+    lines += [f"  {_bytes(n):>10}  {kind}" for kind, n in sorted(kinds.items(), key=lambda pair: -pair[1]) if n]
+    setting = _setting(layouts, 1, SHORTEST, ctx, True, _each(layouts, small, {path: h.kept for path, h in of.items()}, ctx))  # none is run again yet
+    least = max(where.sharding.stage for where in layouts.chains.values())
+    sharded = {f"--shard {k}": sum(lasting(held(layouts, ctx, k), small, master).values()) for k in range(least + 1, len(STAGES))}
+    setting = attrs.evolve(setting, shards={words: n for words, n in sharded.items() if n < total})
+    lines += [f"The smallest change that should fit, without activations: {way_out(Usage(kinds, total, 0, there), setting)}"]
     raise OutOfMemory("\n".join(lines))
 
 
 def way_out(usage: Usage, now: Setting) -> str:
-    """The first change that fits: fewer rows in a microbatch, layers that are run again, both, experts over more of the ranks that there are, shorter
-    rows, twice tp, twice ep, twice pp or lower precision, ever more tp, and as much more ep.
+    """The first change that fits: fewer rows in a microbatch, layers that are run again, both, state in shards, experts over more of the ranks that
+    there are, shorter rows, twice tp, twice ep, twice pp or lower precision, ever more tp, and as much more ep.
 
     Twice pp halves what lasts; of activations each rank then has half the layers for twice the microbatches (1F1B), as much as before."""
     row = usage.activations / now.micro_batch
@@ -143,6 +141,9 @@ def way_out(usage: Usage, now: Setting) -> str:
             return f"{fewer}--recompute full (about {_bytes(usage.lasting + again)}; a step then takes up to a third longer)"
     one = "--micro-batch 1 and " if now.micro_batch > 1 else ""
     of = f" in chain {now.chain!r}" if now.chain else ""
+    for words, sharded in now.shards.items():
+        if fits(sharded, usage.activations):
+            return f"{words}, on the same ranks (about {_bytes(sharded + usage.activations)} each)"
     for times in [n for n in range(2, now.edp + 1) if now.edp % n == 0 and now.ep * n <= now.experts]:
         left = usage.lasting * (1 - now.routed * (1 - 1 / times))
         for words, kept in (("", usage.activations), (one, row)):
@@ -164,17 +165,17 @@ def way_out(usage: Usage, now: Setting) -> str:
     if 2 * now.pp <= now.layers and fits(usage.lasting * half, usage.activations):
         total = usage.lasting * half + usage.activations
         ways.append(f"pp={2 * now.pp} instead of {now.pp}{of}, on twice the ranks (about {_bytes(total)} each)")
-    lower, lasting = _lower(usage.lasting, now)
-    if lower and fits(lasting, usage.activations * half):
-        ways.append(f"--precision {lower}{of} (about {_bytes(lasting + usage.activations * half)})")
+    lower, left = _lower(usage.lasting, now)
+    if lower and fits(left, usage.activations * half):
+        ways.append(f"--precision {lower}{of} (about {_bytes(left + usage.activations * half)})")
     if ways:
         return "; or ".join(ways)
     for times in (2, 4, 8, 16, 32, 64):
-        left, spread = 1 - now.share * (1 - 1 / times), times * now.ep <= now.experts
-        lasting = usage.lasting * (left if spread else left + now.routed * (1 - 1 / times))
-        if fits(lasting, row * left):
+        part, spread = 1 - now.share * (1 - 1 / times), times * now.ep <= now.experts
+        left = usage.lasting * (part if spread else part + now.routed * (1 - 1 / times))
+        if fits(left, row * part):
             more = f" and ep={times * now.ep} instead of {now.ep}" if spread else ""
-            return f"{one}tp={times * now.tp} instead of {now.tp}{more}{of} (about {_bytes(lasting + row * left)} each)"
+            return f"{one}tp={times * now.tp} instead of {now.tp}{more}{of} (about {_bytes(left + row * part)} each)"
     more = "tp, ep" if now.experts else "tp"
     return f"none of fewer rows, recompute, shorter rows, more {more} or lower precision is enough; take a smaller model or more memory"
 

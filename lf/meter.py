@@ -16,9 +16,11 @@ Operations are those of torch.utils.flop_counter, two for each multiplication an
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import attrs
@@ -47,7 +49,7 @@ class _Stored:
 
 class Meter(TorchDispatchMode):
     """Counts while it is on (`with`). known: trees of tensors that are there already, by kind. device: the type of device that counts ("cuda": what
-    lies on the host does not); None: every one.
+    lies on the host does not); None: every one. read: what gives the documents of packed attention, of a card's kernel, to the host.
 
     peak: bytes at most so far · peak_by_kind: what they were then · now, now_by_kind: bytes that live, also after it has been on · flops: operations
     of matrix products, also of attention and grouped ones.
@@ -59,13 +61,15 @@ class Meter(TorchDispatchMode):
         """Else torch loads its compiler at the first operation, which takes seconds."""
         return False
 
-    def __init__(self, known: Mapping[str, Any] | None = None, device: str | None = None):
+    def __init__(
+        self, known: Mapping[str, Any] | None = None, device: str | None = None, read: Callable[[Tensor], list[int]] = Tensor.tolist
+    ):
         super().__init__()
         self.device, self.flops, self.peak, self.now = device, 0, 0, 0
         self.now_by_kind, self.peak_by_kind = dict[str, int](), dict[str, int]()
         self._stored = dict[int, _Stored]()
         self._moment = self._peak_moment = 0
-        self._counts, self._of = True, _formulas()
+        self._counts, self._of = True, _formulas(read)
         for kind, trees in (known or {}).items():
             self.mark(kind, trees)
 
@@ -193,7 +197,7 @@ def _add(table: dict[str, int], kind: str, bytes: int) -> None:
         del table[kind]
 
 
-def _formulas() -> dict[Any, Callable[..., int]]:
+def _formulas(read: Callable[[Tensor], list[int]]) -> dict[Any, Callable[..., int]]:
     """Operations by operator: torch's own table, and what it does not have."""
     from torch.utils.flop_counter import flop_registry  # here, because it loads more than a step does
 
@@ -201,6 +205,7 @@ def _formulas() -> dict[Any, Callable[..., int]]:
     out[aten.addmm_] = out[aten.baddbmm_] = _into
     out[aten._scaled_dot_product_flash_attention_for_cpu] = _attention
     out[aten._scaled_dot_product_flash_attention_for_cpu_backward] = _attention_backward
+    out[aten._flash_attention_forward], out[aten._flash_attention_backward] = partial(_packed, read), partial(_packed_backward, read)
     out[torch.ops.lf.add_product] = _added
     if hasattr(aten, "_grouped_mm"):
         out[aten._grouped_mm] = _grouped
@@ -218,6 +223,15 @@ def _grouped(a: Tensor, b: Tensor, *rest: Any, **more: Any) -> int:
 
 def _added(acc: Tensor, rows: Tensor, dy: Tensor, **more: Any) -> int:
     return 2 * rows.numel() * dy.shape[1]
+
+
+def _packed(read: Any, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, *rest: Any, **more: Any) -> int:
+    """(tokens, heads, dim) of packed documents."""
+    return 2 * q.shape[1] * (q.shape[2] + v.shape[2]) * sum((b - a) ** 2 for a, b in itertools.pairwise(read(starts)))
+
+
+def _packed_backward(read: Any, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, z: Tensor, starts: Tensor, *_: Any, **more: Any) -> int:
+    return 2 * q.shape[1] * (3 * q.shape[2] + 2 * v.shape[2]) * sum((b - a) ** 2 for a, b in itertools.pairwise(read(starts)))
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **more: Any) -> int:

@@ -27,18 +27,20 @@ class Paper(TorchFunctionMode):
         self._values = dict[int, tuple[Any, Tensor]]()  # of a storage on paper: it, weakly, and the tensor on the host that it has come from
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.tolist and (value := self._value(args[0])) is not None:
-            return value.tolist()
+        if func is torch.Tensor.tolist:
+            return self.read(args[0])
         out = func(*args, **(kwargs or {}))
         if func is torch.Tensor.to and isinstance(out, Tensor) and out.is_meta and not args[0].is_meta:
             storage = out.untyped_storage()
             self._values[storage._cdata] = weakref.ref(storage), args[0]
         return out
 
-    def _value(self, x: Tensor) -> Tensor | None:
+    def read(self, x: Tensor) -> Any:
+        """`x.tolist()`. Raises NotImplementedError, torch's own, for what has not come from the host as it is."""
         storage = x.untyped_storage()
-        ref, value = self._values.get(storage._cdata, (None, None))
-        return value if ref is not None and ref() is storage and value is not None and x.shape == value.shape and x.dtype == value.dtype else None
+        ref, value = self._values.get(storage._cdata, (None, x))
+        same = ref is not None and ref() is storage and (x.shape, x.dtype) == (value.shape, value.dtype)
+        return (value if same else x).tolist()
 
 
 def assume(words: str) -> None:

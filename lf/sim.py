@@ -43,8 +43,8 @@ def trace(mesh: Mesh, rank: int, fn: Callable[..., Any], *args: Any) -> Trace:
     With a step made by `lf.train.make` this is the real step, of which each collective, product and storage is counted and nothing computed.
     Mixtures of experts without a limit to what an expert takes are taken to be loaded evenly; `assumed` says so.
     """
-    traffic, meter, paper = Traffic(), Meter(device="meta"), Paper()
-    with paper, meter:
+    traffic, paper = Traffic(), Paper()
+    with paper, Meter(device="meta", read=paper.read) as meter:
         result = fn(CountedAxes(MetaAxes(mesh, rank), traffic), *args)
     return Trace(traffic, meter.flops, meter.peak, meter.peak_by_kind, paper.assumed, result)
 

@@ -28,7 +28,7 @@ from lf.parallel.reduce import owned_square_sum
 from lf.schedule import Action, Program, ProgramError, draw
 from lf.schedule.bind import Bound, bind
 from lf.schedule.build import complete
-from lf.schedule.compiled import refuse_compile
+from lf.schedule.compiled import Compile, refuse_compile
 from lf.schedule.draw import WIDTH
 from lf.schedule.feed import Feed
 from lf.schedule.ir import BACKWARD, flat, microbatches
@@ -46,7 +46,7 @@ Step = Callable[..., tuple[State, Metrics]]
 
 
 def gradients(
-    layout: Layout | Layouts, program: Program | Sequence[Program], ctx: Any, compile: bool | str = False
+    layout: Layout | Layouts, program: Program | Sequence[Program], ctx: Any, compile: Compile = False
 ) -> Callable[..., Gradients]:
     """fn(params, microbatches, clock=None) -> (gradients as a tree like params, metrics): the half of a step before the optimizer.
 
@@ -55,7 +55,7 @@ def gradients(
     (the count of the first objective: tokens with a label); those of the model's `sums`, over the step and all ranks, in their shapes; and finite,
     (microbatches,) bool, this rank's own, as in `lf.schedule.run.run`.
     clock: an `lf.schedule.measured.Clock` that takes the step down. `compile`: each distinct layer by torch.compile, True or
-    the name of a backend.
+    the name of a backend; or by a function of its own (`lf.schedule.compiled.Compile`).
     Of several chains: ctx is from `lf.chain_context`; each microbatch is a sequence of data batches, one for each dp coordinate of the main chain,
     all plans on every rank (lf/chain_feed.py); metrics have NAME_imbalance of each chain that is dealt its items, the work of the fullest rank over
     the mean, and NAME_imbalance_before, had they been cut in order.
@@ -63,7 +63,7 @@ def gradients(
     """
     layouts = joined(layout)
     _refuse_context(layouts, ctx)
-    if compile:
+    if compile and not callable(compile):
         for where in layouts.chains.values():
             refuse_compile(where.mesh, ctx.device, compile, where.model.segments)
     bound = _bound(layouts, program, ctx, compile)
@@ -152,7 +152,7 @@ def _counts(layouts: Layouts, feed: Feed, ctx: Any) -> Tensor:
     return ctx.axes.world.sum(torch.stack(out))
 
 
-def _bound(layouts: Layouts, program: Program | Sequence[Program], ctx: Any, compile: bool | str) -> dict[int, Bound]:
+def _bound(layouts: Layouts, program: Program | Sequence[Program], ctx: Any, compile: Compile) -> dict[int, Bound]:
     """Each program, lowered, checked and bound, by its number of microbatches."""
     # a program is the actions of each rank, several programs are a sequence of those
     programs: Any = [program] if not program or not program[0] or isinstance(program[0][0], Action) else program
@@ -204,7 +204,7 @@ def make(
     program: Program | Sequence[Program],
     ctx: Any,
     clip: float | None = 1.0,
-    compile: bool | str = False,
+    compile: Compile = False,
 ) -> tuple[Callable[[Tree], State], Step]:
     """(init, step): init(master params) -> State; step(state, microbatches, clock=None) -> (state, metrics). Everything refusable is refused here.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from helpers import draw
 import lf
 from lf import drift, memory, parity, tree
 from lf.models.small import tiny
+from lf.optim.adamw import is_matrix
 from lf.schedule import one_f_one_b
 from lf.schedule.measured import Clock
 from lf.schedule.memory import OutOfMemory
@@ -86,8 +89,9 @@ def test_adamw_and_twin() -> None:
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
 def test_adamw_in_bf16_and_twin(rounding: str) -> None:
     """Boxes of fused parameters, of stacks, along columns, of vectors and scalars; moments are the same but where the last bit of float32 was not."""
-    from lf.kernels import adamw_bf16 as kernel
+    from lf.kernels import bf16_moments as kernel
     from lf.ops import adamw as twin
+    from lf.ops import muon
     from lf.ops.rounding import Noise
     from lf.spec import Piece
 
@@ -120,6 +124,19 @@ def test_adamw_in_bf16_and_twin(rounding: str) -> None:
         for a, b in zip(results[0][kind], results[1][kind]):
             torch.testing.assert_close(a, b, rtol=1 / 64, atol=1e-3)
             assert (a != b).double().mean() < 1e-2
+    sums = []
+    for f in (kernel.momentum_update, muon.momentum_update):
+        m, grad = (draw(kind, shape=(340, 130)).to(CUDA, torch.float32) for kind in "mg")
+        m, noise = m.bfloat16(), Noise(5, pieces[0], torch.tensor(3, device=CUDA)) if rounding == "stochastic" else None
+        args = (torch.tensor(0.3, device=CUDA), torch.tensor(True, device=CUDA), 0.9)
+        sums.append([f(m, grad, *args, True, torch.float32, noise), f(m, grad, *args, False, torch.bfloat16, noise), m])
+        held, gone = m.clone(), f(m, grad * torch.nan, args[0] * torch.nan, torch.tensor(False, device=CUDA), 0.9, True, torch.float32, noise)
+        assert torch.equal(m, held)
+        assert torch.isfinite(gone).all()
+    for a, b in zip(*sums):
+        assert a.dtype == b.dtype
+        assert a.dtype == torch.float32 or (a != b).double().mean() < 1e-2
+        torch.testing.assert_close(a, b, rtol=1 / 64, atol=2e-3)
 
 
 @pytest.mark.parametrize("mesh", ["tp=2,dp=2", "tp=5", "dp=3"])
@@ -157,11 +174,24 @@ def test_one_step_equals_the_cpu_within_bfloat16(name: str) -> None:
             assert (params[path] - w).abs().max() <= 2.1e-3, "an update of Adam is the learning rate at most"
 
 
-def test_the_host_never_waits_inside_a_step() -> None:
+RATE = lf.optim.warmup_cosine(1e-3, 2, 10)
+OPTIMIZERS = {
+    "adamw": lf.optim.adamw(RATE),
+    "in bf16": lf.optim.adamw(RATE, moments="bf16"),
+    "muon": lf.optim.muon(RATE, moments="bf16"),
+    "muon gathered, an average": lf.optim.ema(lf.optim.muon(RATE, way="gathered"), 0.9),
+    "groups, in the host's memory": lf.optim.on_host(
+        lf.optim.groups([(is_matrix, lf.optim.adamw(lf.optim.times(2, RATE)))], lf.optim.adamw(RATE))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_host_never_waits_inside_a_step(name: str) -> None:
     """Law 9: torch raises at any operation that makes the host wait for the device."""
     ctx, model = on("cuda", "bf16"), lf.models.decoder.decoder(lf.models.presets.PRESETS["qwen3-demo"])
     layout = lf.layout(model, ctx.axes.mesh)
-    init, step = lf.train.make(layout, lf.optim.adamw(lf.optim.warmup_cosine(1e-3, 2, 10)), lf.schedule.one_f_one_b(1, 2), ctx)
+    init, step = lf.train.make(layout, OPTIMIZERS[name], lf.schedule.one_f_one_b(1, 2), ctx)
     state = init(lf.init(layout, ctx, seed=0))
     state, _ = step(state, parity.random_batches(model, 0, 0, 2, 300))  # the first one loads kernels
     batches = parity.random_batches(model, 0, 1, 2, 300)
@@ -173,6 +203,28 @@ def test_the_host_never_waits_inside_a_step() -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(metrics["loss"])
     assert importlib.import_module("lf.devices.cuda").memory_peak() > 0
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize("make", [lf.optim.adamw, partial(lf.optim.adamw, moments="bf16"), lf.optim.muon], ids=["adamw", "in bf16", "muon"])
+def test_state_in_the_host_s_memory_changes_no_bit(make: Any, share: float, tmp_path: Path) -> None:
+    """Nor does a checkpoint between two steps; the state lies in pinned memory after both."""
+    ctx, model = on("cuda", "bf16"), lf.models.decoder.decoder(lf.models.presets.PRESETS["qwen3-demo"])
+    layout, ends = lf.layout(model, ctx.axes.mesh), []
+    for optimizer in (make(1e-2), lf.optim.on_host(make(1e-2), share)):
+        init, step = lf.train.make(layout, optimizer, lf.schedule.one_f_one_b(1, 2), ctx)
+        state = init(lf.init(layout, ctx, seed=0))
+        for i in range(3):
+            state, _ = step(state, parity.random_batches(model, 0, i, 2, 300))
+            if i == 1:
+                lf.checkpoint.save(tmp_path / "c", layout, state, ctx, {})
+                state, _ = lf.checkpoint.load(tmp_path / "c", layout, ctx, optimizer.hosted)
+            away = optimizer.hosted([*layout.specs], lf.chain_layouts.joined(layout))
+            for leaf, x in tree.items(state.optimizer):
+                kind, _, path = leaf.partition("/")
+                assert x.is_pinned() if path in away and kind != "master" else x.is_cuda, leaf
+        ends.append({path: x.cpu() for path, x in tree.items(state.optimizer)})
+    assert all(torch.equal(ends[1][path], x) for path, x in ends[0].items())
 
 
 def test_bytes_go_to_pinned_memory_and_back() -> None:

@@ -33,7 +33,7 @@ from lf.models import presets
 from lf.models.small import shrunk
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-TASKS = ("pretrain", "continue", "evaluate", "export", "pipeline", "chains", "moe", "optim", "sharding")
+TASKS = ("pretrain", "continue", "evaluate", "export", "pipeline", "chains", "moe", "optim", "sharding", "plan")
 SAID = "to be or not to be that is the question whether tis nobler in the mind to suffer the slings and arrows of outrageous fortune"
 
 
@@ -109,6 +109,8 @@ def small(config: Any) -> Any:
     if asked.get("microbatches") and "mesh" in asked:
         less["global_batch"] = asked["microbatches"]
     less |= {name: 2 for name in ("eval_every", "drift_every") if asked.get(name)}
+    if "products" in asked:  # a plan, of devices that are not here
+        less = {"seq_len": 32, "ranks": 8, "global_batch": 32, "top": 1}
     return attrs.evolve(config, **{name: value for name, value in less.items() if name in asked})
 
 
@@ -125,7 +127,7 @@ def run(command: str) -> None:
         del args[:2]
     name, *own = args
     config = small(tyro.cli(script(name).Config, args=own))
-    mesh = lf.Mesh.parse("" if name == "parity" else getattr(config, "mesh", "")).fill()  # parity simulates its ranks
+    mesh = lf.Mesh.parse("" if name in ("parity", "plan") else getattr(config, "mesh", "")).fill()  # these have their ranks on paper
     if mesh.size > 1:
         processes(mesh, on_a_rank, name, config)
     else:
@@ -189,7 +191,7 @@ def test_the_commands_of_a_page_run_one_after_another(page: str, here: Path, cap
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_what_a_page_mentions_exists(page: Path) -> None:
     prose = re.sub(r"^```\w*\n.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
-    spoken = ("pretrain", "tokenize", "evaluate", "export", "schedule", "parity", "bench_chains", "bench_zero")
+    spoken = ("pretrain", "tokenize", "evaluate", "export", "schedule", "parity", "bench_chains", "bench_zero", "plan")
     ours = set().union(*(flags(name) for name in spoken)) | {"--config"}
     for words in re.findall(r"`([^`\n]+)`", prose):
         first = words.split()[0]

@@ -26,10 +26,12 @@ LEVELS = (
     ("kernels", "parallel", "chain_layouts"),
     ("models", "bridge", "chain_context", "meter"),
     ("schedule", "optim", "data", "axes_counted"),
-    ("state", "ramp", "record", "pipeline"),
+    ("state", "ramp", "record", "pipeline", "plan_layers", "plan_ops", "plan_time", "plan_state"),
     ("checkpoint", "evaluate", "drift", "memory", "chain_feed"),
     ("train", "sim", "pictures", "expert_picture", "agreement"),
-    ("parity", "loop"),
+    ("parity", "loop", "plan"),
+    ("plan_search",),
+    ("plan_show",),
 )
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 

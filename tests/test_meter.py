@@ -14,6 +14,7 @@ import lf
 from lf import meter as meters
 from lf.axes import solo
 from lf.meter import Meter
+from lf.paper import Paper
 from lf.parallel.product import product, weight_gradient
 
 DEVICES = ["cpu", "meta"]
@@ -179,6 +180,15 @@ def test_operations_of_attention(device) -> None:
         y, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, k, 0.0, True)
         y.sum().backward()
     assert meter.flops == 2 * 4 * 8 * 8 * (2 + 5) * 16
+
+
+def test_operations_of_packed_attention() -> None:
+    """The kernel of a card, on paper: of the documents that it has come with."""
+    q = torch.ones(8, 4, 16, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    with Paper() as paper, Meter(read=paper.read) as meter:
+        starts = torch.tensor([0, 3, 8, 8], dtype=torch.int32).to("meta")
+        torch.ops.aten._flash_attention_forward(q, q, q, starts, starts, 8, 8, 0.0, True, False)[0].sum().backward()
+    assert meter.flops == 2 * 4 * 16 * (2 + 5) * (9 + 25)
 
 
 def test_a_step_is_the_same_under_a_meter_and_leaves_nothing() -> None:

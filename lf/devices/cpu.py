@@ -22,6 +22,7 @@ OPS = {
     "adamw_update": "lf.kernels.adamw.adamw_update",
     "attention": "lf.kernels.sdpa.attention",
     "grouped_linear": "lf.kernels.grouped.grouped_linear",
+    "momentum_update": "lf.ops.muon.momentum_update",
     "permute": "lf.kernels.permute.permute",
     "rms_norm": "lf.kernels.norm.rms_norm",
     "rope": "lf.kernels.rope.rope",

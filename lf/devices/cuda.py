@@ -13,9 +13,10 @@ NAME = "cuda"
 BACKEND = "cpu:gloo,cuda:nccl"
 FLOAT64 = True
 OPS = {
-    "adamw_update": "lf.kernels.adamw_bf16.adamw_update",
+    "adamw_update": "lf.kernels.bf16_moments.adamw_update",
     "attention": "lf.kernels.varlen.attention",
     "grouped_linear": "lf.kernels.grouped.grouped_linear",
+    "momentum_update": "lf.kernels.bf16_moments.momentum_update",
     "permute": "lf.kernels.permute.permute",
     "rms_norm": "lf.kernels.fused_norm.rms_norm",
     "rope": "lf.kernels.rope.rope",

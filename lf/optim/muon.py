@@ -16,7 +16,6 @@ from torch import Tensor
 from lf import tree
 from lf.chain_layouts import Layouts
 from lf.config import ConfigError, one_of
-from lf.ops.muon import momentum_update
 from lf.optim.adamw import adamw
 from lf.optim.base import Optimizer, Rate
 from lf.optim.gathered import gathered
@@ -68,7 +67,7 @@ def muon(
         def source(path: str) -> Tensor:
             noise = kept.noise(path, step, ctx, layouts) if kept.by_chance else None
             dtype = ctx.of(layouts.chain_of[path]).precision.compute
-            return momentum_update(tree.get(state["momentum"], path), tree.get(grads, path), scale, ok, momentum, nesterov, dtype, noise)
+            return ctx.ops.momentum_update(tree.get(state["momentum"], path), tree.get(grads, path), scale, ok, momentum, nesterov, dtype, noise)
 
         def sink(path: str, piece: Piece, o: Tensor) -> None:
             w = piece.view(tree.get(state["master"], path))

@@ -9,7 +9,7 @@ import attrs
 
 from lf.config import one_of
 from lf.layouts import Layout
-from lf.schedule.compiled import LayerFn, compiled, layer_fn
+from lf.schedule.compiled import Compile, LayerFn, compiled, layer_fn
 from lf.schedule.ground import Ground, Where, ground
 from lf.schedule.ir import BACKWARD, COMPUTE, Action, Program, ProgramError, flat
 from lf.schedule.lower import reduced_layers, tied_paths
@@ -107,8 +107,9 @@ class Bound:
     last: dict[int, tuple[str, int]]  # action → the unit of a chain that is dealt, whose last compute here it is
 
 
-def bind(program: Program, where: Where, ctx: Any, compile: bool | str = False, name: str = "step") -> Bound:
-    """The actions of this rank. `compile`: each distinct layer by torch.compile, as a full graph, for this backend (True: inductor). `name`:
+def bind(program: Program, where: Where, ctx: Any, compile: Compile = False, name: str = "step") -> Bound:
+    """The actions of this rank. `compile`: each distinct layer by torch.compile, as a full graph, for this backend (True: inductor), or by a function
+    of its own. `name`:
     what one run of it is called, where a rank says how far it is. Collective over the pipeline of each chain the first time."""
     on = ground(program, where)
     assert on.layouts is not None
@@ -116,7 +117,7 @@ def bind(program: Program, where: Where, ctx: Any, compile: bool | str = False, 
     named = sorted({op for row in program for a in flat(row) if a.op == "REMAT" for op in a.ops})
     for op in named:
         one_of("op to run again", op, vars(ctx.ops))
-    if compile and named:
+    if compile and named and not callable(compile):
         raise ProgramError(f"ops {', '.join(named)} are to be run again: a compiler decides itself what it keeps; leave out compile, or these ops")
     row = on.layouts.row(ctx.axes.rank)
     chains = {c: _chain(c, on, program[row], ctx.of(c), compile) for c in on.layouts.chains if ctx.of(c).axes is not None}
@@ -128,7 +129,7 @@ def bind(program: Program, where: Where, ctx: Any, compile: bool | str = False, 
     return Bound(program[row], row, on, chains, number, any(a.op in BACKWARD for a in flat(program[row])), last)
 
 
-def _chain(chain: str, on: Ground, actions: tuple[Action, ...], ctx: Any, compile: bool | str) -> BoundChain:
+def _chain(chain: str, on: Ground, actions: tuple[Action, ...], ctx: Any, compile: Compile) -> BoundChain:
     assert on.layouts is not None
     layout, known, rank = on.layouts.chains[chain], on.known[chain], ctx.axes.coords["pp"]
     ctx.axes.pipe()
@@ -157,7 +158,7 @@ def _chain(chain: str, on: Ground, actions: tuple[Action, ...], ctx: Any, compil
         gathered_layers(layout, rank),
         {path: layout.holders(path) for path in tied_paths(layout, rank)},
         _traced(layout, ctx),
-        bool(compile),
+        bool(compile) and not callable(compile),
         any(a.op in BACKWARD for a in flat(actions)),
     )  # fmt: skip
 
@@ -168,7 +169,7 @@ def summed(spec: Spec) -> bool:
 
 
 def _piece(
-    chain: str, index: int, name: str, on: Ground, segments: dict[str, Segment], fns: dict[Any, LayerFn], ctx: Any, compile: bool | str
+    chain: str, index: int, name: str, on: Ground, segments: dict[str, Segment], fns: dict[Any, LayerFn], ctx: Any, compile: Compile
 ) -> Piece:
     assert on.layouts is not None
     layout, stage = on.layouts.chains[chain], on.known[chain][index]
@@ -180,7 +181,10 @@ def _piece(
     key = tuple(s.apply for s in mine)
     for kind in KINDS:
         if (key, kind) not in fns:  # equal layers share one function, and so one compilation for each kind of weight
-            fns[key, kind] = compiled(layer_fn(key), ctx, "inductor" if compile is True else compile) if compile else layer_fn(key)
+            if callable(compile):
+                fns[key, kind] = compile(key)
+            else:
+                fns[key, kind] = compiled(layer_fn(key), ctx, "inductor" if compile is True else compile) if compile else layer_fn(key)
     kinds = {kind: fns[key, kind] for kind in KINDS}
     leaves = tuple(dict.fromkeys(path for _, _, path, w in trained if not w))
     products = tuple((s, n, path) for s, n, path, w in trained if w)

@@ -24,6 +24,8 @@ Fed = tuple[dict[str, Tensor], ...]
 Told = tuple[Any, dict[str, Tensor], dict[str, Tensor], dict[tuple[int, str], Tensor]]
 """x, losses, outputs for edges, sums by the number of the segment and their name."""
 LayerFn = Callable[[Sequence[dict[str, Tensor | W]], Any, Any, Any, Fed], Told]
+Compile = bool | str | Callable[[tuple[Apply, ...]], LayerFn]
+"""How layers are run: as they are, by torch.compile (True, or the name of a backend), or as a function of their segments' `apply` makes them."""
 
 
 def layer_fn(applies: tuple[Apply, ...]) -> LayerFn:
