@@ -312,7 +312,7 @@ def _spent(timeline: Timeline, program: Program, found: Mapping[int, Row], rates
                 out[axis] = out.get(axis, 0.0) + seconds
     out = {what: seconds * times for what, seconds in out.items()}
     end = max((s.end for s in timeline.rows[r] if s.action.op in (*COMPUTE, "OVERLAP")), default=0.0)
-    out["bubble"] = end - timeline.busy(r)
-    out["waits"] = timeline.makespan - end
+    out["bubble"] = end - timeline.busy(r) if len(program) > 1 else 0.0
+    out["waits"] = timeline.makespan - (end if len(program) > 1 else timeline.busy(r))  # for parameters and sums
     out["update"] = update
     return out

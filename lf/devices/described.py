@@ -83,14 +83,16 @@ DESCRIBED = {
     "h100": Described(
         "h100",
         **_each(_H100, bf16=989.4 * TERA, fp8=1978.9 * TERA),
-        **_each("NVIDIA H100 datasheet (2023), SXM5", memory=80 * GB, bandwidth=3.35 * TB, fp32=67 * TERA, fp64=67 * TERA),
+        **_each("NVIDIA H100 datasheet (2023), SXM5", bandwidth=3.35 * TB, fp32=67 * TERA, fp64=67 * TERA),
+        **_each("read by torch from an H100 80GB HBM3, of which the datasheet says 80 GB", memory=85_017_493_504),
         **_each(_TOGETHER + "NVIDIA H100 datasheet (2023)", link=450 * GB),
         **_each("NVIDIA DGX H100 datasheet (2023): 8 devices, 8 adapters of 400 Gb/s", node=8, network=50 * GB),
     ),
     "h200": Described(
         "h200",
         **_each(_H200, bf16=989.4 * TERA, fp8=1978.9 * TERA),
-        **_each("NVIDIA H200 datasheet (2024), SXM", memory=141 * GB, bandwidth=4.8 * TB, fp32=67 * TERA, fp64=67 * TERA),
+        **_each("NVIDIA H200 datasheet (2024), SXM", bandwidth=4.8 * TB, fp32=67 * TERA, fp64=67 * TERA),
+        **_each("read by nvidia-smi from an H200, of which the datasheet says 141 GB: 143771 MiB", memory=143771 * 2**20),
         **_each(_TOGETHER + "NVIDIA H200 datasheet (2024)", link=450 * GB),
         **_each("NVIDIA DGX H200 datasheet (2024): 8 devices, 8 adapters of 400 Gb/s", node=8, network=50 * GB),
     ),

@@ -7,7 +7,8 @@
     FETCH     likewise, after the OFFLOAD of the same; the B, I, W or REMAT of that microbatch and segment waits for it
     BRIDGE    leaves a row that gives like a SEND, and is through once the rows that take have got to it as well; what has one waits for it, what
               has none for the other chain's units themselves, plus `link` unless both are on one row
-    REDUCE, FREE and others   one at a time of each beside the compute; nothing waits for them
+    GATHER, REDUCE            one at a time of both together beside the compute; what computes with a layer waits for its GATHER, nothing for a REDUCE
+    FREE and others           one at a time of each beside the compute; nothing waits for them
 
 A unit of a chain may stand on several rows: each does an equal share of it, and it is done when the last one is.
 
@@ -87,6 +88,7 @@ class _Rank:
     spans: list[Span] = attrs.field(factory=list)
     changes: list[tuple[float, float]] = attrs.field(factory=list)
     copied: dict[tuple[str, str, int, int | None], dict[str | None, float]] = attrs.field(factory=dict)  # end by segment
+    whole: dict[tuple[str, int], dict[str | None, float]] = attrs.field(factory=dict)  # of a stage, when each layer has been gathered last
     stuck: Key | None = None
 
 
@@ -170,6 +172,9 @@ class _Simulation:
                     rank.stuck = key
                     return False
                 start = max(start, self.ready.get(key, 0.0) + delay)
+            if rank.whole:
+                ends = rank.whole.get((part.chain, part.stage), {})
+                start = max([start, *(end for layer, end in ends.items() if _same(layer, part.segment))])
             if part.op != "F" and rank.copied:
                 ends = rank.copied.get(("FETCH", part.chain, part.stage, part.microbatch), {})
                 start = max([start, *(end for segment, end in ends.items() if _same(segment, part.segment))])
@@ -221,14 +226,17 @@ class _Simulation:
         elif a.op in ("RECV_F", "RECV_B"):
             end = start
         else:
-            start = max(start, rank.lanes.get(a.op, 0.0))
+            lane = "state" if a.op in ("GATHER", "REDUCE") else a.op
+            start = max(start, rank.lanes.get(lane, 0.0))
             if a.op == "FETCH":
                 start = max(start, rank.copied.get(("OFFLOAD", *at), {}).get(a.segment, 0.0))
             elif a.op == "FREE":  # of what was sent, once it has left
                 start = max(start, self.ready.get((a.segment or "SEND_F", *at), 0.0))
-            rank.lanes[a.op] = end = start + self.time(a)
+            rank.lanes[lane] = end = start + self.time(a)
             if a.op in _COPY:
                 rank.copied.setdefault((a.op, *at), {})[a.segment] = end
+            elif a.op == "GATHER":
+                rank.whole.setdefault((a.chain, a.stage), {})[a.segment] = end
         self.note(rank, a, start, end)
         return True
 

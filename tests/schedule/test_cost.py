@@ -232,3 +232,16 @@ def test_times_of_one_chain() -> None:
 def test_the_order_of_ranks_does_not_matter() -> None:
     program = interleaved((0, 1, 2) * 2, 5)
     assert cost(program).makespan == cost(program[::-1]).makespan
+
+
+def test_what_computes_waits_for_its_layer_to_be_whole() -> None:
+    """GATHERs go one after another, beside the forwards; the sum of a layer has to wait for the last of them."""
+    layers = [Action("F", 0, 0, layer) for layer in "ab"]
+    gathers = [Action("GATHER", 0, 0, layer, ("F",)) for layer in "ab"]
+    program = ((gathers[0], gathers[1], layers[0], Action("REDUCE", 0, segment="a"), layers[1]),)
+    times = {"GATHER": 3.0, "F": 1.0, "REDUCE": 2.0}
+    timeline = cost(program, lambda a: times[a.op])
+    spans = {str(s.action): (s.start, s.end) for s in timeline.rows[0]}
+    assert spans["0F0[a]"] == (3.0, 4.0)
+    assert spans["0F0[b]"] == (6.0, 7.0)
+    assert spans["0REDUCE[a]"] == (6.0, 8.0)
