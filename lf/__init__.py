@@ -53,8 +53,9 @@ if TYPE_CHECKING:  # for editors and type checkers; the table below is what runs
     from lf.state import State, forward, init, shard_batch
 
 _MODULES = (
-    *("checkpoint", "cli", "config", "console", "context", "data", "devices", "drift", "evaluate", "expert_picture", "log", "loop", "memory", "meter"),
-    *("models", "optim", "parity", "pictures", "pipeline", "plan", "ramp", "record", "runs", "schedule", "signals", "sim", "split", "train", "tree"),
+    *("checkpoint", "cli", "config", "console", "context", "data", "devices", "drift", "evaluate", "expert_picture", "log", "loop", "memory"),
+    *("meter", "models", "optim", "parity", "pictures", "pipeline", "plan", "ramp", "record", "runs", "schedule", "signals", "sim", "split", "train"),
+    "tree",
 )
 _NAMES = {
     "lf.axes": ("connect", "solo"),
