@@ -377,3 +377,21 @@ def test_weights_are_gone_between_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     left = [taken(of) for of in kept]
     assert left == [0, 0]
     assert max(sizes.values()) < max(held) <= 3 * max(sizes.values())
+
+
+@pytest.mark.parametrize("sharding", ["2", "3"])
+def test_whole_gradients_are_gone_when_most_activations_are_there(sharding: str) -> None:
+    """At the peak of a step of several microbatches, near the end of a forward, no more than the layer that a backward has come to."""
+    layer = Layer(Attention(4, 2, 8), GatedMLP(64))
+    model = decoder(DecoderConfig(32, 32, (layer,) * 6, tied=False))
+
+    def a_step(axes: Any) -> int:
+        ctx = context(axes, "fp32")
+        layout = lf.layout(model, axes.mesh, sharding=sharding)
+        fn = lf.train.gradients(layout, build(layout, 3), ctx)
+        fn(parity.randomised(layout, ctx, 0), parity.random_batches(model, SEED, 0, 3, 200))
+        return sum(4 * math.prod(spec.state_shape(axes.coords)) for spec in layout.specs.values())
+
+    largest = max(sum(4 * math.prod(p.shape) for s in segments for p in s.params.values()) for segments in model.layers().values())
+    for found in lf.sim.spmd(lf.Mesh(dp=2), lf.sim.measured, a_step):
+        assert found.peak_by_kind["gradient"] <= found.result + 1.5 * largest, "two that travel, beside the one that is made"
