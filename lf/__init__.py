@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # for editors and type checkers; the table below is what runs
         log,
         loop,
         memory,
+        meter,
         models,
         optim,
         parity,
@@ -53,7 +54,8 @@ if TYPE_CHECKING:  # for editors and type checkers; the table below is what runs
 
 _MODULES = (
     *("checkpoint", "cli", "config", "console", "context", "data", "devices", "drift", "evaluate", "expert_picture", "log", "loop", "memory"),
-    *("models", "optim", "parity", "pictures", "pipeline", "plan", "ramp", "record", "runs", "schedule", "signals", "sim", "split", "train", "tree"),
+    *("meter", "models", "optim", "parity", "pictures", "pipeline", "plan", "ramp", "record", "runs", "schedule", "signals", "sim", "split", "train"),
+    "tree",
 )
 _NAMES = {
     "lf.axes": ("connect", "solo"),

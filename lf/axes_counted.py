@@ -25,9 +25,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from lf.axis import at_once
 from lf.mesh import Mesh
-from lf.meter import ACTIVATION, Meter
 
 SHARES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}
 """How often the (n-1)/n of a collective leave a rank."""
@@ -75,14 +73,10 @@ class Traffic(Mapping[tuple[str, str], Count]):
 
 
 class CountedAxis:
-    """The same as the axis that it is of.
+    """The same as the axis that it is of."""
 
-    meter: where ranks are simulated, theirs: what the simulation makes to put tensors together does not count there, but what a rank over processes
-    would hold: results from when they are asked for, a message until it has left.
-    """
-
-    def __init__(self, axis: Any, traffic: Traffic, meter: Meter | None = None):
-        self.axis, self.traffic, self.meter = axis, traffic, meter
+    def __init__(self, axis: Any, traffic: Traffic):
+        self.axis, self.traffic = axis, traffic
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.axis, name)
@@ -95,114 +89,61 @@ class CountedAxis:
 
     def all_reduce(self, x: Tensor, op: str = "sum", later: bool = False, spend: bool = False) -> Any:
         self._count("all_reduce", _bytes(x))
-        if self.meter is None or self.axis.size == 1 or not (spend and x.is_contiguous()):
-            return self._made(lambda give, later: self.axis.all_reduce(give(x), op, later, spend), later)
-        out = x.detach()
-        with self.meter.quiet():
-            out.copy_(self.axis.all_reduce(out.clone(), op))
-        return at_once(out, later)
+        return self.axis.all_reduce(x, op, later, spend)
 
     def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0, later: bool = False) -> Any:
         self._count("all_gather", _bytes(x, dim, sum(sizes)))
-        return self._made(lambda give, later: self.axis.all_gather(give(x), sizes, dim, later), later)
+        return self.axis.all_gather(x, sizes, dim, later)
 
     def reduce_scatter(self, x: Tensor, sizes: Sequence[int], dim: int = 0, later: bool = False) -> Any:
         self._count("reduce_scatter", _bytes(x))
-        return self._made(lambda give, later: self.axis.reduce_scatter(give(x), sizes, dim, later), later)
+        return self.axis.reduce_scatter(x, sizes, dim, later)
 
     def all_to_all(
         self, x: Tensor, send: Sequence[int], recv: Sequence[int], dim: int = 0, join: int | None = None, later: bool = False
     ) -> Any:
         self._count("all_to_all", _bytes(x), _bytes(x) - _bytes(x, dim, send[self.axis.index]))
-        return self._made(lambda give, later: self.axis.all_to_all(give(x), send, recv, dim, join, later), later)
+        return self.axis.all_to_all(x, send, recv, dim, join, later)
 
     def gather_many(
         self, outs: Sequence[Tensor], xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int], later: bool = False
     ) -> Any:
         self._count("all_gather", sum(map(_bytes, outs)))
-        return self._filled(lambda given, later: self.axis.gather_many(outs, given, sizes, dims, later), xs, later)
+        return self.axis.gather_many(outs, xs, sizes, dims, later)
 
     def scatter_many(
         self, outs: Sequence[Tensor], xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], dims: Sequence[int], later: bool = False
     ) -> Any:
         self._count("reduce_scatter", sum(map(_bytes, xs)))
-        return self._filled(lambda given, later: self.axis.scatter_many(outs, given, sizes, dims, later), xs, later)
+        return self.axis.scatter_many(outs, xs, sizes, dims, later)
 
     def sum_many(self, xs: Sequence[Tensor], later: bool = False) -> Any:
         self._count("all_reduce", sum(map(_bytes, xs)))
-        return self._filled(self.axis.sum_many, xs, later, in_place=True)
+        return self.axis.sum_many(xs, later)
 
     def shift(self, x: Tensor, k: int) -> Tensor:
         if k % self.axis.size:
             self._count("shift", _bytes(x), _bytes(x))
-        return self._made(lambda give, later: self.axis.shift(give(x), k), False)
+        return self.axis.shift(x, k)
 
     def send(self, x: Tensor, to: int, what: str) -> Callable[[], None]:
         self._count("send", _bytes(x), _bytes(x))
-        if self.meter is None:
-            return self.axis.send(x, to, what)
-        held = x.detach().contiguous()
-        with self.meter.quiet():
-            wait = self.axis.send(held, to, what)
-
-        def waited() -> None:
-            assert held.dim() >= 0  # here it lives until it has left
-            wait()
-
-        return waited
+        return self.axis.send(x, to, what)
 
     def recv(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, source: int, what: str) -> Callable[[], Tensor]:
         self._count("recv", math.prod(shape) * dtype.itemsize, 0)
-        arrived = self.axis.recv(shape, dtype, device, source, what)
-        if self.meter is None:
-            return arrived
-        out, meter = torch.empty(tuple(shape), dtype=dtype, device=device), self.meter
-
-        def filled() -> Tensor:
-            with meter.quiet():
-                return out.copy_(arrived())
-
-        return filled
-
-    def barrier(self) -> None:
-        self.axis.barrier()
+        return self.axis.recv(shape, dtype, device, source, what)
 
     def _count(self, kind: str, payload: int, leaves: int | None = None) -> None:
         if self.axis.size > 1:
             self.traffic.add(self.axis.name, kind, payload, sent(kind, payload, self.axis.size) if leaves is None else leaves)
 
-    def _made(self, make: Callable[[Callable[[Tensor], Tensor], bool], Any], later: bool) -> Any:
-        """make(give, later) of the axis itself. give(x): what other ranks are given; simulated ones hold it until the last has looked at it."""
-        if self.meter is None or self.axis.size == 1:
-            return make(_as_it_is, later)
-        with self.meter.quiet():
-            out = make(lambda x: x.detach().clone(), False)
-        self.meter.mark(ACTIVATION, out)
-        return at_once(out, later)
-
-    def _filled(self, start: Callable[[Sequence[Tensor], bool], Any], xs: Sequence[Tensor], later: bool, in_place: bool = False) -> Any:
-        """start(given, later) of the axis itself, as in `_made`, which fills what is there already. `in_place`: what is given."""
-        if self.meter is None:
-            return start(xs, later)
-        meter, held = self.meter, [*xs]  # until they have left
-        with meter.quiet():
-            given = [x.detach().clone() for x in xs]
-            wait = start(given, True)
-
-        def filled() -> None:
-            with meter.quiet():
-                wait()
-                for x, total in zip(held if in_place else (), given):
-                    x.copy_(total)
-
-        return filled if later else filled()
-
 
 class CountedAxes:
     """The same as the axes that they are of, whatever these are."""
 
-    def __init__(self, axes: Any, traffic: Traffic, meter: Meter | None = None):
-        self.axes, self.traffic, self.meter = axes, traffic, meter
+    def __init__(self, axes: Any, traffic: Traffic):
+        self.axes, self.traffic = axes, traffic
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.axes, name)
@@ -216,7 +157,7 @@ class CountedAxes:
 
     def over(self, mesh: Mesh, ranks: Sequence[int], parts: Sequence[tuple[tuple[str, ...], int]] = ()) -> CountedAxes | None:
         axes = self.axes.over(mesh, ranks, parts)
-        return None if axes is None else CountedAxes(axes, self.traffic, self.meter)
+        return None if axes is None else CountedAxes(axes, self.traffic)
 
     def links(self) -> CountedAxis:
         return self._counted(self.axes.links())
@@ -229,11 +170,7 @@ class CountedAxes:
         return self._counted(self.axes.world)
 
     def _counted(self, axis: Any) -> CountedAxis:
-        return CountedAxis(axis, self.traffic, self.meter)
-
-
-def _as_it_is(x: Tensor) -> Tensor:
-    return x
+        return CountedAxis(axis, self.traffic)
 
 
 def _bytes(x: Tensor, dim: int = 0, rows: int | None = None) -> int:

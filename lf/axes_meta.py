@@ -19,9 +19,57 @@ from lf.mesh import Mesh, MeshError
 from lf.position import Position
 
 
-class MetaAxis(Axis):
-    """An axis whose group is nobody: what it makes, and for how long, is what an axis over processes makes. `ranks` is worked out when it is asked
-    for."""
+class NobodyAxis(Axis):
+    """An axis whose group is nobody: what it makes, and for how long, is what an axis over processes makes; what stands in it is nothing."""
+
+    def __init__(self, ranks: tuple[int, ...], index: int, name: str):
+        self.ranks, self.size, self.index, self.name, self._slot, self.ways = ranks, len(ranks), index, name, None, None
+
+    def shift(self, x: Tensor, k: int) -> Tensor:
+        if k % self.size == 0:
+            return x.detach()
+        return torch.empty_like(self._taken(x.detach().contiguous()))
+
+    def send(self, x: Tensor, to: int, what: str) -> Callable[[], None]:
+        x = self._taken(x.detach().contiguous())
+
+        def wait() -> None:
+            assert x.dim() >= 0  # held here, as where it has to leave
+
+        return wait
+
+    def recv(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, source: int, what: str) -> Later:
+        out = self._taken(torch.empty(tuple(shape), dtype=dtype, device=device))
+        return lambda: out
+
+    def barrier(self) -> None:
+        pass
+
+    def _pack(self, x: Tensor, packed: Tensor, sizes: Sequence[int], dim: int) -> None:
+        """Nothing to copy; there may be thousands of ranks."""
+
+    def _unpack(self, packed: Tensor, out: Tensor, sizes: Sequence[int], dim: int) -> None:
+        """The same."""
+
+    def _start(self, collective: Callable[..., Any], *args: Any) -> Any:
+        self._taken(args[0])
+        return _Done()
+
+    def _launched(self, into: list[Tensor], given: list[Tensor], name: str) -> Callable[[], None]:
+        for x in given:
+            self._taken(x)
+        return super()._launched(into, given, name)
+
+    def _group(self) -> Any:
+        return _Nobody()
+
+    def _taken(self, x: Tensor) -> Tensor:
+        """What is given to nobody."""
+        return x
+
+
+class MetaAxis(NobodyAxis):
+    """The same as `lf.axis.Axis`, for tensors without data. `ranks` is worked out when it is asked for."""
 
     def __init__(self, mesh: Mesh, rank: int, names: tuple[str, ...], of: Sequence[int]):
         self.mesh, self.rank, self.names, self.name, self.of = mesh, rank, names, "·".join(names) or "self", of
@@ -43,45 +91,7 @@ class MetaAxis(Axis):
     def ranks(self) -> tuple[int, ...]:  # type: ignore[override]
         return tuple(self.of[r] for r in (self.mesh.group(self.rank, *self.names) if self.names else (self.rank,)))[self.every]
 
-    def shift(self, x: Tensor, k: int) -> Tensor:
-        if k % self.size == 0:
-            return x.detach()
-        return torch.empty_like(self._meta(x.detach().contiguous()))
-
-    def send(self, x: Tensor, to: int, what: str) -> Callable[[], None]:
-        x = self._meta(x.detach().contiguous())
-
-        def wait() -> None:
-            assert x.is_meta  # held here, as where it has to leave
-
-        return wait
-
-    def recv(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, source: int, what: str) -> Later:
-        out = self._meta(torch.empty(tuple(shape), dtype=dtype, device=device))
-        return lambda: out
-
-    def barrier(self) -> None:
-        pass
-
-    def _pack(self, x: Tensor, packed: Tensor, sizes: Sequence[int], dim: int) -> None:
-        """Nothing to copy; there may be thousands of ranks."""
-
-    def _unpack(self, packed: Tensor, out: Tensor, sizes: Sequence[int], dim: int) -> None:
-        """The same."""
-
-    def _start(self, collective: Callable[..., Any], *args: Any) -> Any:
-        self._meta(args[0])
-        return _Done()
-
-    def _launched(self, into: list[Tensor], given: list[Tensor], name: str) -> Callable[[], None]:
-        for x in given:
-            self._meta(x)
-        return super()._launched(into, given, name)
-
-    def _group(self) -> Any:
-        return _Nobody()
-
-    def _meta(self, x: Tensor) -> Tensor:
+    def _taken(self, x: Tensor) -> Tensor:
         if not x.is_meta:
             raise ValueError(
                 f"{self.name} of {self.size} ranks is on paper: it takes meta tensors, and this one, {tuple(x.shape)}, has data on {x.device}. "

@@ -58,7 +58,7 @@ def _show_chain(name: str, layout: Layout, local: int, rank: int) -> list[tuple[
         title = f"{of}{len(layout.stages)} stages on mesh {layout.mesh}"
         console().print(table(title, ("stage", "pipeline rank", "layers", "parameters"), [_stage_row(layout, s) for s in range(len(layout.stages))]))
     columns = (*["stage"] * staged, "parameter", "logical shape", "axes", f"on rank {rank}", "summed over", "counted by")
-    title = f"{of}{len(layout.specs)} parameters on mesh {layout.mesh}"
+    title = f"{of}{len(layout.specs)} parameters on mesh {layout.mesh}" + f", sharding {layout.sharding}" * bool(layout.sharding.stage)
     console().print(table(title, columns, [(*[str(s)] * staged, label, *_row(layout, path, local)) for s, label, path in rows]))
     return rows
 
@@ -122,7 +122,12 @@ def _row(layout: Layout, path: str, rank: int) -> tuple[str, ...]:
     summed = [a for a in spec.sum_axes if mesh[a] > 1]
     split = [a for a in spec.names if a and mesh[a] > 1]
     shared = [spec.parts()[i].name for i in spec.shared()]
-    counted = ", ".join(first + [f"{a}=0" for a in summed] + [f"each {a} its own" for a in split]) or "the one rank"
+    cut, local = spec.cut, _shape(spec.local_shape(coords))
+    groups = math.prod(mesh[a] for a in cut.axes) // cut.n if cut else 1
+    shards = ["each shard its own" if cut.dim is not None else f"shard {cut.owner}"] if cut else []
+    shards += ["the first group"] * (groups > 1)
+    alike = [f"{a}=0" for a in summed if not (cut and a in cut.axes)]
+    counted = ", ".join(first + alike + [f"each {a} its own" for a in split] + shards) or "the one rank"
     if shared:
         counted += f" ({', '.join(shared)}: first holder)"
         summed.append(f"{spec.names[spec.param.part_dim]} for {', '.join(shared)}")
@@ -131,7 +136,7 @@ def _row(layout: Layout, path: str, rank: int) -> tuple[str, ...]:
     return (
         _shape(spec.param.shape),
         axes or "—",
-        _shape(spec.local_shape(coords)) if coords["pp"] in holders else "—",
+        (f"{local}, kept {_shape(spec.state_shape(coords))}" if cut else local) if coords["pp"] in holders else "—",
         "—" if frozen else ", ".join(summed) or "—",
         "not trained" if frozen else counted,
     )

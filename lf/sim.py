@@ -14,6 +14,7 @@ import attrs
 
 from lf.axes_counted import CountedAxes, Traffic
 from lf.axes_meta import MetaAxes
+from lf.axes_metered import MeteredAxes
 from lf.axes_sim import CollectiveMismatch, Deadlock, SimAxes, spmd
 from lf.mesh import Mesh
 from lf.meter import Meter
@@ -53,5 +54,5 @@ def measured(axes: Any, fn: Callable[..., Any], *args: Any, device: str = "cpu")
     """fn(axes, *args), counted on this rank with its data: what `trace` foretells. device: the type of the device whose memory counts."""
     traffic, meter = Traffic(), Meter(device=device)
     with meter:
-        result = fn(CountedAxes(axes, traffic, meter if isinstance(axes, SimAxes) else None), *args)
+        result = fn(CountedAxes(MeteredAxes(axes, meter) if isinstance(axes, SimAxes) else axes, traffic), *args)
     return Trace(traffic, meter.flops, meter.peak, meter.peak_by_kind, (), result)

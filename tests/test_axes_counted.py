@@ -10,6 +10,7 @@ from helpers import processes
 
 from lf.axes_counted import Count, CountedAxes, Traffic, sent
 from lf.axes_meta import MetaAxes
+from lf.axes_metered import MeteredAxes
 from lf.mesh import Mesh
 from lf.meter import Meter
 from lf.sim import spmd
@@ -47,9 +48,9 @@ def everything(axes: Any, device: str = "cpu") -> list[torch.Tensor]:
     return out
 
 
-def counted(axes: Any, device: str = "cpu", meter: Meter | None = None) -> tuple[dict[Any, Count], list[Any]]:
+def counted(axes: Any, device: str = "cpu") -> tuple[dict[Any, Count], list[Any]]:
     traffic = Traffic()
-    out = everything(CountedAxes(axes, traffic, meter), device)
+    out = everything(CountedAxes(axes, traffic), device)
     assert {kind for _, kind in traffic} <= KINDS
     assert sum(traffic.of_axes().values()) == sum(c.sent for c in traffic.values())
     return dict(traffic), out
@@ -57,7 +58,7 @@ def counted(axes: Any, device: str = "cpu", meter: Meter | None = None) -> tuple
 
 def metered(axes: Any) -> tuple[dict[Any, Count], list[Any], int]:
     with Meter() as meter:
-        found = counted(axes, meter=meter)
+        found = counted(MeteredAxes(axes, meter))
         now = meter.now
     assert now == sum(x.untyped_storage().nbytes() for x in found[1] if x.dim())
     return *found, now

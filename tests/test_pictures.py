@@ -106,6 +106,18 @@ def test_layers_of_a_stage_that_are_alike_share_a_line() -> None:
     assert lf.pictures.alike(both, 0, 1)["layers.*.mlp/down ×2"] == ["layers.0.mlp/down", "layers.1.mlp/down"]
 
 
+def test_what_a_rank_keeps_of_shards_is_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "170")
+    lf.show(lf.layout(tiny(), lf.Mesh(dp=4, tp=2), sharding="3,ranks=2"), rank=3)
+    out = capsys.readouterr().out
+    rows = {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│"))}
+    assert "18 parameters on mesh dp=4,tp=2, sharding 3,ranks=2" in out
+    assert rows["embed/weight"] == ["37×15", "vocab→tp, embed", "19×15, kept 10×15", "dp", "each tp its own, each shard its own, the first group"]
+    assert rows["head/norm"] == ["15", "embed", "15, kept 8", "dp, tp", "tp=0, each shard its own, the first group"]
+    lf.show(lf.layout(tiny(), lf.Mesh(dp=16), sharding="1"))
+    assert "15, kept 15" in capsys.readouterr().out, "the first rank has a norm whole"
+
+
 def test_several_chains_are_shown_with_what_joins_them(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     layouts = laid_out(at("tp=4", "pp=2,dp=2", "dp=2", {"eyes": range(4), "words": range(4), "hand": (4, 5)}, eyes_frozen=("eyes.0",)))

@@ -74,6 +74,8 @@ CASES = {
     "stage 3": Case("dp=2", model=regular, layout={"sharding": "3"}),
     "stage 3, kept, pp": Case("pp=2,dp=2", microbatches=3, model=regular, layout={"sharding": "3,keep,ahead=2"}),
     "hybrid": Case("dp=4", precision="bf16", layout={"sharding": "3,ranks=2,reduce=step,transport=bf16"}, optimizer=NARROW),
+    "stage 3, uneven": Case("dp=3", layout={"sharding": "3"}),  # packed on the way, which takes memory
+    "stage 1, uneven, a part of pp": Case("pp=2,dp=2", zb_h1, precision="bf16", layout={"sharding": "1"}),
     "experts in shards": Case("ep=2,dp=4", model=even, layout={"sharding": "2"}),
     "experts": Case("ep=2,dp=2", model=even),
     "muon by owners": Case("dp=2,tp=2", model=regular, layout={"sharding": "2"}, optimizer=lf.optim.muon),
@@ -99,7 +101,7 @@ def step(axes: Any, device: Any, case: Case, layout: Any, program: Any) -> None:
 
 
 def ways(name: str) -> tuple[Mesh, tuple[Any, ...]]:
-    case = {**CASES, **OVER_PROCESSES}[name]
+    case = CASES[name]
     mesh = Mesh.parse(case.mesh).fill()
     layout = lf.layout(case.model(), mesh, **case.layout)
     return mesh, (case, layout, build(layout, case.microbatches, case.schedule, case.recompute))
@@ -124,13 +126,7 @@ def test_on_paper_as_with_data(name) -> None:
         agree(trace(mesh, rank, step, paper, *args), want, name)
 
 
-OVER_PROCESSES = {
-    "stage 3, uneven": Case("dp=3", layout={"sharding": "3"}),  # packed on the way, which takes memory where nothing is simulated
-    "stage 1, uneven, a part of pp": Case("pp=2,dp=2", zb_h1, precision="bf16", layout={"sharding": "1"}),
-}
-
-
-@pytest.mark.parametrize("name", ["dp, tp in bf16", "experts", *OVER_PROCESSES])
+@pytest.mark.parametrize("name", ["dp, tp in bf16", "experts", "stage 3, uneven", "stage 1, uneven, a part of pp"])
 def test_on_paper_as_over_processes(name) -> None:
     mesh, args = ways(name)
     for rank, want in enumerate(processes(mesh, measured, step, cpu, *args)):

@@ -30,6 +30,7 @@ class Gradients:
         self.live: set[str] = set()  # buffers that have memory
         self.shards: dict[str, Tensor] = {}
         self.flying: list[tuple[frozenset[str], Callable[[], None]]] = []
+        self.passes = 0  # pieces of forwards since the last REDUCE
 
     def buffer(self, path: str) -> Tensor:
         """The buffer, perhaps without memory yet: what a product is told to add to."""
@@ -69,6 +70,7 @@ class Gradients:
             self.opened(path)
         if not specs:
             return
+        self.passes = 0
         cut = [spec for spec in specs if spec.cut]
         if cut:
             while len(self.flying) > FLYING:
@@ -95,6 +97,13 @@ class Gradients:
 
     def _land(self) -> None:
         self.flying.pop(0)[1]()
+
+    def passed(self) -> None:
+        """A piece of a forward is done. What has travelled beside two of them is waited for: the whole gradients that it comes from are not to be
+        there when most activations are."""
+        self.passes += 1
+        if self.passes == 2:
+            self.finish()
 
     def finish(self) -> None:
         """Waits for all sums."""

@@ -161,6 +161,7 @@ class _Rank:
             _add_terms(self.terms, terms)
             if losses:
                 self.note(at, [*losses.values()])
+            graphs.grads.passed()
             yield
         where, to = chain.placement, s + 1
         if (s, a.segment) not in chain.final:

@@ -20,6 +20,7 @@ FILE = "tests/test_sharding.py"
 KINDS, MESH, OFTEN = f"{FILE}::test_law_1_of_each_kind", f"{FILE}::test_law_1_on_a_mesh", f"{FILE}::test_how_often_a_layer_travels"
 AHEAD, GONE = f"{FILE}::test_a_layer_is_gathered_so_many_layers_before_its_use", f"{FILE}::test_weights_are_gone_between_uses"
 ALONE = f"{FILE}::test_law_1_of_experts_that_no_other_rank_has"
+FLEW = f"{FILE}::test_whole_gradients_are_gone_when_most_activations_are_there"
 NARROW = f"{FILE}::test_what_travels_in_bfloat16_is_added_in_float32"
 SHARDS = "tests/test_shards.py"
 COVERED, MANY = f"{SHARDS}::test_every_element_is_kept_and_counted_once", f"{SHARDS}::test_many_tensors_in_one_launch"
@@ -34,8 +35,8 @@ SHARDING = [
     words("shards: what is not learned, too", f"{FILE}::test_law_1_of_mixtures", (layouts._cut, "spec.param.learned and ", "")),
     words("shards: over all ranks, whatever was asked", SHARDS, (sharding.shard_count, "return sharding.ranks", "return ranks")),
     words("shards: neighbours as groups between", SHARDS, (axes.parted, "axis.ranks[axis.index % n :: n]", "axis.ranks[first : first + n]")),
-    words("gather many: rows of the next rank", MANY, (Axis.gather_many, "self._by_place(whole.chunk(self.size))", "whole.chunk(self.size)[::-1]")),
-    words("scatter many: rows of the last rank first", MANY, (Axis.scatter_many, "self._by_place(packed)", "self._by_place(packed.flip(0))")),
+    words("gather many: rows of the next rank", MANY, (Axis._unpack, "self._by_place(packed.chunk(self.size))", "packed.chunk(self.size)[::-1]")),
+    words("scatter many: rows of the last rank first", MANY, (Axis._pack, "self._by_place(packed)", "self._by_place(packed.flip(0))")),
     words("scatter: not summed over the groups", KINDS, (reduce._scattered, "outer.sum_many([shards[spec.path] for spec in specs])", "pass")),
     words("scatter: not summed over tp", MESH, (reduce._scattered, "a not in spec.cut.axes", "False")),
     words("scatter: summed over all once more", KINDS, (reduce._scattered, "a not in spec.cut.axes", "True")),
@@ -44,6 +45,7 @@ SHARDING = [
     words("gradients: the last microbatch alone", KINDS, (Gradients.reduce, "self.shards[path] += shard", "self.shards[path] = shard")),
     words("gradients: a microbatch counts twice", KINDS, (Gradients.opened, "buffer.zero_()", "pass"), (Gradients.add, ".copy_(g)", ".add_(g)")),
     words("gradients: of a microbatch the whole layer", ALONE, (_Rank.reduce, "if chain.layout.specs[p].cut)", "if True)")),
+    words("gradients: whole ones stay on their way", FLEW, (Gradients.passed, "self.passes == 2", "False")),
     words("weights: never let go", GONE, (Gathered.release, "self.leaves[path].untyped_storage().resize_(0)", "pass")),
     words("weights: of the step before", "tests/test_train.py", (state.compute_copy, "torch._foreach_copy_(into, given)", "pass")),
     words("gather: in every stage for each use", OFTEN, (shard._spells, "stage < 3 or ", "")),
