@@ -25,6 +25,7 @@ from lf.models.trio import trio
 from lf.models.trio_data import sample
 from lf.schedule import Beside, ProgramError, build_chains
 from lf.schedule.feed import Units
+from lf.schedule.gradients import Gradients
 from lf.schedule.graphs import Graphs
 from lf.schedule.placements import comparison
 
@@ -200,17 +201,17 @@ def test_what_is_frozen_has_no_gradient_anywhere(monkeypatch: pytest.MonkeyPatch
     frozen = {"vision": ("vision.*",), "decoder": ("decoder.embed", "decoder.layers.1*")}
     layouts = chain_layouts(MODEL, {c: attrs.evolve(p, frozen=frozen.get(c, ())) for c, p in PLACES.items()})
     sums, leaves = set[str](), []
-    sum_of, init = Graphs.sum_of, Graphs.__init__
+    buffer, init = Gradients.buffer, Graphs.__init__
 
-    def noted(self: Graphs, path: str) -> torch.Tensor:
+    def noted(self: Gradients, path: str) -> torch.Tensor:
         sums.add(path)
-        return sum_of(self, path)
+        return buffer(self, path)
 
     def made(self: Graphs, *args: Any) -> None:
         init(self, *args)
         leaves.extend((path, leaf) for path, leaf in self.leaves.items())
 
-    monkeypatch.setattr(Graphs, "sum_of", noted)
+    monkeypatch.setattr(Gradients, "buffer", noted)
     monkeypatch.setattr(Graphs, "__init__", made)
     program = build_chains(layouts, 3, {"vision": "nested", "head": "inline"})
     results = lf.sim.spmd(lf.Mesh(dp=2), step, layouts, program, 3)

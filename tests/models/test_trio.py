@@ -257,7 +257,7 @@ def alone(axes: Any, model: Any, name: str, batch: Batch, context: int) -> Alone
     paths = list(where.specs)
     got = torch.autograd.grad(total, [*inputs.values(), *(params[p.split("/")[0]][p.split("/")[1]] for p in paths)])
     grads = dict(zip(paths, got[len(inputs) :]))
-    reduce_gradients(list(where.specs.values()), grads, axes)()
+    reduce_gradients(list(where.specs.values()), grads, {}, axes)()
     rows = dict(zip(inputs, got))
     sums = {k: axes["tp"].sum(v.detach()) for k, v in losses.items()}
     return Alone(axes.coords, {k: v.detach() for k, v in outputs.items()}, sums, rows, grads)

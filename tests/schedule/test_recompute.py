@@ -105,5 +105,5 @@ def test_names_are_those_of_the_model() -> None:
 
 def test_ops_are_those_of_the_devices() -> None:
     for name in lf.devices.KNOWN:
-        assert {*OPS, "adamw_update"} == vars(lf.devices.op_table(importlib.import_module(f"lf.devices.{name}"))).keys()
+        assert {*OPS, "adamw_update", "momentum_update"} == vars(lf.devices.op_table(importlib.import_module(f"lf.devices.{name}"))).keys()
     assert parse_recompute("ops=mine", (*OPS, "mine")).ops == ("mine",)
