@@ -47,6 +47,7 @@ class Axes:
         self.position = Position(rank, where, logs) if position is None else position
         self._axes: dict[tuple[str, ...], Any] = {}
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._parts: dict[tuple[tuple[str, ...], int], tuple[Any, Any]] = {}
 
     def __getitem__(self, names: str | tuple[str, ...]) -> Any:
         names = (names,) if isinstance(names, str) else tuple(names)
@@ -57,9 +58,12 @@ class Axes:
     def part(self, names: str | tuple[str, ...], n: int) -> tuple[Any, Any]:
         """Of the joint group of these axes, (the n neighbours that this rank is among, those that have its place in each such n). Raises MeshError
         where n does not divide the group; AssertionError for groups of another mesh than the world's that `over` was not told of."""
-        inner, outer = parted(self[names], n)
-        where = "·".join((names,) if isinstance(names, str) else names)
-        return self._axis(inner, f"{where}/{n}"), self._axis(outer, f"{where}%{n}")
+        names = (names,) if isinstance(names, str) else tuple(names)
+        if (names, n) not in self._parts:  # a GATHER asks each time, and the ranks of a group may be thousands
+            inner, outer = parted(self[names], n)
+            where = "·".join(names)
+            self._parts[names, n] = self._axis(inner, f"{where}/{n}"), self._axis(outer, f"{where}%{n}")
+        return self._parts[names, n]
 
     def over(self, mesh: Mesh, ranks: Sequence[int], parts: Sequence[tuple[tuple[str, ...], int]] = ()) -> Axes | None:
         """The axes of another mesh, whose rank i is `ranks[i]` of this world; None on a rank that is none of these.

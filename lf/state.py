@@ -14,6 +14,7 @@ from lf.batch import Batch
 from lf.chain_layouts import Layouts, joined
 from lf.layouts import Layout
 from lf.meter import BATCH, mark
+from lf.parallel.reduce import lies_of
 from lf.schedule.gathered import Gathered
 from lf.schedule.run import run_forward
 from lf.segment import Model, Terms
@@ -86,7 +87,7 @@ def gathered(layout: Layout | Layouts, params: Tree, ctx: Any) -> Tree:
     for path, shard in tree.items(params):
         spec, axes = layouts.specs[path], ctx.of(layouts.chain_of[path]).axes
         if spec.cut:
-            whole = Gathered({path: spec}, {path: shard}, axes)
+            whole = Gathered(lies_of([spec], axes.coords), {path: shard}, axes)
             whole.gather([path])
             whole.ready([path])
             shard = whole.leaves[path]

@@ -10,21 +10,26 @@ Parts whose boxes overlap along a named axis (kv heads under query heads) come f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import attrs
 import torch
 from torch import Tensor
 
+from lf.sharding import Cut
 from lf.spec import Piece, Spec
 
 Wait = Callable[[], None]
 
 
-def reduce_gradients(specs: Sequence[Spec], grads: dict[str, Tensor], shards: dict[str, Tensor], axes: Any, transport: str = "fp32") -> Wait:
+def reduce_gradients(
+    specs: Sequence[Spec], grads: dict[str, Tensor], shards: dict[str, Tensor], axes: Any, transport: str = "fp32",
+    lies: Mapping[str, Lies] | None = None,
+) -> Wait:  # fmt: skip
     """Starts the sums of `grads` (by path, as the rank computes with them, contiguous). The function returned waits for them: then they stand in
     `grads` themselves, or, where a spec is cut, in `shards`, tensors shaped like the state that this rank keeps. transport: "bf16": what is
-    scattered travels in it; it is added up in the dtype of the gradients."""
+    scattered travels in it; it is added up in the dtype of the gradients. lies: of what is cut `lies_of`, where it is known already."""
     _overlaps(specs, grads, axes)
     groups: dict[tuple[str, ...], list[Tensor]] = {}
     cuts: dict[tuple[tuple[str, ...], int], list[Spec]] = {}
@@ -34,7 +39,8 @@ def reduce_gradients(specs: Sequence[Spec], grads: dict[str, Tensor], shards: di
         elif axes[spec.sum_axes].size > 1:
             groups.setdefault(spec.sum_axes, []).append(grads[spec.path])
     waits: list[Wait] = [axes[names].sum_many(each, later=True) for names, each in groups.items()]
-    waits += [_scattered(each, grads, shards, axes, transport) for each in cuts.values()]
+    known = lies_of([spec for each in cuts.values() for spec in each], axes.coords) if lies is None else lies
+    waits += [_scattered(each, grads, shards, axes, transport, known) for each in cuts.values()]
 
     def wait() -> None:
         for one in waits:
@@ -43,11 +49,13 @@ def reduce_gradients(specs: Sequence[Spec], grads: dict[str, Tensor], shards: di
     return wait
 
 
-def _scattered(specs: Sequence[Spec], grads: dict[str, Tensor], shards: dict[str, Tensor], axes: Any, transport: str) -> Wait:
+def _scattered(
+    specs: Sequence[Spec], grads: dict[str, Tensor], shards: dict[str, Tensor], axes: Any, transport: str, lies: Mapping[str, Lies]
+) -> Wait:
     """Of specs that have one cut: their sums, in shards."""
     assert specs[0].cut is not None
     inner, outer = axes.part(specs[0].cut.axes, specs[0].cut.n)
-    moves = [move for spec in specs for move in moved(spec, grads[spec.path], shards[spec.path], axes.coords)]
+    moves = [move for spec in specs for move in moved(lies[spec.path], grads[spec.path], shards[spec.path])]
     if transport == "bf16":
         first = _narrow(inner, moves)
     else:
@@ -77,14 +85,31 @@ class Move(NamedTuple):
     dim: int
 
 
-def moved(spec: Spec, whole: Tensor, shard: Tensor, coords: dict[str, int]) -> list[Move]:
-    """Of each part of a parameter."""
-    assert spec.cut is not None
-    dim, out = spec.cut.dim or 0, []
-    for here, kept in zip(spec.pieces(coords), spec.state_pieces(coords)):
-        view = here.view(whole)
-        out.append(Move(view, kept.view(shard), spec.cut.sizes(view.shape[dim]), dim))
+@attrs.frozen
+class Lies:
+    """How one rank has a parameter that lies in shards: the shapes of the whole and of its shard; of each part its pieces in both and the rows of
+    each shard. It is the same in all steps, and takes longer to work out than what uses it."""
+
+    cut: Cut
+    shape: tuple[int, ...]
+    state_shape: tuple[int, ...]
+    parts: tuple[tuple[Piece, Piece, tuple[int, ...]], ...]
+
+
+def lies_of(specs: Sequence[Spec], coords: dict[str, int]) -> dict[str, Lies]:
+    """By path, of those specs that are cut, on the rank at `coords`."""
+    out = {}
+    for spec in specs:
+        if spec.cut is not None:
+            dim, pairs = spec.cut.dim or 0, zip(spec.pieces(coords), spec.state_pieces(coords))
+            parts = tuple((here, kept, spec.cut.sizes(here.box[dim][1] - here.box[dim][0])) for here, kept in pairs)
+            out[spec.path] = Lies(spec.cut, spec.local_shape(coords), spec.state_shape(coords), parts)
     return out
+
+
+def moved(lies: Lies, whole: Tensor, shard: Tensor) -> list[Move]:
+    """Of each part of a parameter."""
+    return [Move(here.view(whole), kept.view(shard), sizes, lies.cut.dim or 0) for here, kept, sizes in lies.parts]
 
 
 def _narrow(axis: Any, moves: Sequence[Move]) -> Wait:

@@ -9,6 +9,7 @@ import attrs
 
 from lf.config import one_of
 from lf.layouts import Layout
+from lf.parallel.reduce import Lies, lies_of
 from lf.schedule.compiled import Compile, LayerFn, compiled, layer_fn
 from lf.schedule.ground import Ground, Where, ground
 from lf.schedule.ir import BACKWARD, COMPUTE, Action, Program, ProgramError, flat
@@ -69,7 +70,8 @@ class BoundChain:
     (stage, segment), the names of the pieces that it covers · `final`: the (stage, segment)s of forwards that end their stage · `split`: (stage,
     unit, piece)s whose weight gradients a W makes · `again`: of each (stage, unit, piece) that is made again, which ops (none named: all) ·
     `away`: those that are offloaded · `trained`: each path here, and whether it trains · `reduced`: of each (stage, layer), the paths whose sum is
-    then complete on this rank · `gathered`: of each, those that lie in shards · `tied`: the pipeline ranks of each path that has several."""
+    then complete on this rank · `gathered`: of each, those that lie in shards · `lies`: how each of those does ·
+    `tied`: the pipeline ranks of each path that has several."""
 
     layout: Layout
     ctx: Any
@@ -84,6 +86,7 @@ class BoundChain:
     trained: dict[str, bool]
     reduced: dict[tuple[int, str], tuple[str, ...]]
     gathered: dict[tuple[int, str], tuple[str, ...]]
+    lies: dict[str, Lies]
     tied: dict[str, tuple[int, ...]]
     shapes: Callable[[Any, Mapping[str, Brought]], Shapes]
     compiled: bool
@@ -156,6 +159,7 @@ def _chain(chain: str, on: Ground, actions: tuple[Action, ...], ctx: Any, compil
         {path: path not in layout.frozen for path in layout.held(ctx.axes.coords)},
         reduced_layers(layout, rank),
         gathered_layers(layout, rank),
+        lies_of([*layout.held(ctx.axes.coords).values()], ctx.axes.coords),
         {path: layout.holders(path) for path in tied_paths(layout, rank)},
         _traced(layout, ctx),
         bool(compile) and not callable(compile),

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from lf.meter import BUFFER, mark
-from lf.parallel.reduce import moved
-from lf.spec import Spec
+from lf.parallel.reduce import Lies, moved
 
 
 class Gathered:
-    """`leaves`: by path, without memory at first. shards: of each path what this rank keeps, in the dtype that is computed in."""
+    """`leaves`: by path, without memory at first. lies: how each is in shards. shards: of each what this rank keeps, in the dtype that is computed
+    in."""
 
-    def __init__(self, specs: Mapping[str, Spec], shards: Mapping[str, Tensor], axes: Any):
-        self.specs, self.shards, self.axes = specs, shards, axes
-        self.leaves = {path: without_memory(spec.local_shape(axes.coords), shards[path]) for path, spec in specs.items()}
+    def __init__(self, lies: Mapping[str, Lies], shards: Mapping[str, Tensor], axes: Any):
+        self.lies, self.shards, self.axes = lies, shards, axes
+        self.leaves = {path: without_memory(here.shape, shards[path]) for path, here in lies.items()}
         mark(BUFFER, self.leaves)
         self.uses: Counter[str] = Counter()
         self.waits: dict[str, Callable[[], None]] = {}
@@ -34,12 +34,11 @@ class Gathered:
         self.uses.update(paths)
         groups: dict[tuple[tuple[str, ...], int], list[str]] = {}
         for path in new:
-            cut = self.specs[path].cut
-            assert cut is not None
+            cut = self.lies[path].cut
             with_memory(self.leaves[path])
             groups.setdefault((cut.axes, cut.n), []).append(path)
         for (names, n), mine in groups.items():
-            moves = [m for p in mine for m in moved(self.specs[p], self.leaves[p].data, self.shards[p], self.axes.coords)]
+            moves = [m for p in mine for m in moved(self.lies[p], self.leaves[p].data, self.shards[p])]
             outs, xs, sizes, dims = zip(*moves)
             wait = self.axes.part(names, n)[0].gather_many(outs, xs, sizes, dims, later=True)
             self.waits.update(dict.fromkeys(mine, wait))

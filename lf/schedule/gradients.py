@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lf.meter import GRADIENT, mark
-from lf.parallel.reduce import reduce_gradients
+from lf.parallel.reduce import Lies, reduce_gradients
 from lf.schedule.gathered import with_memory, without_memory
 from lf.spec import Spec
 
@@ -22,10 +22,10 @@ FLYING = 1  # layers whose sums travel when the next one's begins: more would ho
 
 
 class Gradients:
-    """leaves: the parameters, by path; `specs` of these; `dtype`: the master's."""
+    """leaves: the parameters, by path; lies: of those in shards, how; dtype: the master's."""
 
-    def __init__(self, leaves: Mapping[str, Tensor], specs: Mapping[str, Spec], axes: Any, dtype: torch.dtype, transport: str):
-        self.leaves, self.specs, self.axes, self.dtype, self.transport = leaves, specs, axes, dtype, transport
+    def __init__(self, leaves: Mapping[str, Tensor], lies: Mapping[str, Lies], axes: Any, dtype: torch.dtype, transport: str):
+        self.leaves, self.lies, self.axes, self.dtype, self.transport = leaves, lies, axes, dtype, transport
         self.buffers: dict[str, Tensor] = {}
         self.live: set[str] = set()  # buffers that have memory
         self.shards: dict[str, Tensor] = {}
@@ -49,6 +49,7 @@ class Gradients:
 
     def add(self, path: str, g: Tensor | None) -> None:
         if g is None:
+            self._landed(path)  # here on all ranks, whether one has a gradient or not: what is left of a sum may meet other ranks
             return
         if path in self.live:
             self.buffers[path] += g
@@ -58,10 +59,14 @@ class Gradients:
             self.buffers[path].copy_(g)
 
     def _with_memory(self, path: str) -> None:
-        while any(path in paths for paths, _ in self.flying):
-            self._land()
+        self._landed(path)
         with_memory(self.buffers[path])
         self.live.add(path)
+
+    def _landed(self, path: str) -> None:
+        """Returns when no sum of it is on its way."""
+        while any(path in paths for paths, _ in self.flying):
+            self._land()
 
     def reduce(self, paths: Sequence[str], specs: Sequence[Spec]) -> None:
         """Starts the sums over ranks of these, `specs` those of them that others have a part in. One that no loss has reached is zeros here: the
@@ -75,9 +80,9 @@ class Gradients:
         if cut:
             while len(self.flying) > FLYING:
                 self._land()
-        shards = {s.path: self.leaves[s.path].new_empty(s.state_shape(self.axes.coords), dtype=self.dtype) for s in cut}
+        shards = {s.path: self.leaves[s.path].new_empty(self.lies[s.path].state_shape, dtype=self.dtype) for s in cut}
         mark(GRADIENT, shards)
-        wait = reduce_gradients(specs, self.buffers, shards, self.axes, self.transport)
+        wait = reduce_gradients(specs, self.buffers, shards, self.axes, self.transport, self.lies)
         self.live -= shards.keys()  # who adds to one again waits first
 
         def land() -> None:

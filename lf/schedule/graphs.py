@@ -59,13 +59,12 @@ class Graphs:
     ):  # fmt: skip
         self.bound, self.batches, self.seeds, self.ctx, self.device = bound, batches, seeds, bound.ctx, device
         self.brought, self.widths = brought, widths
-        cut = {path: bound.layout.specs[path] for path in bound.trained if bound.layout.specs[path].cut}
-        self.whole = Gathered(cut, {path: lookup(params, path) for path in cut}, bound.ctx.axes)
+        self.whole = Gathered(bound.lies, {path: lookup(params, path) for path in bound.lies}, bound.ctx.axes)
         self.leaves = {
-            path: (self.whole.leaves[path] if path in cut else lookup(params, path).detach()).requires_grad_(bound.trains and trained)
+            path: (self.whole.leaves[path] if path in bound.lies else lookup(params, path).detach()).requires_grad_(bound.trains and trained)
             for path, trained in bound.trained.items()
         }
-        self.grads = Gradients(self.leaves, bound.layout.specs, bound.ctx.axes, self.ctx.precision.master, bound.layout.sharding.transport)
+        self.grads = Gradients(self.leaves, bound.lies, bound.ctx.axes, self.ctx.precision.master, bound.layout.sharding.transport)
         self.given: dict[tuple[int, str], Values] = {}
         self.known: dict[int, Shapes] = {}
 
