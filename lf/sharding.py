@@ -45,21 +45,24 @@ class Sharding:
 
     @reduce.default
     def _by_stage(self) -> str:
-        return REDUCE[self.stage >= 2]
+        return REDUCE[self.stage in (2, 3)]
 
     def __attrs_post_init__(self) -> None:
-        if self.stage not in STAGES or isinstance(self.stage, bool):
+        if type(self.stage) is not int or self.stage not in STAGES:
             raise ConfigError(f"sharding stage {self.stage!r}: there are " + ", ".join(f"{k} ({words})" for k, words in STAGES.items()))
         one_of("reduce of a sharding", self.reduce, REDUCE)
         one_of("transport of a sharding", self.transport, TRANSPORT)
-        if self.ranks is not None and self.ranks < 1:
-            raise ConfigError(f"sharding over ranks={self.ranks}: must be at least 1")
-        if self.ahead < 0:
-            raise ConfigError(f"sharding ahead={self.ahead}: must be 0 (a layer is gathered where it is used) or more")
+        if self.ranks is not None and (type(self.ranks) is not int or self.ranks < 1):
+            raise ConfigError(f"sharding over ranks={self.ranks!r}: must be at least 1, and a whole number")
+        if type(self.keep) is not bool:
+            raise ConfigError(f"sharding keep={self.keep!r}: must be True or False")
+        if type(self.ahead) is not int or self.ahead < 0:
+            raise ConfigError(f"sharding ahead={self.ahead!r}: must be 0 (a layer is gathered where it is used) or more")
         if self.keep and self.stage < 3:
             raise ConfigError(f"sharding keep is of stage 3: in stage {self.stage} parameters stay whole for a step anyway; leave it out")
         if not self.stage:
-            for name, value in (("ranks", self.ranks), ("transport", self.transport != "fp32"), ("reduce", self.reduce != "step")):
+            given = {"ranks": self.ranks, "transport": self.transport != "fp32", "reduce": self.reduce != "step", "ahead": self.ahead != 1}
+            for name, value in given.items():
                 if value:
                     raise ConfigError(f"sharding {name} is of stages 1 to 3; stage 0 keeps everything on every rank: leave it out")
 
@@ -68,9 +71,11 @@ class Sharding:
         """'3,ranks=8,reduce=step,keep,ahead=2,transport=bf16' → Sharding. Raises ConfigError that names the word it could not read."""
         if isinstance(text, Sharding):
             return text
+        if not isinstance(text, str):
+            raise ConfigError(f"sharding={text!r}: give a Sharding, or its words, as '3,ranks=8'")
         first, *rest = [w.strip() for w in text.split(",")]
         known = ("ranks", "reduce", "keep", "ahead", "transport")
-        if not first.isdigit():
+        if not _number(first):
             raise ConfigError(f"sharding {text!r}: it begins with a stage, 0 to 3, as in 3,ranks=8; {first!r} is none")
         given: dict[str, object] = {}
         for word in rest:
@@ -79,7 +84,7 @@ class Sharding:
             if name in given:
                 raise ConfigError(f"sharding {text!r}: {name} stands twice")
             form = {"keep": "keep", "ranks": "ranks=N", "ahead": "ahead=N"}.get(name, f"{name}=NAME")
-            if bool(eq) == (name == "keep") or (form.endswith("=N") and not value.isdigit()):
+            if bool(eq) == (name == "keep") or (form.endswith("=N") and not _number(value)):
                 raise ConfigError(f"sharding {text!r}: {word!r} should read {form}")
             given[name] = True if name == "keep" else int(value) if name in ("ranks", "ahead") else value
         return Sharding(int(first), **given)  # type: ignore[arg-type]
@@ -93,6 +98,10 @@ class Sharding:
         words += [f"ahead={self.ahead}"] if self.ahead != 1 else []
         words += [f"transport={self.transport}"] if self.transport != "fp32" else []
         return ",".join(words)
+
+
+def _number(word: str) -> bool:
+    return word.isascii() and word.isdecimal()
 
 
 NONE = Sharding()

@@ -56,12 +56,22 @@ def test_what_is_not_said_follows_from_the_stage() -> None:
         ("0,ranks=2", "sharding ranks is of stages 1 to 3"),
         ("0,transport=bf16", "sharding transport is of stages 1 to 3"),
         ("0,reduce=microbatch", "sharding reduce is of stages 1 to 3"),
+        ("0,ahead=2", "sharding ahead is of stages 1 to 3"),
+        ("²", "'²' is none"),
+        ("3,ranks=²", "'ranks=²' should read ranks=N"),
+        (3, "sharding=3: give a Sharding, or its words"),
     ],
 )
 def test_words_that_say_nothing_are_refused(words: str, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Sharding.parse(words)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("given", [{"stage": "3"}, {"stage": True}, {"ranks": "8"}, {"ranks": 2.0}, {"ranks": True}, {"ahead": 1.5}, {"keep": "no"}])
+def test_values_of_another_type_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"sharding.* {next(iter(given))}"):
+        Sharding(**{"stage": 3} | given)
 
 
 def test_ranks_that_do_not_divide_are_refused() -> None:
