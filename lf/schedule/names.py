@@ -48,13 +48,13 @@ class _Look:
             raise self.fail(f"it is of chain {a.chain!r}; {there}", a)
         if not 0 <= a.stage < self.every[a.chain]:
             raise self.fail(f"there are {self.every[a.chain]} stages, 0 to {self.every[a.chain] - 1}", a)
+        if a.op in PARAMETERS and (a.segment is None or a.microbatch is None or len(a.ops) != 1 or a.ops[0] not in USES):
+            words = f"a {a.op} is of one layer and names the op that it is for, as in 0{a.op}0[layers.0: F]"
+            raise self.fail(f"{words}; or give the compute alone, and all that is missing is added", a)
         total = self.on.count if a.op in BRIDGES else self.total[a.chain]
         what = "microbatches" if a.chain == self.on.main or a.op in BRIDGES else f"units of chain {a.chain}"
         if (a.op != "REDUCE" or a.microbatch is not None) and (a.microbatch is None or not 0 <= a.microbatch < total):
             raise self.fail(f"there are {total} {what}, 0 to {total - 1}", a)
-        if a.op in PARAMETERS and (a.segment is None or len(a.ops) != 1 or a.ops[0] not in USES):
-            words = f"a {a.op} is of one layer and names the op that it is for, as in 0{a.op}0[layers.0: F]"
-            raise self.fail(f"{words}; or give the compute alone, and all that is missing is added", a)
         if a.op in MOVES and a.segment is not None:
             raise self.fail(f"a message is of a whole stage: leave out {a.segment!r}", a)
         if a.ops and a.op not in ("REMAT", *PARAMETERS):

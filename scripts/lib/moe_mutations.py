@@ -50,7 +50,7 @@ MIXTURES = [
     ),
     words("sequence balance: every token weighs as much", ROUTER, (router._losses, "(f_nE / length_n)[document_t]", "f_nE[document_t]")),
     words("balance: shares of the chosen alone", ROUTER, (router._losses, '(share_tE * f_E).sum()', '(share_tE * (share_tE > 0.2) * f_E).sum()')),
-    words("global balance: of this step", LAW, (router._losses, 'p["fraction"].to(dtype)', "(load_E / load_E.sum().clamp_min(1)).to(dtype)")),
+    words("global balance: of this step", ROUTER, (router._losses, 'p["fraction"].to(dtype)', "(load_E / load_E.sum().clamp_min(1)).to(dtype)")),
     words("z: logits, not their squares", ROUTER, (router._losses, "logits_tE.logsumexp(-1).square()", "logits_tE.logsumexp(-1)")),
     words("router: padding counts", (LAW, ROUTER), (router._labelled, "> 0", ">= 0")),
     words("router: weights with the bias", ROUTER, (router.route, "= score_tE.gather(1, at_tk)", "= (score_tE + p['bias']).gather(1, at_tk)")),

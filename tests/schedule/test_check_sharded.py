@@ -23,6 +23,7 @@ from lf.schedule import Action, Program, ProgramError, build_chains, check, draw
 from lf.schedule.build import build, complete
 from lf.schedule.lower import trainable
 from lf.schedule.named import SCHEDULES
+from lf.schedule.text import from_csv
 
 STAGE = {kind: lf.layout(tiny(False), lf.Mesh(dp=2), sharding=kind) for kind in ("1", "2", "3", "3,keep,ahead=0")}
 
@@ -245,3 +246,8 @@ def test_a_sample_of_what_check_accepts_runs_right() -> None:
 @pytest.mark.slow
 def test_what_check_accepts_runs_right() -> None:
     swept(0, 1500)
+
+
+def test_what_torch_pipelining_gathers_is_refused_with_the_way_out() -> None:
+    with pytest.raises(ProgramError, match=r"a GATHER is of one layer .* or give the compute alone"):
+        check(from_csv("0UNSHARD,0F0,0B0,0REDUCE_GRAD"), STAGE["3"], 1)
