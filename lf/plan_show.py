@@ -75,7 +75,8 @@ def drawn(choice: Choice, plan: Plan, folder: str | Path) -> list[Path]:
 def _memory(plan: Plan, folder: Path, title: str) -> list[Path]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 2.4 + 0.28 * len(plan.rows)), layout="constrained")
+    figure = Figure(figsize=(9, 2.7 + 0.28 * len(plan.rows)), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     bars, lines = figure.subplots(1, 2, width_ratios=[3, 2])
     names = [f"row {r.row}" for r in plan.rows]
     left = [0.0] * len(names)
@@ -85,8 +86,8 @@ def _memory(plan: Plan, folder: Path, title: str) -> list[Path]:
         left = [a + b for a, b in zip(left, sizes)]
     bars.axvline(plan.limit / GIB, color="black", linewidth=1, linestyle=":")
     bars.invert_yaxis()
-    bars.set(xlabel="GiB at most (dotted: what there is)", title=title)
-    bars.legend(fontsize=7, loc="lower right")
+    bars.set(xlabel="GiB at most (dotted: what there is)")
+    figure.legend(*bars.get_legend_handles_labels(), fontsize=8, loc="outside lower left", ncols=len(KINDS), frameon=False)
     for row in _shown(plan):
         levels = _levels(plan, row)
         lines.plot(*zip(*levels), linewidth=0.8, label=f"row {plan.rows[row].row}")

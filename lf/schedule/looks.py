@@ -18,6 +18,7 @@ COLOURS = {
     "W": "#F0E442",
     "REMAT": "#8E7CC3",
     "REDUCE": "#CC79A7",
+    "GATHER": "#D55E00",
     "OFFLOAD": "#A5714B",
     "FETCH": "#A5714B",
 }
@@ -35,6 +36,7 @@ MEANING = {
     "W": "backward, weights",
     "REMAT": "forward again",
     "REDUCE": "sum of gradients",
+    "GATHER": "parameters made whole",
     "OFFLOAD": "to the host",
     "FETCH": "and back",
 }
