@@ -53,6 +53,8 @@ HIDDEN = 0.7
 """Of the time of a microbatch, what sums of gradients can go on beside: about its backward."""
 FLYING = 3
 """Layers whose whole gradients are there at a time where they are summed after each microbatch."""
+DEEPEST = 32
+"""Ranks of a pipeline, at most: the programs of deeper ones take longer to lay out than all else, and no layout compared here has more."""
 SHORT = 512
 """Tokens of a row that layers send by, as they would by more."""
 
@@ -84,12 +86,13 @@ class Choice:
 
 
 def choices(model: Model, ranks: int, node: int, global_batch: int) -> Iterator[Choice]:
-    """All that divide, without a policy for state and activations: tp within a node, experts over any part of the ranks that share a stage."""
+    """All that divide, without a policy for state and activations: tp within a node, pp of DEEPEST at most, experts over any part of the ranks that
+    share a stage."""
     layers = len(model.layers())
     experts = [p.shape[p.axes.index("expert")] for p in model.params().values() if "expert" in p.axes]
     heads = [p.shape[0] for p in model.params().values() if p.axes and p.axes[0] == "heads"]
     for tp in _divisors(math.gcd(ranks, node), min(heads, default=1)):
-        for pp in _divisors(ranks // tp, layers):
+        for pp in _divisors(ranks // tp, min(layers, DEEPEST)):
             dp = ranks // tp // pp
             for ep, etp in _expert_axes(min(experts, default=0), dp * tp, tp):
                 for micro in MICRO:
