@@ -89,7 +89,7 @@ def alive(pid: int) -> bool:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupt_leaves_nothing(bpe: Tokenizer, tmp_path: Path, how: signal.Signals) -> None:
-    (tmp_path / "a.jsonl").write_text((json.dumps({"text": " ".join(some_text(100))}) + "\n") * 15_000)  # far more than is read until then
+    (tmp_path / "a.jsonl").write_text((json.dumps({"text": " ".join(some_text(100))}) + "\n") * 3000)  # far more than is read until then
     run = started("--data", tmp_path / "a.jsonl", "--tokenizer", bpe.folder, "--out", tmp_path / "all", "--workers", 2)
     children: list[int] = []
     while not (part := list(tmp_path.glob(".all.part-*/all.bin"))) or len(children) < 2:
