@@ -83,16 +83,17 @@ def compute_copy(layout: Layout | Layouts, master: Tree, ctx: Any, old: Tree | N
 
 def gathered(layout: Layout | Layouts, params: Tree, ctx: Any) -> Tree:
     """Parameters as `forward` takes them, from those of a State or of `init`: whole where the layout keeps shards. Collective."""
-    layouts, pairs = joined(layout), []
-    for path, shard in tree.items(params):
-        spec, axes = layouts.specs[path], ctx.of(layouts.chain_of[path]).axes
-        if spec.cut:
-            whole = Gathered(lies_of([spec], axes.coords), {path: shard}, axes)
-            whole.gather([path])
-            whole.ready([path])
-            shard = whole.leaves[path]
-        pairs.append((path, shard))
-    return tree.build(pairs)
+    layouts, shards = joined(layout), dict(tree.items(params))
+    whole = dict(shards)
+    for chain, where in layouts.chains.items():
+        cut = [where.specs[path] for path in shards if layouts.chain_of[path] == chain and where.specs[path].cut]
+        if cut:
+            axes = ctx.of(chain).axes
+            together = Gathered(lies_of(cut, axes.coords), shards, axes)
+            together.gather([spec.path for spec in cut])
+            together.ready([spec.path for spec in cut])
+            whole |= together.leaves
+    return tree.build([*whole.items()])
 
 
 def forward(model: Model, params: Tree, batch: Batch, ctx: Any) -> Tensor | Terms:

@@ -394,3 +394,18 @@ def test_whole_gradients_are_gone_when_most_activations_are_there(sharding: str,
     lf.sim.spmd(lf.Mesh(dp=2), normed, sharding)
     assert any(held for pieces, held in seen if pieces == 1), "nothing has travelled beside the first piece"
     assert {held for pieces, held in seen if pieces > 1} == {0}
+
+
+@pytest.mark.parametrize("kind", ["1", "3", "3,ranks=2"])
+def test_forward_takes_what_is_gathered(kind: str) -> None:
+    """37 words and a width of 15 on four ranks: no shard is as long as the next."""
+    model = tiny()
+    (batch,) = parity.random_batches(model, SEED, 0, 1, 21)
+
+    def loss(axes: Any, sharding: str) -> torch.Tensor:
+        ctx = context(axes)
+        where = lf.layout(model, axes.mesh, sharding=sharding)
+        params = lf.state.gathered(where, parity.randomised(where, ctx, SEED), ctx)
+        return lf.forward(model, params, batch, ctx)["losses"]["cross_entropy"]
+
+    assert lf.sim.spmd(lf.Mesh(dp=4), loss, kind) == lf.sim.spmd(lf.Mesh(dp=4), loss, "0")

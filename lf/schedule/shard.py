@@ -70,9 +70,7 @@ def _row(actions: Sequence[Action], rank: int, layouts: Layouts, known: Mapping[
         for a in parts(whole):
             span = known[a.chain][a.stage].span(a.segment) if a.op in USES else None
             layers = dict.fromkeys(known[a.chain][a.stage].layers[slice(*span)]) if span else ()
-            for layer in layers if a.op == "F" else reversed([*layers]):
-                if not uses or uses[-1][1:] != ((a.chain, a.stage, layer), a):
-                    uses.append((i, (a.chain, a.stage, layer), a))
+            uses += [(i, (a.chain, a.stage, layer), a) for layer in (layers if a.op == "F" else reversed([*layers]))]
     by_layer: dict[Layer, list[int]] = {}
     for k, (_, at, _) in enumerate(uses):
         if at in cut:
@@ -113,6 +111,7 @@ def _refined(actions: Sequence[Action], layouts: Layouts, known: Mapping[str, Se
 
 def _by_layers(action: Action, known: Mapping[str, Sequence[Stage]]) -> list[Action]:
     """The compute of an action, layer by layer; an OVERLAP becomes pairs, as far as they go."""
+
     def names(a: Action) -> Sequence[str] | None:
         stage = known[a.chain][a.stage]
         layers = tuple(dict.fromkeys(stage.layers[0 if a.op == "F" else stage.stop :]))
