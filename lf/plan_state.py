@@ -24,7 +24,8 @@ from lf.sharding import Sharding
 from lf.tree import Tree
 
 FLYING = 2
-"""Layers whose whole gradients are there at a time where they are summed after each microbatch: one that is made, one that travels."""
+"""Layers whose whole gradients are there at a time where they are summed after each microbatch, as the refusal counts them. One more may be
+(`lf.schedule.gradients.FLYING`), but the largest three need not be neighbours, and what fits must not be refused."""
 
 
 @attrs.frozen
