@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import MEASURED, QWEN3, ROOT, SEED, processes
+from small_runs import texts
 
 import lf
 
@@ -53,11 +54,7 @@ def said(axes: Any, config: demo.Config) -> str:
 
 def test_a_small_one_leaves_and_says_what_it_should(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "150")
-    dice = random.Random(0)
-    words = ["def", "return", "self", "import", "yield", "lambda", "x", "y", "(", ")", ":", "\n"]
-    (tmp_path / "texts").mkdir()
-    for i in range(20):
-        (tmp_path / "texts" / f"{i}.py").write_text(" ".join(dice.choices(words, k=120)))
+    texts(tmp_path / "texts", ".py")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(QWEN3))
     out = tmp_path / "out"

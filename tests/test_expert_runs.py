@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import random
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import attrs
 import pytest
 import torch
 from helpers import ROOT, processes
+from small_runs import texts, train
 
 import lf
 from lf.models import families
@@ -31,11 +29,7 @@ import pretrain
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pretrain.Config:
     """GLM-4.5 in small: a dense layer, mixtures with a selection bias and a shared expert, one more of them in a head that predicts further ahead."""
     monkeypatch.setattr(lf.pictures, "loss_curve", lambda *_: None)  # tests/test_demo.py looks at it
-    dice = random.Random(0)
-    words = ["def", "return", "self", "import", "yield", "lambda", "x", "y", "(", ")", ":", "\n"]
-    (tmp_path / "texts").mkdir()
-    for i in range(20):
-        (tmp_path / "texts" / f"{i}.txt").write_text(" ".join(dice.choices(words, k=120)))
+    texts(tmp_path / "texts")
     model = attrs.evolve(shrunk(PRESETS["glm-4.5-air"]), vocab=290, init_std=0.1)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(families.of(model).write(model)))
@@ -43,20 +37,6 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pretrain.Config:
         data=(str(tmp_path / "texts"),), model=str(tmp_path / "model"), mesh="dp=2,ep=2", device="cpu", precision="fp32", seq_len=15,
         micro_batch=2, global_batch=4, steps=6, warmup=2, lr=1e-2, save_every=4, validation=0.2, eval_every=3, out=str(tmp_path / "run"),
     )  # fmt: skip
-
-
-def train(axes: Any, config: pretrain.Config, end: int | None = None) -> None:
-    """`end`: a signal asks it to end while it makes the batches of this step."""
-    batches, calls = lf.data.step_batches, []
-
-    def signalled(*args: Any) -> list[lf.Batch]:
-        calls.append(args)
-        if len(calls) == end and axes.rank == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return batches(*args)
-
-    lf.data.step_batches = signalled  # in this process alone
-    pretrain.main(config)
 
 
 def test_a_run_goes_on_over_another_folding(config: pretrain.Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

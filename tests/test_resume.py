@@ -20,6 +20,7 @@ import pytest
 import tokenizers  # noqa: F401
 import torch.fx.experimental.symbolic_shapes  # noqa: F401 — the first backward of a process wants it
 from helpers import MEASURED, QWEN3, ROOT, SEED, processes
+from small_runs import texts
 
 import lf
 from lf.checkpoint import atomic
@@ -31,11 +32,7 @@ import pretrain
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pretrain.Config:
     monkeypatch.setattr(lf.pictures, "loss_curve", lambda *_: None)  # tests/test_demo.py looks at it
-    dice = random.Random(0)
-    words = ["def", "return", "self", "import", "yield", "lambda", "x", "y", "(", ")", ":", "\n"]
-    (tmp_path / "texts").mkdir()
-    for i in range(20):
-        (tmp_path / "texts" / f"{i}.txt").write_text(" ".join(dice.choices(words, k=120)))
+    texts(tmp_path / "texts")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(QWEN3))
     return pretrain.Config(

@@ -4,9 +4,6 @@ exported; and what is refused at the start."""
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import tokenizers  # noqa: F401
 import torch.fx.experimental.symbolic_shapes  # noqa: F401 — the first backward of a process wants it
 from helpers import MEASURED, QWEN3, ROOT, processes
 from qwen3_oracle import files
+from small_runs import texts, train
 
 import lf
 from lf.config import ConfigError
@@ -31,31 +29,13 @@ import pretrain
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pretrain.Config:
     monkeypatch.setattr(lf.pictures, "loss_curve", lambda *_: None)  # tests/test_demo.py looks at it
-    dice = random.Random(0)
-    words = ["def", "return", "self", "import", "yield", "lambda", "x", "y", "(", ")", ":", "\n"]
-    (tmp_path / "texts").mkdir()
-    for i in range(20):
-        (tmp_path / "texts" / f"{i}.txt").write_text(" ".join(dice.choices(words, k=120)))
+    texts(tmp_path / "texts")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(QWEN3))
     return pretrain.Config(
         data=(str(tmp_path / "texts"),), model=str(tmp_path / "model"), mesh="dp=2", device="cpu", precision="fp32", seq_len=15, micro_batch=1,
         global_batch=4, steps=6, warmup=2, lr=1e-2, save_every=4, validation=0.2, eval_every=3, drift_every=2, out=str(tmp_path / "run"),
     )  # fmt: skip
-
-
-def train(axes: Any, config: pretrain.Config, end: int | None = None) -> None:
-    """`end`: a signal asks it to end while it makes the batches of this step."""
-    batches, calls = lf.data.step_batches, []
-
-    def signalled(*args: Any) -> list[lf.Batch]:
-        calls.append(args)
-        if len(calls) == end and axes.rank == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return batches(*args)
-
-    lf.data.step_batches = signalled  # in this process alone
-    pretrain.main(config)
 
 
 def curve(folder: str | Path) -> list[dict[str, Any]]:
