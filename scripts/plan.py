@@ -17,7 +17,7 @@ from rich.console import Console
 
 import lf
 from lf.config import ConfigError
-from lf.devices.described import DESCRIBED, described
+from lf.devices.described import DESCRIBED, described, measured
 from lf.mesh import Mesh
 from lf.plan_layers import Layers
 from lf.plan_search import Choice, Found, formulas, nearest, planned, search
@@ -34,7 +34,7 @@ REFUSED = 5  # that are told
 class Config:
     model: str = "qwen3-demo"  # a preset, a folder or a name on the hub: only its config is read
     ranks: int = 8
-    device: str | None = None  # h100, h200, b200, a100, p800
+    device: str | None = None  # h100, h200, b200, a100, p800; or cpu, cuda: that of this machine, whose products and copies are measured first
     seq_len: int = 4096
     global_batch: int | None = None  # rows of a step; 3 for each rank without, from 1024 rows to 64 Mi tokens
     precision: str = "bf16"
@@ -46,9 +46,9 @@ class Config:
     micro_batch: int = 1
     shard: str = "0"
     recompute: str = "none"  # none, half or full
-    products: float = Achieved().products  # share of the peak that products reach
-    memory: float = Achieved().memory  # share of the memory's bandwidth that all else reaches
-    links: float = Achieved().links  # share of links and network that collectives reach
+    products: float | None = None  # share of the peak that products reach: 0.55 without, 1 of what was measured here
+    memory: float | None = None  # share of the memory's bandwidth that all else reaches: likewise
+    links: float | None = None  # share of links and network that collectives reach: 0.75 without
     out: str | None = None  # a folder for memory.svg, memory.png, timeline.svg and timeline.png of the best
 
 
@@ -56,11 +56,14 @@ def main(config: Config) -> None:
     lf.config.at_least(1, config, "ranks", "seq_len", "top", "micro_batch", "chunks")
     if config.device is None:
         raise ConfigError(f"no device named; there are {', '.join(DESCRIBED)}: add --device {next(iter(DESCRIBED))}")
-    if not all(0 < share <= 1 for share in (config.products, config.memory, config.links)):
-        raise ConfigError(f"--products {config.products} --memory {config.memory} --links {config.links}: shares lie above 0, and are at most 1")
-    screen, began, model, device = lf.console.console(), time.monotonic(), lf.hf.model(config.model), described(config.device)
+    shares = {name: share for name in ("products", "memory", "links") if (share := getattr(config, name)) is not None}
+    if not all(0 < share <= 1 for share in shares.values()):
+        raise ConfigError(f"{' '.join(f'--{k} {v}' for k, v in shares.items())} cannot be: shares lie above 0, and are at most 1")
+    screen, began, model = lf.console.console(), time.monotonic(), lf.hf.model(config.model)
+    here = config.device in lf.devices.KNOWN
+    device = measured(lf.devices.get(config.device)) if here else described(config.device)
     rows = config.global_batch or min(max(3 * config.ranks, 1024), max(MOST_TOKENS // config.seq_len, config.ranks))
-    achieved, optimizer = Achieved(config.products, config.memory, config.links), lf.optim.adamw(config.lr)
+    achieved, optimizer = attrs.evolve(Achieved(1.0, 1.0) if here else Achieved(), **shares), lf.optim.adamw(config.lr)
     about = f"{config.model} on {config.ranks} × {device.name}, {rows} rows of {config.seq_len} tokens, {config.precision}"
     if config.mesh is None:
         with screen.status("layers on paper") as status:

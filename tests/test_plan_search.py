@@ -114,3 +114,11 @@ def test_the_script_plans_one_layout(capsys: Any) -> None:
             said(capsys, device=device)
     with pytest.raises(ConfigError, match=r"--products 0 .* above 0"):
         said(capsys, device="h100", products=0)
+
+
+def test_the_script_plans_for_this_machine_by_what_it_measures(capsys: Any) -> None:
+    asked = {"device": "cpu", "precision": "fp32", "seq_len": 16, "global_batch": 4, "model": "qwen3-demo", "mesh": ""}
+    out = said(capsys, ranks=1, **asked)
+    assert "qwen3-demo on 1 × cpu, 4 rows of 16 tokens, fp32: one rank" in out
+    with pytest.raises(ConfigError, match=r"device cpu: .* is not known; .* measured\(device, axes\)"):  # alone it has no links
+        said(capsys, **asked)

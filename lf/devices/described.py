@@ -55,7 +55,7 @@ class Described:
             note = f" ({self.note})" if self.note else ""
             raise ConfigError(
                 f"device {self.name}: {name} is not known{note}; give it, as attrs.evolve(device, {name}=Value(…, 'my measurement')), or plan with "
-                "lf.devices.described.measured() on such a device"
+                "lf.devices.described.measured(device, axes) on such a machine"
             )
         return value.amount
 
@@ -129,7 +129,7 @@ def measured(device: ModuleType, axes: Any = None, local_rank: int = 0, size: in
     """What this machine's device does, each the best of several runs: products of `size` (default: as large as is quick here), copies, and, with
     axes of several ranks, an all-reduce over all of them as `network`, and as `link` where one node has them. Collective over these ranks.
 
-    device: of `lf.devices.get`. A rate of products is what is achieved, so that a plan with it needs no share of a peak (`efficiency=1`).
+    device: of `lf.devices.get`. A rate of products is what is achieved, so that a plan with it needs no share of a peak (`Achieved(1, 1)`).
     """
     at, accelerator = device.torch_device(local_rank), device.NAME != "cpu"
     n = size or (8192 if accelerator else 768)
