@@ -120,5 +120,5 @@ def test_the_script_plans_for_this_machine_by_what_it_measures(capsys: Any) -> N
     asked = {"device": "cpu", "precision": "fp32", "seq_len": 16, "global_batch": 4, "model": "qwen3-demo", "mesh": ""}
     out = said(capsys, ranks=1, **asked)
     assert "qwen3-demo on 1 × cpu, 4 rows of 16 tokens, fp32: one rank" in out
-    with pytest.raises(ConfigError, match=r"device cpu: .* is not known; .* measured\(device, axes\)"):  # alone it has no links
+    with pytest.raises(ConfigError, match=r"device cpu: .* is not known; .*measured\(device, axes\)"):  # alone it has no links
         said(capsys, **asked)
