@@ -6,6 +6,7 @@ what `lf.optim.owners` does. Good where matrices are whole on a rank already, as
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,9 +14,9 @@ import attrs
 import torch
 from torch import Tensor
 
-from lf.box import shape
+from lf.box import shape, volume
 from lf.chain_layouts import Layouts
-from lf.optim.matrices import Coords, Sink, Source, cut_across, matrix, once, orthogonal, places, shards, split_by, stack, stacked, volume
+from lf.optim.matrices import Coords, Sink, Source, cut_across, matrix, once, orthogonal, places, shards, split_by, stack, stacked
 from lf.spec import Spec
 
 
@@ -34,7 +35,7 @@ class Bunch:
 
     def size(self, j: int, k: int) -> int:
         """Elements that a rank gives."""
-        return sum(volume(spec.state_shape(self.coords[j][k])) for spec in self.specs)
+        return sum(math.prod(spec.state_shape(self.coords[j][k])) for spec in self.specs)
 
 
 def gathered() -> Callable[[Layouts, Any, Sequence[str], Source, Sink], None]:
@@ -87,13 +88,13 @@ def _start(bunch: Bunch, ctx: Any, source: Source) -> Callable[[], Tensor]:
 
 def _finish(bunch: Bunch, flat: Tensor, sink: Sink) -> None:
     shapes = [spec.state_shape(c) for row in bunch.coords for c in row for spec in bunch.specs]
-    tensors = [x.view(s) for x, s in zip(flat.split([volume(s) for s in shapes]), shapes)]
+    tensors = [x.view(s) for x, s in zip(flat.split([math.prod(s) for s in shapes]), shapes)]
     every = [c for row in bunch.coords for c in row]
     for i, spec in enumerate(bunch.specs):
         given = [(spec.state_pieces(c), tensors[m * len(bunch.specs) + i]) for m, c in enumerate(every)]
         for p, mine in enumerate(spec.state_pieces(bunch.mine)):
             lo, hi = stack(mine)
-            if not volume(shape(mine.box)):
+            if not volume(mine.box):
                 continue
             whole = flat.new_empty(hi - lo, *mine.shape[-2:])
             for pieces, held in given:  # where boxes overlap, their values agree

@@ -80,13 +80,9 @@ def shards(spec: Spec, coords: Coords) -> list[Coords]:
     return [{**coords, **spec.of_shard(k, copy)} for k in range(n)]
 
 
-def volume(shape: Sequence[int]) -> int:
-    return math.prod(shape)
-
-
 def orthogonal(x: Tensor) -> Tensor:
     """`newton_schulz` of (matrices, rows, columns), some at a time."""
-    at_once = max(CHUNK // max(volume(x.shape[1:]), 1), 1)
+    at_once = max(CHUNK // max(math.prod(x.shape[1:]), 1), 1)
     if len(x) <= at_once:
         return newton_schulz(x)
     return torch.cat([newton_schulz(part) for part in x.split(at_once)])

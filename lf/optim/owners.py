@@ -15,10 +15,10 @@ import attrs
 import torch
 from torch import Tensor
 
-from lf.box import Box, shape
+from lf.box import Box, shape, volume
 from lf.chain_layouts import Layouts
 from lf.ops.newton_schulz import flops
-from lf.optim.matrices import Sink, Source, matrix, once, orthogonal, stack, stacked, volume
+from lf.optim.matrices import Sink, Source, matrix, once, orthogonal, stack, stacked
 from lf.spec import Piece, Spec
 
 STAGE = ("dp", "cp", "tp")  # the joint group of the ranks of a stage; those of the expert mesh are the same, in the same order
@@ -82,8 +82,8 @@ def _run(plan: Plan, axis: Any, held: dict[str, Tensor], sink: Sink) -> None:
             if place == me:
                 there.send(owner, local(unit))
             if owner == me:
-                takes.append((place, volume(shape(box)), box))
-                there.expect(place, volume(shape(box)))
+                takes.append((place, volume(box), box))
+                there.expect(place, volume(box))
     like = next(iter(held.values()))
     read, at = there.exchange(axis, like), iter(takes)
     alike: dict[tuple[int, ...], list[tuple[Unit, Tensor]]] = {}
@@ -104,11 +104,11 @@ def _run(plan: Plan, axis: Any, held: dict[str, Tensor], sink: Sink) -> None:
             for place, ((r0, r1), (c0, c1)) in unit.boxes.items():
                 back.send(place, done[id(unit)][r0:r1, c0:c1])
         if me in unit.boxes:
-            back.expect(owner, volume(shape(unit.boxes[me])))
+            back.expect(owner, volume(unit.boxes[me]))
     read, parts = back.exchange(axis, like), dict[tuple[str, int], list[Tensor]]()
     for unit, owner in plan.units:
         if me in unit.boxes:
-            parts.setdefault((unit.path, unit.part), []).append(read(owner, volume(shape(unit.boxes[me]))))
+            parts.setdefault((unit.path, unit.part), []).append(read(owner, volume(unit.boxes[me])))
     for (path, part), found in parts.items():
         piece = pieces[path, part]
         sink(path, piece, torch.cat(found).view(shape(piece.box)))
@@ -175,7 +175,7 @@ def _units(spec: Spec, there: Sequence[dict[str, int]], copy: int) -> list[Unit]
             continue
         key = (shard, *(c[a] for a in spec.names if a))
         for i, piece in enumerate(seen.setdefault(key, spec.state_pieces(c))):
-            if volume(shape(piece.box)):
+            if volume(piece.box):
                 for e in range(*stack(piece)):
                     unit = found.setdefault((i, e), Unit(spec.path, i, e, piece.shape[-2:], {}))
                     unit.boxes[place] = matrix(piece)
